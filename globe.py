@@ -1,0 +1,3161 @@
+"""GloBE (Global-Basis Experts): shrink the routed experts of a Mixture-of-Experts language model.
+
+Every expert's gate and up matrix (and, on request, its down matrix, transposed) is written as
+
+    W_i  ~=  shift + scale * A_i . phi( sum_{j in S_i} alpha_ij B_j )
+
+    W_i      (p, d)   one expert's matrix; p = moe_intermediate_size, d = hidden_size
+    B_j      (r, d)   basis j of a bank of m; a family (gate, up, down) has one bank for all layers,
+                      or one per group of layers (bank.scope)
+    alpha_i  (m,)     sparse mixture: sparsemax / entmax of logits z_i / T; support S_i
+    A_i      (p, r)   the expert's own adapter
+    phi               identity, silu or tanh
+    B~_i     (r, d)   phi(sum_j alpha_ij B_j), the composed basis: built once per expert at run time, kept in
+                      an LRU cache
+    L_l      (d, d)   Cholesky factor of layer l's input second moment; the fit minimises
+                      sum_i || (W_i - W^_i) L_l ||_F^2  (fit.metric: data), or the same with L = I (weights)
+
+One flow, no way back:
+    checkpoint -> experts -> (calibrate) -> fit -> factors file -> patch | export -> eval, bench
+
+    python globe.py fit                          the default job: a tiny MoE, from nothing to factors
+    python globe.py eval                         reconstruction and perplexity, dense beside GloBE
+    python globe.py export --format dense        the source checkpoint with its experts replaced, in place
+    python globe.py --help                       everything else
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import types
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+__version__ = "0.1.0"
+FORMAT_VERSION = 1
+FAMILIES = ("gate", "up", "down")
+
+
+class UserError(Exception):
+    """The user's input is wrong: one clear line on stderr, exit code 2."""
+
+
+# ======================================================================================================
+# 1. Config: dataclasses; defaults < YAML < command line
+# ======================================================================================================
+@dataclass
+class ModelConfig:
+    path: str = "tiny"                  # directory, hub id, or "tiny": the default model, trained once
+    revision: str | None = None
+    force_download: bool = False
+    families: str = "both"              # up | gate | both | all (gate, up and down)
+    include_shared: bool = False        # the shared expert too, in slices of moe_intermediate_size
+    single_layer: int | None = None     # fit this layer only
+    max_experts: int | None = None      # at most so many experts per layer; the rest stay dense
+    sample: str = "first_n"             # first_n | evenly_spaced: which ones
+    normalize: str = "scale"            # none | scale (divide by the deviation) | zscore (also take off the mean)
+
+
+@dataclass
+class BankConfig:
+    m: int | dict = 16                  # bases per bank; one number, or {gate: 16, up: 24}
+    r: int | float | None = None        # rows of a basis; a float is a fraction of p
+    ratio: float | None = 0.7           # where r is not given: the r for this stored / dense size
+    scope: str | int = "global"         # global | layer | N (groups of N neighbouring layers)
+    activation: str = "silu"            # phi: identity | silu | tanh
+    init: str = "svd"                   # svd | dictionary | random
+
+
+@dataclass
+class SparsityConfig:
+    map: str = "entmax"                 # sparsemax | entmax | softmax | signed (free coefficients on the support)
+    alpha: float = 1.5                  # of entmax: 1 (softmax), 1.5 or 2 (sparsemax)
+    support: int = 8                    # largest support at the end
+    T0: float = 1.0                     # first temperature
+    eta: float = 0.9                    # T is multiplied by this at every stage while supports are too large
+    freeze: float = 0.7                 # at this fraction of the steps supports are cut to size and fixed
+    l1: float = 0.0                     # on |alpha|; acts on signed mixtures (a simplex has constant L1)
+    eps_prune: float = 1e-4             # mixture weights below this are dropped when supports are fixed
+
+
+@dataclass
+class AdamConfig:
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-12
+    lr_A: float = 1.0                   # learning rates of A and z relative to fit.lr, which is B's
+    lr_z: float = 1.0
+    safeguard: bool = True              # false: plain Adam, steps may raise the loss (the MoBE setting)
+
+
+@dataclass
+class HomotopyConfig:
+    lam_start: float = 1.0              # phi_lam(z) = (1 - lam) z + lam phi(z)
+    lam_end: float = 1.0
+    lam_steps: int = 0
+    beta_start: float = 0.5             # method am: targets (1 - beta) X + beta argmin_T ||W - A T||
+    beta_end: float = 1.0
+    beta_steps: int = 20
+    every: int = 10                     # schedules move once in so many steps
+
+
+@dataclass
+class FitConfig:
+    method: str = "varpro"              # varpro (A eliminated) | am (alternating minimisation) | adam (joint)
+    metric: str = "weights"             # data (weighted by the layer's input covariance) | weights
+    ridge: float = 0.1                  # shrinkage of the covariance, relative to its mean diagonal
+    steps: int = 150
+    batch: int = 0                      # experts per batch; 0: from the memory at hand
+    lr: float = 0.05
+    memory: int = 8                     # varpro: pairs that L-BFGS keeps
+    adam: AdamConfig = field(default_factory=AdamConfig)
+    homotopy: HomotopyConfig = field(default_factory=HomotopyConfig)
+    lambda_A: float = 1e-6              # ridge on A, relative to the mean diagonal of its Gram matrix
+    lambda_B: float = 0.0               # on ||B||^2, relative to the bank's size at the start
+    lambda_T: float = 1e-4              # method am: ridge on the targets, relative likewise
+    spectral: float = 0.0               # on the squared spectral norms of A and B
+    tol: float = 0.0                    # stop where ten steps gain less than this, relatively
+    seed: int = 0
+    save_every: int = 25
+    device: str = "auto"
+    dtype: str = "float32"              # of the products; sums and Cholesky are float32 or better
+
+
+@dataclass
+class CalibConfig:
+    text: str = "builtin"               # text file, directory of them, or builtin (the standard library's)
+    tokens: int = 32768
+    length: int = 512
+    batch: int = 4
+
+
+@dataclass
+class CacheConfig:
+    mode: str = "lru"                   # lru | all (every expert composed once and held) | none
+    per_layer: int | None = None        # slots per layer; default: half of the experts
+    budget: float | None = None         # MiB for all layers together, in place of per_layer
+    dtype: str | None = None            # of what is held; default: the model's
+    warmup_tokens: int = 256
+
+
+@dataclass
+class ExportConfig:
+    dtype: str | None = None            # of globe and composed exports; dense ones keep the source's
+
+
+@dataclass
+class LogConfig:
+    to: str = "none"                    # none | trackio | wandb, beside log.jsonl
+    project: str = "globe"
+    run_name: str | None = None
+    tags: list | None = None
+
+
+@dataclass
+class EvalConfig:
+    text: str = "builtin"               # text file or builtin (held-out files of the standard library)
+    tokens: int = 32768
+    length: int = 512                   # window; scored whole, windows do not overlap
+
+
+@dataclass
+class TrainConfig:
+    """A small Qwen2-MoE: a dense model first, then upcycled and trained on. Sizes in numbers, lengths in tokens."""
+    hidden_size: int = 192                        # d
+    layers: int = 4
+    heads: int = 6
+    kv_heads: int = 6
+    experts: int = 16
+    top_k: int = 4
+    moe_intermediate_size: int = 96               # p
+    shared_expert_intermediate_size: int = 96     # the dense FFN is top_k * p + shared wide: each neuron goes to one slice
+    upcycle_noise: float = 0.5                    # standard deviation of the noise on copies, relative to the weights'
+    dense_steps: int = 250
+    moe_steps: int = 450
+    batch: int = 8
+    seq_len: int = 256
+    lr: float = 3e-3
+    warmup: int = 40
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    aux_coef: float = 0.01                        # of the load-balancing loss
+    grad_checkpoint: bool = False
+    dense_from: str | None = None                 # a dense Qwen2 or Llama directory: upcycle it, no dense phase
+    text: str | None = None                       # a utf-8 file; None: the standard library's own text
+    autocast: str = "auto"                        # auto | bf16 | fp16 | off; auto is bf16 on a GPU that has it, else off
+    save_every: int = 200                         # steps between resumable states; 0: only when stopped
+    seed: int = 0
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    calib: CalibConfig = field(default_factory=CalibConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+CHOICES = {
+    "model.families": ("up", "gate", "both", "all"), "model.sample": ("first_n", "evenly_spaced"),
+    "model.normalize": ("none", "scale", "zscore"), "bank.activation": ("identity", "silu", "tanh"),
+    "bank.init": ("svd", "dictionary", "random"), "sparsity.map": ("sparsemax", "entmax", "softmax", "signed"),
+    "sparsity.alpha": (1.0, 1.5, 2.0), "fit.method": ("varpro", "am", "adam"), "fit.metric": ("data", "weights"),
+    "cache.mode": ("lru", "all", "none"), "log.to": ("none", "trackio", "wandb"),
+    "fit.dtype": ("float64", "float32", "bfloat16", "float16"),
+    "export.dtype": (None, "float32", "bfloat16", "float16"), "cache.dtype": (None, "float32", "bfloat16", "float16"),
+}
+POSITIVE = ("bank.m", "bank.r", "bank.ratio", "model.max_experts", "sparsity.support", "sparsity.T0", "fit.steps",
+            "fit.lr", "fit.save_every", "fit.memory", "fit.homotopy.every", "calib.tokens", "calib.length", "calib.batch",
+            "cache.per_layer", "cache.budget", "eval.tokens", "eval.length")
+NON_NEGATIVE = ("model.single_layer", "sparsity.l1", "sparsity.eps_prune", "fit.batch", "fit.ridge", "fit.lambda_A",
+                "fit.lambda_B", "fit.lambda_T", "fit.spectral", "fit.tol", "fit.seed", "cache.warmup_tokens",
+                "fit.homotopy.lam_steps", "fit.homotopy.beta_steps")
+FRACTIONS = ("sparsity.eta", "sparsity.freeze", "fit.adam.beta1", "fit.adam.beta2", "fit.homotopy.lam_start",
+             "fit.homotopy.lam_end", "fit.homotopy.beta_start", "fit.homotopy.beta_end")
+
+
+def _coerce(value: Any, kind: str, where: str) -> Any:
+    """Bring a YAML or command-line value to the annotated kind ("int | float | None"), or raise UserError."""
+    kinds = [k.strip() for k in kind.split("|")]
+    if value is None and "None" in kinds:
+        return None
+    if isinstance(value, bool):
+        if "bool" in kinds:
+            return value
+    elif isinstance(value, int) and "int" in kinds:
+        return value
+    elif isinstance(value, (int, float, str)) and "float" in kinds and not (isinstance(value, str) and "str" in kinds):
+        with contextlib.suppress(ValueError):  # PyYAML reads 1e-3 as text
+            if math.isfinite(float(value)):
+                return float(value)
+    elif isinstance(value, str) and "str" in kinds:
+        return value
+    elif type(value).__name__ in kinds:
+        return value
+    elif isinstance(value, (int, float)) and kinds == ["str"]:
+        return str(value)
+    raise UserError(f"{where}: expected {' or '.join(kinds)}, found {value!r}")
+
+
+def _merge(node: Any, update: Any, where: str, source: str) -> None:
+    """Write a nested mapping into a dataclass tree; an unknown key names the nearest known one."""
+    if not isinstance(update, dict):
+        raise UserError(f"{source}: {where or 'top level'}: expected a mapping, found {update!r}")
+    names = {f.name: f for f in dataclasses.fields(node)}
+    for key, value in update.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1, 0)
+            raise UserError(f"{source}: unknown key {path}; did you mean {f'{where}.' if where else ''}{near[0]}?")
+        if dataclasses.is_dataclass(getattr(node, key)):
+            _merge(getattr(node, key), value, path, source)
+        else:
+            setattr(node, key, _coerce(value, names[key].type, f"{source}: {path}"))
+
+
+def _lookup(cfg: Any, path: str) -> Any:
+    for part in path.split("."):
+        cfg = getattr(cfg, part)
+    return cfg
+
+
+def check_config(cfg: Config) -> Config:
+    """Refuse values that no run could use; returns cfg."""
+    for path, allowed in CHOICES.items():
+        if _lookup(cfg, path) not in allowed:
+            raise UserError(f"{path}: expected one of {', '.join(map(str, allowed))}, found {_lookup(cfg, path)!r}")
+    for paths, good, text in ((POSITIVE, lambda v: v > 0, "a number above 0"),
+                              (NON_NEGATIVE, lambda v: v >= 0, "0 or more"),
+                              (FRACTIONS, lambda v: 0 <= v <= 1, "a number from 0 to 1")):
+        for path in paths:
+            value = _lookup(cfg, path)
+            for v in value.values() if isinstance(value, dict) else [value]:
+                if v is not None and (not isinstance(v, (int, float)) or not good(v)):
+                    raise UserError(f"{path}: expected {text}, found {v!r}")
+    if isinstance(cfg.bank.m, dict) and (odd := set(cfg.bank.m) - set(FAMILIES) or
+                                         [k for k, v in cfg.bank.m.items() if not isinstance(v, int)]):
+        raise UserError(f"bank.m: expected a whole number per family (gate, up, down), found {sorted(odd)}")
+    if not (cfg.bank.scope in ("global", "layer") or str(cfg.bank.scope).isdigit() and int(cfg.bank.scope) > 0):
+        raise UserError(f"bank.scope: expected global, layer or a number of layers, found {cfg.bank.scope!r}")
+    if cfg.bank.r is None and cfg.bank.ratio is None:
+        raise UserError("bank: expected r or ratio, found neither")
+    return cfg
+
+
+def load_config(path: str | None = None, overrides: Sequence[str] = (), base: dict | None = None) -> Config:
+    """Resolve a config: defaults < base (a run's own) < YAML file < section.key=value overrides.
+
+    Raises UserError for an unreadable file, an unknown key (the nearest known one is named) or a wrong type.
+    """
+    cfg = Config()
+    if base:
+        _merge(cfg, base, "", "saved config")
+    if path:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            _merge(cfg, yaml.safe_load(text) or {}, "", path)
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--config {path}: {getattr(e, 'strerror', None) or 'not a text file'}") from None
+        except yaml.YAMLError as e:
+            raise UserError(f"--config {path}: not valid YAML: {' '.join(str(e).split())}") from None
+    for item in overrides:
+        key, eq, text = item.partition("=")
+        if not eq:
+            raise UserError(f"{item!r}: expected section.key=value")
+        try:
+            update = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{item!r}: the value is not valid YAML") from None
+        for part in reversed(key.split(".")):
+            update = {part: update}
+        _merge(cfg, update, "", "command line")
+    return check_config(cfg)
+
+
+def config_dict(cfg: Config) -> dict:
+    return dataclasses.asdict(cfg)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Files: a write finished or never happened
+# ------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; rename it onto `path` when the block ends well, else remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        yield tmp
+        if tmp.is_file():
+            with open(tmp, "rb") as f:
+                os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with written(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
+
+
+def user_cache() -> Path:
+    """Where the default model lives: $GLOBE_CACHE, else the user's cache directory."""
+    base = os.environ.get("GLOBE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "globe"
+    return Path(base)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Devices: the only place that knows CUDA and MPS by name
+# ------------------------------------------------------------------------------------------------------
+def pick_device(name: str | None = "auto") -> torch.device:
+    """A torch.device for "auto", "cpu", "cuda[:i]" or "mps"; UserError where that one is not there."""
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device: expected auto, cpu, cuda, cuda:N or mps, found {name!r}") from None
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type) or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: not available here (available: {', '.join(k for k, v in there.items() if v)})")
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was queued on `device`; needed around every timing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a run may plan on."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    with contextlib.suppress(OSError):
+        for line in open("/proc/meminfo"):
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def peak_rss_gib() -> float:
+    import resource  # not on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
+def accumulator(device: torch.device) -> torch.dtype:
+    """float64 for sums; MPS has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def as_dtype(name: str | None) -> torch.dtype | None:
+    if name in (None, "auto"):
+        return None
+    table = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+             "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in table:
+        raise UserError(f"--dtype: expected one of {', '.join(table)}, found {name!r}")
+    return table[name]
+
+
+# ======================================================================================================
+# 2. Operators: one entry point each; the torch form is also the oracle of any native twin
+# ======================================================================================================
+def _threshold_sparsemax(z: Tensor) -> Tensor:
+    """tau (..., 1) with sum max(z - tau, 0) = 1 over the last dim, exact by sorting."""
+    s = z.sort(-1, descending=True).values
+    k = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
+    cum = s.cumsum(-1) - 1
+    inside = k * s > cum  # a prefix of the sorted row; False for -inf
+    size = inside.sum(-1, keepdim=True).clamp_min(1)
+    return cum.gather(-1, size - 1) / size
+
+
+def _threshold_entmax15(z: Tensor) -> Tensor:
+    """tau (..., 1) with sum max(z - tau, 0)^2 = 1 over the last dim, exact by sorting."""
+    s = z.sort(-1, descending=True).values
+    finite = torch.isfinite(s)
+    s0 = torch.where(finite, s, torch.zeros_like(s))  # keeps -inf out of the running moments
+    k = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
+    mean, square = s0.cumsum(-1) / k, (s0 * s0).cumsum(-1) / k
+    delta = (1 - k * (square - mean * mean)) / k
+    tau = mean - delta.clamp_min(0).sqrt()
+    size = ((tau <= s) & finite & (delta >= 0)).sum(-1, keepdim=True).clamp_min(1)
+    return tau.gather(-1, size - 1)
+
+
+class _SimplexMap(torch.autograd.Function):
+    """sparsemax (alpha 2) or entmax-1.5 over the last dim; the Jacobian is diag(g) - g g^T / sum(g), g = p^(2 - alpha)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, alpha: float) -> Tensor:
+        z = x.to(torch.promote_types(x.dtype, torch.float32))
+        z = z - z.amax(-1, keepdim=True)  # both maps ignore a common shift; exact near the top
+        if alpha == 2:
+            p = (z - _threshold_sparsemax(z)).clamp_min(0)
+        else:
+            z = z / 2
+            p = (z - _threshold_entmax15(z)).clamp_min(0).square()
+        p = p.to(x.dtype)
+        ctx.alpha = alpha
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        p, = ctx.saved_tensors
+        g = (p > 0).to(p.dtype) if ctx.alpha == 2 else p.sqrt()
+        return g * (grad - (g * grad).sum(-1, keepdim=True) / g.sum(-1, keepdim=True)), None
+
+
+def _simplex_map(x: Tensor, dim: int, alpha: float) -> Tensor:
+    if not x.is_floating_point():
+        raise TypeError(f"expected a floating-point tensor, found {x.dtype}")
+    if x.shape[dim] == 0:
+        raise ValueError(f"expected at least one entry in dim {dim}, found shape {tuple(x.shape)}")
+    return _SimplexMap.apply(x.movedim(dim, -1), alpha).movedim(-1, dim)
+
+
+def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
+    """Euclidean projection of x onto the simplex along `dim`, exact (sorting), differentiable.
+
+    x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype.
+    Martins and Astudillo 2016, Algorithm 1 and Proposition 2.
+    """
+    return _simplex_map(x, dim, 2.0)
+
+
+def entmax15(x: Tensor, dim: int = -1) -> Tensor:
+    """1.5-entmax of x along `dim`, exact (sorting), differentiable; sparser than softmax, smoother than sparsemax.
+
+    x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype.
+    Peters, Niculae and Martins 2019, Algorithm 2.
+    """
+    return _simplex_map(x, dim, 1.5)
+
+
+def phi(z: Tensor, activation: str) -> Tensor:
+    return {"identity": lambda t: t, "silu": F.silu, "tanh": torch.tanh}[activation](z)
+
+
+def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence[Tensor],
+            activation: str = "identity") -> Tensor:
+    """Composed bases B~_i = phi(sum_j val_ij bank[idx_ij]).
+
+    bank (m, r, d), idx (E, s) integers in [0, m), val (E, s) -> (E, r, d) in the bank's dtype, summed in float32 or
+    better. A padded entry has val 0; ragged supports are sequences of E one-dimensional tensors. Differentiable in
+    bank and val. Raises IndexError for an index outside the bank, ValueError for shapes that do not fit.
+    """
+    if not isinstance(idx, Tensor):
+        idx = nn.utils.rnn.pad_sequence(list(idx), batch_first=True)
+        val = nn.utils.rnn.pad_sequence(list(val), batch_first=True)
+    if bank.ndim != 3 or idx.ndim != 2 or idx.shape != val.shape:
+        raise ValueError(f"compose: expected bank (m, r, d), idx and val (E, s), found {tuple(bank.shape)}, "
+                         f"{tuple(idx.shape)}, {tuple(val.shape)}")
+    m, r, d = bank.shape
+    if idx.numel() and not (0 <= int(idx.min()) and int(idx.max()) < m):
+        raise IndexError(f"compose: indices in [0, {m}) expected, found {int(idx.min())}..{int(idx.max())}")
+    wide = torch.promote_types(bank.dtype, torch.float32)
+    E, s = idx.shape
+    if E * s >= m and E > 1:  # many experts: one product over the dense mixture reads the bank once
+        w = torch.zeros(E, m, dtype=wide, device=bank.device).index_put(
+            (torch.arange(E, device=idx.device)[:, None].expand(E, s), idx.long()), val.to(wide), accumulate=True)
+        z = (w @ bank.reshape(m, -1).to(wide)).view(E, r, d)
+    else:  # a miss or two: scaled adds of the s bases, no gathered copy
+        rows = []
+        for j, a in zip(idx.long(), val.to(wide)):
+            z = torch.zeros(r, d, dtype=wide, device=bank.device)
+            for k in range(s):
+                z = z + a[k] * bank[j[k]]
+            rows.append(z)
+        z = torch.stack(rows) if rows else bank.new_zeros(0, r, d, dtype=wide)
+    return phi(z, activation).to(bank.dtype)
+
+
+# ======================================================================================================
+# 3. Checkpoint: LAYOUTS, reading experts from safetensors, streaming
+# ======================================================================================================
+@dataclass(frozen=True)
+class Layout:
+    """Where a model type keeps its experts: tensor names on disk, and the config.json keys of their sizes."""
+    names: tuple = ("gate_proj", "up_proj", "down_proj")        # of gate, up, down, one tensor per expert
+    expert: str = "model.layers.{l}.mlp.experts.{e}.{n}.weight"
+    fused: str = "model.layers.{l}.mlp.experts.{n}"             # n: gate_up_proj (E, 2p, d), down_proj (E, d, p)
+    shared: str | None = None                                   # "....{n}.weight" of the shared expert's MLP
+    num_experts: str = "num_experts"
+    width: str = "moe_intermediate_size"
+    shared_width: Callable[[dict], int] = lambda c: 0
+    layers: Callable[[dict], list] = lambda c: list(range(c["num_hidden_layers"]))
+
+
+def _qwen_layers(c: dict) -> list:
+    only, step = c.get("mlp_only_layers") or [], c.get("decoder_sparse_step") or 1
+    return [l for l in range(c["num_hidden_layers"]) if l not in only and (l + 1) % step == 0]
+
+
+def _deepseek_layers(c: dict) -> list:
+    return list(range(c.get("first_k_dense_replace") or 0, c["num_hidden_layers"]))
+
+
+_QWEN3 = Layout(layers=_qwen_layers)
+_DEEPSEEK = Layout(num_experts="n_routed_experts", layers=_deepseek_layers,
+                   shared="model.layers.{l}.mlp.shared_experts.{n}.weight",
+                   shared_width=lambda c: (c.get("n_shared_experts") or 0) * c["moe_intermediate_size"])
+LAYOUTS = {
+    "qwen2_moe": dataclasses.replace(_QWEN3, shared="model.layers.{l}.mlp.shared_expert.{n}.weight",
+                                     shared_width=lambda c: c.get("shared_expert_intermediate_size") or 0),
+    "qwen3_moe": _QWEN3,
+    "mixtral": Layout(names=("w1", "w3", "w2"), expert="model.layers.{l}.block_sparse_moe.experts.{e}.{n}.weight",
+                      num_experts="num_local_experts", width="intermediate_size"),
+    "olmoe": Layout(width="intermediate_size"),
+    "deepseek_v2": _DEEPSEEK, "deepseek_v3": _DEEPSEEK, "glm4_moe": _DEEPSEEK, "dots1": _DEEPSEEK,
+}
+UNSUPPORTED = {"gpt_oss": "its experts are transposed and biased", "aria": "its experts are transposed",
+               "aria_text": "its experts are transposed", "nemotron_h": "its experts have no gate",
+               "llama4": "its experts are transposed", "llama4_text": "its experts are transposed",
+               "dbrx": "its experts are one flattened matrix"}
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes read from config.json: layers with experts, routed experts per layer, p, d, top-k, shared slices."""
+    layers: tuple
+    experts: int
+    p: int
+    d: int
+    top_k: int
+    shared: int  # slices of width p that make up the shared expert; 0 where there is none
+
+
+def resolve_model(path: str, revision: str | None = None, force_download: bool = False) -> Path:
+    """A local directory as it is; anything of the form ORG/NAME is fetched from the hub into its cache."""
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise UserError(f"model.path: expected a directory or a hub id (ORG/NAME), found {path!r}")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(path, revision=revision, force_download=force_download, allow_patterns=[
+            "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]))
+    except Exception as e:  # offline, no such repository, gated: the hub's own reason is the useful part
+        raise UserError(f"model.path: no directory {path!r} here, and the hub did not give it: "
+                        f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a JSON file, found none") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise UserError(f"{path}: expected JSON, found {type(e).__name__}: {e}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def layout_of(config: dict, where: str = "config.json") -> Layout:
+    """The LAYOUTS row of a config.json; UserError lists what is supported."""
+    kind = config.get("model_type")
+    if kind not in LAYOUTS:
+        why = f" ({UNSUPPORTED[kind]})" if kind in UNSUPPORTED else ""
+        raise UserError(f"{where}: model_type {kind!r} is not supported{why}; supported: {', '.join(sorted(LAYOUTS))}")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "?")
+        raise UserError(f"{where}: the checkpoint is quantized ({method}): expected plain float weights, since factors "
+                        "are fitted to values, not to codes")
+    return LAYOUTS[kind]
+
+
+def dims_of(config: dict, where: str = "config.json") -> Dims:
+    layout = layout_of(config, where)
+
+    def size(key: str) -> int:
+        value = config.get(key)
+        if not isinstance(value, int) or value <= 0:
+            raise UserError(f"{where}: {key}: expected a whole number above 0, found {value!r}")
+        return value
+    size("num_hidden_layers")
+    p, shared = size(layout.width), layout.shared_width(config)
+    if shared % p:
+        shared = 0  # a shared expert that is no multiple of p cannot be sliced: it stays dense
+    return Dims(tuple(layout.layers(config)), size(layout.num_experts), p, size("hidden_size"),
+                size("num_experts_per_tok"), shared // p)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one expert matrix lies on disk: tensor, shard, and the part of it (fused or shared tensors)."""
+    tensor: str
+    expert: int | None = None               # index into dim 0 of a fused tensor
+    rows: tuple | None = None               # (start, stop)
+    cols: tuple | None = None
+    transposed: bool = False                # down: on disk (d, p), used as (p, d)
+
+
+class Checkpoint:
+    """A Hugging Face checkpoint directory, read lazily: one expert at a time through safetensors slices.
+
+    Every expert matrix comes out as (p, d): gate and up as they are, down transposed. Experts E, E+1, ... of a layer
+    are the slices of its shared expert. Raises UserError with the first few missing, extra or misshapen tensors.
+    """
+
+    def __init__(self, directory: Path | str):
+        self.dir = Path(directory)
+        self.config = read_json(self.dir / "config.json")
+        self.layout = layout_of(self.config, str(self.dir / "config.json"))
+        self.dims = dims_of(self.config, str(self.dir / "config.json"))
+        self._open: dict = {}
+        self.shard_of = self._index()  # tensor name -> shard file name
+        first = self.layout.fused.format(l=self.dims.layers[0], n="gate_up_proj") if self.dims.layers else ""
+        self.fused = first in self.shard_of
+        self._validate()
+
+    def _index(self) -> dict:
+        index = self.dir / "model.safetensors.index.json"
+        if index.is_file():
+            table = read_json(index).get("weight_map")
+            if not isinstance(table, dict) or not table:
+                raise UserError(f"{index}: expected a weight_map, found {type(table).__name__}")
+            for shard in sorted(set(table.values())):
+                if os.path.basename(str(shard)) != shard:
+                    raise UserError(f"{index}: shard {shard!r}: expected a file name in this directory")
+                if not (self.dir / shard).is_file():
+                    raise UserError(f"{index}: names shard {shard}, which is not in {self.dir}")
+            for name, shard in table.items():
+                if name not in self._shard(shard)[1]:
+                    raise UserError(f"{self.dir / shard}: expected tensor {name} (by the index), found none")
+            return table
+        files = sorted(f.name for f in self.dir.glob("*.safetensors"))
+        if not files:
+            pickles = [f.name for f in self.dir.glob("*.bin")]
+            raise UserError(f"{self.dir}: expected *.safetensors, found none"
+                            + (f" ({pickles[0]} is a pickle, which is never loaded)" if pickles else ""))
+        table = {}
+        for shard in files:
+            for name in self._shard(shard)[1]:
+                if name in table:
+                    raise UserError(f"{self.dir}: tensor {name} is in both {table[name]} and {shard}")
+                table[name] = shard
+        return table
+
+    def _shard(self, name: str):
+        """(lazy safetensors handle, set of its names); opened once."""
+        if name not in self._open:
+            path = self.dir / name
+            try:
+                f = safe_open(path, "pt")
+                self._open[name] = f, set(f.keys())
+            except (SafetensorError, OSError) as e:
+                with open(path, "rb") as g:
+                    pointer = g.read(40).startswith(b"version https://git-lfs")
+                raise UserError(f"{path}: expected safetensors, found "
+                                + ("a git-lfs pointer: run git lfs pull" if pointer else f"{e}")) from None
+        return self._open[name]
+
+    def shape(self, tensor: str) -> list:
+        return self._shard(self.shard_of[tensor])[0].get_slice(tensor).get_shape()
+
+    def slot(self, family: str, layer: int, expert: int) -> Slot:
+        """Where W (family, layer, expert) lies; experts from dims.experts on are shared slices."""
+        D, i = self.dims, FAMILIES.index(family)
+        down = family == "down"
+        if expert >= D.experts:  # a slice of the shared MLP: rows of gate and up, columns of down
+            k = expert - D.experts
+            part = (k * D.p, (k + 1) * D.p)
+            n = ("gate_proj", "up_proj", "down_proj")[i]
+            return Slot(self.layout.shared.format(l=layer, n=n), None, *((None, part) if down else (part, None)), down)
+        if self.fused:
+            n = "down_proj" if down else "gate_up_proj"
+            rows = None if down else (i * D.p, (i + 1) * D.p)
+            return Slot(self.layout.fused.format(l=layer, n=n), expert, rows, None, down)
+        return Slot(self.layout.expert.format(l=layer, e=expert, n=self.layout.names[i]), transposed=down)
+
+    def expected_tensors(self) -> dict:
+        """{tensor name: shape} of every expert tensor that config.json promises."""
+        D, out = self.dims, {}
+        for l in D.layers:
+            for i, f in enumerate(FAMILIES):
+                for e in range(D.experts):
+                    s = self.slot(f, l, e)
+                    one = [D.d, D.p] if f == "down" else [D.p, D.d]
+                    out[s.tensor] = ([D.experts, D.d, D.p] if f == "down" else [D.experts, 2 * D.p, D.d]) \
+                        if self.fused else one
+                if D.shared:
+                    wide = D.shared * D.p
+                    out[self.slot(f, l, D.experts).tensor] = [D.d, wide] if f == "down" else [wide, D.d]
+        return out
+
+    def _validate(self) -> None:
+        expected, bad = self.expected_tensors(), []
+        for name, shape in expected.items():
+            if name not in self.shard_of:
+                bad.append(f"{name}: expected {tuple(shape)}, found none")
+            elif self.shape(name) != shape:
+                bad.append(f"{name}: expected {tuple(shape)}, found {tuple(self.shape(name))} in {self.shard_of[name]}")
+        last = self.config["num_hidden_layers"]  # layers after it (multi-token prediction) are not the model's
+        for name in self.shard_of:
+            layer = re.search(r"\.layers\.(\d+)\..*\.experts\.", name)
+            if layer and int(layer[1]) < last and name not in expected:
+                bad.append(f"{name}: not expected, found in {self.shard_of[name]}")
+        if bad:
+            more = f" (and {len(bad) - 4} more)" if len(bad) > 4 else ""
+            raise UserError(f"{self.dir}: expert tensors do not fit config.json: {'; '.join(bad[:4])}{more}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the experts are stored in."""
+        return self.expert("gate", self.dims.layers[0], 0).dtype
+
+    def expert(self, family: str, layer: int, expert: int) -> Tensor:
+        """One matrix, (p, d), in the checkpoint's dtype."""
+        s = self.slot(family, layer, expert)
+        view = self._shard(self.shard_of[s.tensor])[0].get_slice(s.tensor)
+        rows, cols = (slice(*(x or (None,))) for x in (s.rows, s.cols))
+        w = view[s.expert, rows, cols] if s.expert is not None else view[rows, cols]
+        if not w.is_floating_point() or w.element_size() < 2:
+            raise UserError(f"{s.tensor}: expected float32, float16 or bfloat16, found {w.dtype} in {self.shard_of[s.tensor]}")
+        return w.T if s.transposed else w
+
+    def num_parameters(self) -> int:
+        return sum(math.prod(self.shape(n)) for n in self.shard_of)
+
+    def fingerprint(self) -> str:
+        """Names, shapes and the first bytes of one expert matrix per layer and family: tells fine-tuned twins apart."""
+        h = hashlib.sha256(json.dumps([self.config["model_type"], dataclasses.astuple(self.dims)]).encode())
+        for l in self.dims.layers:
+            for f in FAMILIES:
+                h.update(self.expert(f, l, 0)[:2].float().contiguous().numpy().tobytes())
+        return h.hexdigest()[:16]
+
+
+def select_experts(dims: Dims, cfg: ModelConfig) -> list:
+    """[(layer, expert)] to compress, in order, by single_layer, max_experts, sample and include_shared."""
+    if cfg.single_layer is not None and cfg.single_layer not in dims.layers:
+        raise UserError(f"model.single_layer: expected a layer with experts ({min(dims.layers)}..{max(dims.layers)}), "
+                        f"found {cfg.single_layer}")
+    layers = dims.layers if cfg.single_layer is None else (cfg.single_layer,)
+    count = min(cfg.max_experts or dims.experts, dims.experts)
+    chosen = range(count) if cfg.sample == "first_n" else np.linspace(0, dims.experts - 1, count).round().astype(int)
+    if cfg.include_shared and not dims.shared:
+        raise UserError("model.include_shared: this model has no shared expert of a multiple of moe_intermediate_size")
+    shared = range(dims.experts, dims.experts + dims.shared) if cfg.include_shared else ()
+    return [(l, int(e)) for l in layers for e in (*chosen, *shared)]
+
+
+def families_of(cfg: ModelConfig) -> tuple:
+    return {"both": ("gate", "up"), "all": FAMILIES}.get(cfg.families) or (cfg.families,)
+
+
+class Experts:
+    """The matrices of one family as the fit sees them: (n, p, d), shifted, scaled and in the metric, in batches.
+
+    keys: [(layer, expert)]; group: (n,) index of each one's bank. metric: {layer: L}; the fit then sees W L (or, with
+    left=True, for down, whose input is on the p side, L^T W). Kept in memory where they fit, else read on every pass.
+    """
+
+    def __init__(self, read: Callable[[int, int], Tensor], keys: Sequence[tuple], scope: str | int = "global",
+                 device: torch.device = torch.device("cpu"), normalize: str = "none", batch: int = 0,
+                 metric: dict | None = None, left: bool = False):
+        self.read, self.keys, self.device, self.left = read, list(keys), device, left
+        group = self.groups_of(self.keys, scope)
+        self.group = torch.tensor([group[l] for l, _ in self.keys])
+        self.group_of_layer, self.groups = group, max(group.values()) + 1
+        self.p, self.d = read(*self.keys[0]).shape
+        self.shift, self.scale = self._moments(normalize)
+        self.metric = {l: self._level(l, L) for l, L in (metric or {}).items() if l in group}
+        room, self.kept = free_memory(device), None
+        self.batch = batch or max(1, min(64, int(room / 8 / (12 * 4 * self.p * self.d))))
+        if len(self.keys) * self.p * self.d * 4 < room / 4:
+            self.kept = [self._load(k) for k in self.keys]
+
+    @staticmethod
+    def groups_of(keys: Sequence[tuple], scope: str | int) -> dict:
+        """{layer: index of its bank} for scope global, layer, or a number of neighbouring layers."""
+        layers = sorted({l for l, _ in keys})
+        span = {"global": len(layers), "layer": 1}.get(scope) or int(scope)
+        return {l: i // span for i, l in enumerate(layers)}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def _moments(self, normalize: str) -> tuple:
+        """(mean or 0, standard deviation or 1) over the family, by one streaming pass; refuses NaN and Inf."""
+        total, square, n = 0.0, 0.0, 0
+        for l, e in self.keys:
+            w = self.read(l, e).double()
+            bad = int((~torch.isfinite(w)).sum())
+            if bad:
+                raise UserError(f"layer {l} expert {e}: expected finite weights, found {bad} NaN or Inf")
+            total, square, n = total + float(w.sum()), square + float(w.square().sum()), n + w.numel()
+        mean = total / n if normalize == "zscore" else 0.0
+        std = math.sqrt(max(square / n - mean * mean, 0.0))
+        return (mean, std or 1.0) if normalize != "none" else (0.0, 1.0)
+
+    def _level(self, layer: int, L: Tensor) -> Tensor:
+        """L scaled so that the layer's experts have unit energy per entry: layers count by relative error."""
+        some = [k for k in self.keys if k[0] == layer][:4]
+        energy = sum(float(self._load(k, L).square().mean()) for k in some) / len(some)
+        return L / math.sqrt(energy) if energy > 0 else L
+
+    def _load(self, key: tuple, L: Tensor | None = None) -> Tensor:
+        W = ((self.read(*key).float() - self.shift) / self.scale).to(self.device)
+        L = self.metric.get(key[0]) if L is None else L
+        return W if L is None else L.T @ W if self.left else W @ L
+
+    def weights(self, ids: Tensor) -> Tensor:
+        """(b, p, d) float32 on the device."""
+        return torch.stack([self.kept[i] if self.kept else self._load(self.keys[i]) for i in ids.tolist()])
+
+    def batches(self) -> Iterator[tuple]:
+        """(ids (b,), group, L or None) in order; a batch never crosses groups nor, in a metric, layers."""
+        layer = torch.tensor([l for l, _ in self.keys])
+        for g in range(self.groups):
+            for l in layer[self.group == g].unique().tolist() if self.metric else [None]:
+                ids = ((self.group == g) & (layer == l) if self.metric else self.group == g).nonzero().flatten()
+                for part in ids.split(self.batch):
+                    yield part, g, None if self.left else self.metric.get(l)
+
+    def adapters(self, ids: Tensor, A: Tensor) -> Tensor:
+        """A in the metric -> A of W itself (down only: L^T A was fitted)."""
+        if not (self.left and self.metric):
+            return A
+        L = torch.stack([self.metric[self.keys[i][0]] for i in ids.tolist()])
+        return torch.linalg.solve_triangular(L.mT, A, upper=True)
+
+
+# ======================================================================================================
+# 4. Calibration: text, tokens, input statistics per layer
+# ======================================================================================================
+# Never trained or calibrated on: benchmarks use them as unseen domains.
+RESERVED = {"argparse.py", "tarfile.py", "LICENSE.txt"}
+# Tests and IDLE are absent from slim installs; encodings are tables; the rest is installed, built or platform dependent.
+SKIPPED_DIRS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "ensurepip",
+                "encodings", "pydoc_data", "lib-dynload", "__pycache__"}
+
+
+def _split_of(name: str) -> str:
+    """Which split a file or topic belongs to; its name alone decides, so every Python version agrees."""
+    h = int(hashlib.sha256(name.encode()).hexdigest(), 16)
+    return "heldout" if h % 2 else "calibration" if h % 8 == 0 else "train"
+
+
+def _library_sources() -> Iterator[tuple]:
+    """(name, text) of the standard library's documentation topics and module sources."""
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError:  # slim installs leave the documentation out
+        topics = {}
+    for key, text in topics.items():
+        yield f"topics/{key}", text
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in root.rglob("*.py"):
+        name = path.relative_to(root)
+        if name.name in RESERVED or name.name.startswith("_sysconfigdata") or SKIPPED_DIRS & set(name.parts):
+            continue
+        yield name.as_posix(), path.read_text(encoding="utf-8", errors="ignore")
+
+
+def builtin_text(split: str, piece: int = 4096) -> str:
+    """English documentation and Python source from this Python's own library; no download.
+
+    split: "train" | "heldout" | "calibration", disjoint by file (and by topic of the documentation). Pieces of about
+    `piece` characters come in a fixed mixed order, so that any prefix is a broad mixture. Raises ValueError for
+    another split, FileNotFoundError where Python was installed without its sources.
+    """
+    if split not in ("train", "heldout", "calibration"):
+        raise ValueError(f"unknown split {split!r}; known: train, heldout, calibration")
+    pieces = []
+    for name, text in _library_sources():
+        if _split_of(name) == split:
+            pieces += [(hashlib.sha256(f"{name}:{i}".encode()).hexdigest(), text[i:i + piece])
+                       for i in range(0, len(text), piece)]
+    if not pieces:
+        raise FileNotFoundError(f"no library sources under {sysconfig.get_path('stdlib')}; give a text file instead")
+    return "\n".join(text for _, text in sorted(pieces))
+
+
+def read_text(spec: str, split: str) -> str:
+    """The text of a file, of every .txt/.md/.py/.rst file below a directory, or of a builtin split."""
+    if spec == "builtin":
+        return builtin_text(split)
+    path = Path(spec)
+    files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md", ".py", ".rst")) if path.is_dir() else [path]
+    try:
+        text = "\n\n".join(f.read_text(encoding="utf-8") for f in files)
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"text {spec!r}: expected a UTF-8 text file, a directory of them or builtin, found "
+                        f"{getattr(e, 'strerror', None) or 'bytes that are not UTF-8'}") from None
+    if not text.strip():
+        raise UserError(f"text {spec!r}: expected some text, found none")
+    return text
+
+
+def token_windows(tokenizer, text: str, tokens: int, length: int) -> Tensor:
+    """(N, length) token ids, N * length <= tokens: windows at even distances over the whole text, in order.
+
+    A text shorter than `length` gives one shorter window; UserError where it has fewer than two tokens.
+    """
+    text = text[: tokens * 64]  # no tokenizer here makes a token of more bytes than that on average
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if len(ids) < 2:
+        raise UserError(f"text: expected at least 2 tokens, found {len(ids)}")
+    length = min(length, len(ids))
+    have, want = len(ids) // length, max(1, tokens // length)
+    starts = [i * have // min(want, have) * length for i in range(min(want, have))]
+    return torch.stack([ids[s:s + length] for s in starts])
+
+
+@torch.no_grad()
+def second_moments(model: nn.Module, windows: Tensor, batch: int = 4, down: bool = False,
+                   progress: Callable = lambda it: it) -> dict:
+    """E[x x^T] of the experts' input per layer, {layer: (d, d)}, on the CPU in float64; one pass over `windows`.
+
+    With down=True also of the hidden activation of the routed experts: (inputs, {layer: (p, p)}).
+    """
+    C, H, counts = {}, {}, {}
+
+    def hook(layer):
+        def collect(module, args, kwargs):
+            x, index = (list(args) + [kwargs.get("top_k_index")])[:2]
+            x = x.reshape(-1, x.shape[-1])
+            block = (x.float().T @ x.float()).double().cpu()
+            C[layer] = C.get(layer, 0) + block
+            counts[layer] = counts.get(layer, 0) + len(x)
+            if down:
+                for e in index.unique().tolist():
+                    z = F.linear(x[(index == e).any(-1)], module.gate_up_proj[e])
+                    h = module._apply_gate(z).float()
+                    H[layer] = H.get(layer, 0) + (h.T @ h).double().cpu()
+        return collect
+
+    handles = [m.register_forward_pre_hook(hook(l), with_kwargs=True) for l, (_, _, m) in experts_modules(model).items()]
+    try:
+        device = next(model.parameters()).device
+        for part in progress(windows.split(batch)):
+            model.model(part.to(device))
+    finally:
+        for h in handles:
+            h.remove()
+    top_k = getattr(model.config, "num_experts_per_tok", 1)
+    inputs = {l: c / counts[l] for l, c in C.items()}
+    return (inputs, {l: h / (counts[l] * top_k) for l, h in H.items()}) if down else inputs
+
+
+def experts_modules(model: nn.Module) -> dict:
+    """{layer: (parent module, attribute name, experts module)} of every MoE layer of a transformers model."""
+    found = {}
+    for name, module in model.named_modules():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        if layer and hasattr(module, "num_experts") and (hasattr(module, "gate_up_proj") or isinstance(module, GlobeExperts)):
+            parent, _, attr = name.rpartition(".")
+            found[int(layer[1])] = (model.get_submodule(parent), attr, module)
+    return found
+
+
+def metric_factor(C: Tensor, ridge: float) -> Tensor:
+    """L (d, d) float32 with L L^T = C + ridge * mean(diag C) * I, scaled so that mean(diag L L^T) = 1.
+
+    The shrinkage keeps directions that a narrow calibration text never visits from being given up.
+    """
+    C = C / C.diagonal().mean()
+    eye = torch.eye(len(C), dtype=C.dtype)
+    return torch.linalg.cholesky((C + (ridge + 1e-9) * eye) / (1 + ridge)).float()
+
+
+# ======================================================================================================
+# 5. Init and fit: maths on tensors; no paths, no printing, no model classes
+# ======================================================================================================
+class Diverged(RuntimeError):
+    """The objective is not finite; the last good state is kept."""
+
+
+# ---- the small pure steps ----------------------------------------------------------------------------
+def blend(z: Tensor, activation: str, lam: float) -> tuple:
+    """phi_lam(z) = (1 - lam) z + lam phi(z) and its derivative (1 - lam) + lam phi'(z), elementwise."""
+    if activation == "identity" or lam == 0:
+        return z, torch.ones_like(z)
+    if activation == "silu":
+        s = torch.sigmoid(z)
+        f, df = z * s, s * (1 + z * (1 - s))
+    else:
+        f = torch.tanh(z)
+        df = 1 - f * f
+    return (f, df) if lam == 1 else ((1 - lam) * z + lam * f, (1 - lam) + lam * df)
+
+
+def mixture(z: Tensor, T: float, kind: str, mask: Tensor) -> Tensor:
+    """alpha (n, m) of logits z (n, m); entries outside `mask` are 0. kind: sparsemax, entmax15, softmax or signed."""
+    if kind == "signed":
+        return z * mask
+    x = (z / T).masked_fill(~mask, -math.inf)
+    return {"sparsemax": sparsemax, "entmax15": entmax15, "softmax": lambda t: t.softmax(-1)}[kind](x)
+
+
+def mixture_vjp(alpha: Tensor, grad: Tensor, T: float, kind: str, mask: Tensor) -> Tensor:
+    """Gradient in z of a loss whose gradient in alpha = mixture(z) is `grad`."""
+    if kind == "signed":
+        return grad * mask
+    v = {"sparsemax": (alpha > 0).to(alpha.dtype), "entmax15": alpha.sqrt(), "softmax": alpha}[kind]
+    return v * (grad - (v * grad).sum(-1, keepdim=True) / v.sum(-1, keepdim=True)) / T
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b with factors rounded to `dtype` and summed in float32 or better."""
+    if dtype in (torch.float16, torch.bfloat16):
+        if a.device.type == "cuda" and a.ndim == 3:
+            return torch.bmm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+        a, b = a.to(dtype).float(), b.to(dtype).float()
+    return a @ b
+
+
+def spd_factor(K: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor of K + ridge * mean(diag K) * I, batched; the ridge grows tenfold where K is too near singular."""
+    where, level = K.device, K.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(K.dtype).tiny * 1e6)
+    eye = torch.eye(K.shape[-1], dtype=K.dtype, device=where)
+    ridge = torch.full_like(level, max(ridge, 1e-7))
+    for _ in range(8):
+        C = K + (ridge * level)[..., None, None] * eye
+        factor, info = torch.linalg.cholesky_ex(C.cpu() if where.type == "mps" else C)
+        if not info.any():
+            return factor.to(where)
+        ridge = torch.where(info.to(where) > 0, ridge * 10, ridge)
+    raise Diverged("a Gram matrix is not finite or not positive: the step was too large")
+
+
+def adapters(W: Tensor, X: Tensor, ridge: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A-step: argmin_A ||W - A X||^2 + ridge ||A||^2 for W (b, p, d), X (b, r, d) -> (b, p, r), ridge relative."""
+    return torch.cholesky_solve(product(W, X.mT, dtype).mT, spd_factor(product(X, X.mT, dtype), ridge)).mT
+
+
+def target_shift(A: Tensor, R: Tensor, L: Tensor | None, beta: float, ridge: float) -> Tensor:
+    """T - X for the blended target T = (1 - beta) X + beta argmin_T ||W - A T||^2, from the residual R = W - A X."""
+    D = beta * torch.cholesky_solve(A.mT @ R, spd_factor(A.mT @ A, ridge))
+    return D if L is None else torch.linalg.solve_triangular(L, D, upper=False, left=False)
+
+
+def nnls(G: Tensor, c: Tensor, steps: int = 200) -> Tensor:
+    """argmin_{a >= 0} a G a^T - 2 a c^T for G (m, m), c (n, m) -> (n, m): accelerated projected gradient."""
+    step = 1 / torch.linalg.eigvalsh(G)[-1].clamp_min(1e-30)
+    a = y = torch.zeros_like(c)
+    for k in range(steps):
+        new = (y - step * (y @ G - c)).clamp_min(0)
+        y = new + k / (k + 3) * (new - a)
+        a = new
+    return a
+
+
+# ---- initialisation ----------------------------------------------------------------------------------
+def rotation(r: int, g: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(r, r, generator=g))[0]
+
+
+def top_rows(gram: Tensor, r: int, L: Tensor | None, g: torch.Generator) -> Tensor:
+    """(r, d): the r leading right singular directions of matrices with the summed Gram (d, d), times their singular
+    values, back from the metric; where r > d, random rows fill up."""
+    values, vectors = torch.linalg.eigh(gram.double().cpu())
+    k = min(r, gram.shape[0])
+    rows = (values[-k:].clamp_min(0).sqrt()[:, None] * vectors[:, -k:].T).float()
+    if r > k:
+        rows = torch.cat([rows, 0.1 * rows.std() * torch.randn(r - k, rows.shape[1], generator=g)])
+    return rows if L is None else torch.linalg.solve_triangular(L.cpu(), rows, upper=False, left=False)
+
+
+def align(X: Tensor, to: Tensor) -> Tensor:
+    """X (r, d) rotated on the left to be nearest to `to` (Procrustes): the gauge that A absorbs."""
+    U, _, V = torch.linalg.svd(to @ X.mT)
+    return U @ V @ X
+
+
+def init_bank(experts: Experts, m: int, r: int, how: str, g: torch.Generator, rounds: int = 4) -> tuple:
+    """Bank (G, m, r, d) and mixture weights alpha (n, m) >= 0 to start from.
+
+    svd: experts are dealt to bases in order; a basis holds the leading directions of its experts (and a random gauge).
+    dictionary: then `rounds` of k-means: experts go to the basis that their own leading directions, rotated to it, are
+    nearest to, which becomes their mean. random: Gaussian. Alpha: non-negative least squares on the bank.
+    """
+    n, d, dev = len(experts), experts.d, experts.device
+    bank = torch.randn(experts.groups, m, r, d, generator=g)
+    if how == "random":
+        return bank.to(dev), torch.rand(n, m, generator=g).to(dev)
+    own, home = [None] * n, torch.zeros(n, dtype=torch.long)
+    for k in range(experts.groups):
+        ids = (experts.group == k).nonzero().flatten()
+        home[ids] = torch.arange(len(ids)) * m // len(ids) if len(ids) >= m else torch.arange(len(ids))
+    grams = torch.zeros(experts.groups, m, d, d)
+    scale_of: dict = {}
+    for ids, k, L in experts.batches():
+        W = experts.weights(ids)
+        for i, G in zip(ids.tolist(), (W.mT @ W).cpu()):
+            grams[k, home[i]] += G
+            scale_of[(k, int(home[i]))] = L
+            own[i] = top_rows(G, r, L, g) if how == "dictionary" else None
+    for k in range(experts.groups):
+        for j in range(m):
+            if (k, j) in scale_of:
+                bank[k, j] = rotation(r, g) @ top_rows(grams[k, j], r, scale_of[(k, j)], g)
+            else:  # more bases than experts: a random mixture of those that have some
+                filled = [i for i in range(m) if (k, i) in scale_of]
+                w = torch.randn(len(filled), generator=g) / math.sqrt(len(filled))
+                bank[k, j] = rotation(r, g) @ torch.einsum("f,frd->rd", w, bank[k, filled])
+    bank /= bank.square().mean((-1, -2), keepdim=True).sqrt()
+    alpha = torch.zeros(n, m)
+    if how == "svd":
+        alpha[torch.arange(n), home] = 1
+        return bank.to(dev), alpha.to(dev)
+    own = [x / x.square().mean().sqrt() for x in own]
+    for _ in range(rounds):
+        sums, counts = torch.zeros_like(bank), torch.zeros(experts.groups, m)
+        for i, x in enumerate(own):
+            k = int(experts.group[i])
+            fits = [align(x, b) for b in bank[k]]
+            j = int(torch.stack([(a - b).square().sum() for a, b in zip(fits, bank[k])]).argmin())
+            sums[k, j] += fits[j]
+            counts[k, j] += 1
+        used = counts > 0
+        bank[used] = sums[used] / counts[used][:, None, None]
+    for k in range(experts.groups):
+        G = torch.einsum("ird,jrd->ij", bank[k], bank[k])
+        ids = (experts.group == k).nonzero().flatten()
+        c = torch.stack([torch.stack([(align(own[i], b) * b).sum() for b in bank[k]]) for i in ids.tolist()])
+        alpha[ids] = nnls(G, c)
+    return bank.to(dev), alpha.to(dev)
+
+
+def logits_of(alpha: Tensor, T: float, kind: str) -> Tensor:
+    """Logits whose mixture leans toward alpha (rows scaled to a largest weight of 1) with every basis still in reach."""
+    a = alpha / alpha.amax(-1, keepdim=True).clamp_min(1e-12)
+    return a / a.shape[-1] ** 0.5 if kind == "signed" else T * a
+
+
+# ---- one pass over the experts -----------------------------------------------------------------------
+@dataclass(frozen=True)
+class Schedule:
+    """What the homotopy has set: activation blend, target blend, temperature, whether supports are fixed."""
+    lam: float
+    beta: float
+    T: float
+    frozen: bool
+
+
+@dataclass
+class Pass:
+    """The outcome of one pass: objective, squared error and energy, and the pull on every parameter."""
+    value: float
+    error: float                        # sum ||W - A X||^2 / sum ||W||^2 in the metric
+    energy: float                       # sum ||W||^2
+    grad: dict                          # {"B": (G, m, r, d), "z": (n, m)[, "A": (n, p, r)]}: gradients of value
+    curvature: Tensor | None = None     # (G, m, r, r): sum_i alpha_ij^2 A_i^T A_i, the preconditioner of B
+    shift: Tensor | None = None         # method am: sum_i alpha_ij (Z-target - Z)_i (G, m, r, d)
+    pull: Tensor | None = None          # method am: <(Z-target - Z)_i, B_j> (n, m)
+
+
+def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s: Schedule) -> Pass:
+    """Objective and gradients at x = {"B": bank, "z": logits[, "A": adapters]} by one pass over the experts.
+
+    With no "A" in x, every adapter is eliminated in closed form (variable projection: Golub and Pereyra 1973); by the
+    envelope theorem the gradient in X is then that of fixed A. value = sum ||W - A X||^2 / sum ||W||^2 + penalties.
+    """
+    B, f = x["B"], cfg.fit
+    G, m, r, d = B.shape
+    dtype, wide = as_dtype(f.dtype), B.dtype
+    alpha = mixture(x["z"], s.T, kind, mask)
+    gB, ga, gA = torch.zeros_like(B), torch.zeros_like(alpha), torch.zeros_like(x["A"]) if "A" in x else None
+    am, pre = f.method == "am", f.method == "varpro"
+    M = B.new_zeros(G, m, r, r) if pre else None
+    shift, pull = (torch.zeros_like(B), torch.zeros_like(alpha)) if am else (None, None)
+    error, energy, penalty = 0.0, 0.0, 0.0
+    for ids, g, L in experts.batches():
+        W, a, flat = experts.weights(ids).to(wide), alpha[ids], B[g].reshape(m, -1)
+        X, dX = blend((a @ flat).view(-1, r, d), cfg.bank.activation, s.lam)
+        XL = X if L is None else product(X, L.to(wide), dtype)
+        A = x["A"][ids] if "A" in x else adapters(W, XL, f.lambda_A, dtype)
+        R = W - product(A, XL, dtype)
+        error, energy = error + float(R.square().sum()), energy + float(W.square().sum())
+        AR = product(A.mT, R, dtype)
+        gX = -2 * (AR if L is None else product(AR, L.T.to(wide), dtype))
+        if f.spectral:
+            more, gXs, gAs = spectral_penalty(A, X, W, XL, "A" in x, f, dtype, L)
+            penalty, gX = penalty + more, gX + gXs
+        gZ = (gX * dX).flatten(1)
+        gB[g] += (a.T @ gZ).view(m, r, d)
+        ga[ids] = gZ @ flat.T
+        if gA is not None:
+            gA[ids] = -2 * product(R, XL.mT, dtype) + 2 * f.lambda_A * A + (gAs if f.spectral else 0)
+            penalty += f.lambda_A * float(A.square().sum())
+        if pre:
+            M[g] += ((a * a).T @ product(A.mT, A, dtype).flatten(1)).view(m, r, r)
+        if am:
+            dZ = (target_shift(A, R, L, s.beta, f.lambda_T) * dX / (dX * dX + 0.05)).flatten(1)
+            shift[g] += (a.T @ dZ).view(m, r, d)
+            pull[ids] = dZ @ flat.T
+    energy = max(energy, 1e-30)
+    value = (error + penalty) / energy
+    grad = {"B": gB / energy, "z": mixture_vjp(alpha, ga / energy + f_l1(alpha, cfg), s.T, kind, mask)}
+    value += cfg.sparsity.l1 * float(alpha.abs().sum()) / len(alpha)
+    if f.lambda_B or f.spectral:
+        value, grad["B"] = bank_penalty(B, f, value, grad["B"])
+    if gA is not None:
+        grad["A"] = gA / energy
+    if not math.isfinite(value):
+        value = math.inf
+    return Pass(value, error / energy, energy, grad, M / energy if pre else None, shift, pull)
+
+
+def f_l1(alpha: Tensor, cfg: Config) -> Tensor | float:
+    return cfg.sparsity.l1 * alpha.sign() / len(alpha) if cfg.sparsity.l1 else 0.0
+
+
+def spectral_norms(M: Tensor) -> Tensor:
+    """Largest singular value of each matrix in (..., a, b), differentiable: the Gram's largest eigenvalue."""
+    K = M @ M.mT if M.shape[-2] <= M.shape[-1] else M.mT @ M
+    K = K.cpu() if K.device.type == "mps" else K  # no eigenvalues there
+    return torch.linalg.eigvalsh(K)[..., -1].clamp_min(1e-30).sqrt().to(M.device)
+
+
+def spectral_penalty(A: Tensor, X: Tensor, W: Tensor, XL: Tensor, free_A: bool, f: FitConfig, dtype: torch.dtype,
+                     L: Tensor | None) -> tuple:
+    """fit.spectral * sum sigma_max(A_i)^2 and its gradients in X and A; through the A-step where A is eliminated."""
+    with torch.enable_grad():
+        A, X = A.detach().requires_grad_(), X.detach().requires_grad_()
+        B = A if free_A else adapters(W, X if L is None else X @ L, f.lambda_A, dtype)
+        value = f.spectral * spectral_norms(B).square().sum()
+        if free_A:
+            return float(value), torch.zeros_like(X), torch.autograd.grad(value, A)[0]
+        return float(value), torch.autograd.grad(value, X)[0], None
+
+
+def bank_penalty(B: Tensor, f: FitConfig, value: float, grad: Tensor) -> tuple:
+    """Adds lambda_B mean B^2 + spectral * mean sigma_max(B_j)^2 / r to value and gradient."""
+    with torch.enable_grad():
+        B = B.detach().requires_grad_()
+        more = f.lambda_B * B.square().mean()
+        if f.spectral:
+            more = more + f.spectral * spectral_norms(B).square().mean() / B.shape[-2] / B.shape[-1]
+        return value + float(more), grad + torch.autograd.grad(more, B)[0]
+
+
+# ---- the loop ----------------------------------------------------------------------------------------
+def ramp(start: float, end: float, steps: int, k: int) -> float:
+    return end if k >= steps else start + (end - start) * k / steps
+
+
+def _dot(a: dict, b: dict) -> float:
+    return sum(float(torch.dot(a[k].flatten(), b[k].flatten())) for k in a)
+
+
+def _axpy(a: dict, t: float, b: dict) -> dict:
+    return {k: a[k] + t * b[k] for k in a}
+
+
+class Fitter:
+    """Fits one family: `while not fitter.done: row = fitter.step()`, then `fitter.factors()`.
+
+    Methods (fit.method): varpro eliminates A in closed form in every pass and moves bank and logits by preconditioned
+    L-BFGS; am alternates closed-form half-steps (A, targets, bank, mixtures); adam moves A, bank and logits together
+    by Adam (MoBE's setting, with fit.adam.safeguard=false). An accepted step never raises the objective of its
+    schedule; one that would is shortened, then refused. state() and load_state() make a run resumable to the bit on
+    a CPU. Raises Diverged where even the starting point is not finite.
+    """
+
+    def __init__(self, experts: Experts, cfg: Config, shape: tuple, store: torch.dtype = torch.float32,
+                 start: dict | None = None):
+        self.experts, self.cfg, self.store = experts, cfg, store
+        (m, r), n, sp = shape, len(experts), cfg.sparsity
+        self.kind = {"entmax": {1.0: "softmax", 1.5: "entmax15", 2.0: "sparsemax"}[sp.alpha]}.get(sp.map, sp.map)
+        self.wide = torch.float64 if cfg.fit.dtype == "float64" else torch.float32
+        self.mask = torch.ones(n, m, dtype=torch.bool, device=experts.device)
+        self.T, self.step_done, self.scale, self.frozen = sp.T0, 0, 1.0, False
+        self.pairs, self.moments = [], {}
+        self.here: Pass | None = None
+        self.at: Schedule | None = None
+        self.recent: list = []
+        if start is None:
+            bank, alpha = init_bank(experts, m, r, cfg.bank.init, torch.Generator().manual_seed(cfg.fit.seed))
+            start = {"B": bank, "z": logits_of(alpha, self.T, self.kind)}
+        self.x = {k: v.to(experts.device, self.wide) for k, v in start.items()}
+        if cfg.fit.method == "adam" and "A" not in self.x:
+            self.x["A"] = self._solve(lam=ramp(cfg.fit.homotopy.lam_start, 1, cfg.fit.homotopy.lam_steps, 0))
+        self.unit = {k: float(v.square().mean().sqrt()) or 1.0 for k, v in self.x.items()} | {"z": self.T}
+        self.root = self._mean_metric()
+
+    @property
+    def done(self) -> bool:
+        return self.step_done >= self.cfg.fit.steps
+
+    def _mean_metric(self) -> Tensor | None:
+        """(G, d, d) Cholesky factors of each group's mean L L^T: preconditions the bank from the right."""
+        E = self.experts
+        if E.left or not E.metric or self.cfg.fit.method != "varpro":
+            return None
+        C = torch.stack([torch.stack([L @ L.T for l, L in E.metric.items() if E.group_of_layer[l] == g]).mean(0)
+                         for g in range(E.groups)])
+        return spd_factor(C, 1e-6).to(self.wide)
+
+    def alpha(self) -> Tensor:
+        return mixture(self.x["z"], self.T, self.kind, self.mask)
+
+    def _solve(self, lam: float = 1.0) -> Tensor:
+        """Every adapter in closed form, (n, p, r): the A-step alone."""
+        E, B, alpha = self.experts, self.x["B"], self.alpha()
+        out = B.new_empty(len(E), E.p, B.shape[2])
+        for ids, g, L in E.batches():
+            X = blend((alpha[ids] @ B[g].flatten(1)).view(len(ids), *B.shape[2:]), self.cfg.bank.activation, lam)[0]
+            out[ids] = adapters(E.weights(ids).to(self.wide), X if L is None else X @ L.to(self.wide), self.cfg.fit.lambda_A)
+        return out
+
+    # -- schedules
+    def _schedule(self) -> Schedule:
+        """Homotopy, temperature and supports as of the coming step; they move once in homotopy.every steps."""
+        f, sp, h, k = self.cfg.fit, self.cfg.sparsity, self.cfg.fit.homotopy, self.step_done
+        stage = k - k % h.every
+        if not self.frozen and k >= sp.freeze * f.steps:
+            self._freeze()
+        elif not self.frozen and k == stage and k and self.kind != "signed" and self._median() > sp.support:
+            self.T *= sp.eta
+        elif not self.frozen and k == stage and k and self.kind == "signed":  # no map to thin it out: cut step by step
+            left = max(sp.support, round(self.mask.shape[1] * (sp.support / self.mask.shape[1]) ** (k / (sp.freeze * f.steps))))
+            self.mask &= self._largest(left)
+        lam = ramp(h.lam_start, 1.0, min(h.lam_steps, int(sp.freeze * f.steps)), stage)
+        return Schedule(lam, ramp(h.beta_start, h.beta_end, h.beta_steps, stage), self.T, self.frozen)
+
+    def _largest(self, s: int) -> Tensor:
+        """Mask of each expert's s largest |alpha| above eps_prune (and always the largest)."""
+        a = self.alpha().abs()
+        top = a.topk(min(s, a.shape[1]), -1).indices
+        keep = torch.zeros_like(self.mask).scatter_(1, top, True) & (a > self.cfg.sparsity.eps_prune)
+        return keep.scatter_(1, top[:, :1], True)
+
+    def _freeze(self) -> None:
+        """Cut supports to size and keep them from here on."""
+        self.mask &= self._largest(self.cfg.sparsity.support)
+        self.frozen = True
+
+    def _median(self) -> float:
+        return float((self.alpha() != 0).sum(-1).float().median())
+
+    # -- directions
+    def _direction(self) -> dict:
+        return {"varpro": self._lbfgs, "am": self._half_steps, "adam": self._adam}[self.cfg.fit.method]()
+
+    def _precondition(self, q: dict) -> dict:
+        """An estimate of the inverse Hessian times q: (sum alpha^2 A^T A)^-1 on the left of each basis's part, the mean
+        metric's inverse on its right, a constant for the logits."""
+        B = torch.cholesky_solve(q["B"], self.curvature) / 2
+        if self.root is not None:
+            B = torch.cholesky_solve(B.mT, self.root[:, None].expand(-1, B.shape[1], -1, -1)).mT
+        return {"B": B, "z": q["z"] * (10 * self.T ** 2 * len(self.experts))}
+
+    def _lbfgs(self) -> dict:
+        """Two-loop recursion (Nocedal and Wright, Algorithm 7.4) around the preconditioner."""
+        M = self.here.curvature
+        level = M.diagonal(dim1=-1, dim2=-2).mean(-1).mean()
+        eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+        self.curvature = spd_factor(M + 1e-3 * level * eye, 1e-2)  # a basis that nobody uses has M = 0
+        q, steps = self.here.grad, []
+        for s, y in reversed(self.pairs):
+            a = _dot(s, q) / _dot(s, y)
+            q = _axpy(q, -a, y)
+            steps.append(a)
+        q = self._precondition(q)
+        if self.pairs:
+            s, y = self.pairs[-1]
+            gamma = _dot(s, y) / max(_dot(y, self._precondition(y)), 1e-300)
+            q = {k: gamma * v for k, v in q.items()}
+        for (s, y), a in zip(self.pairs, reversed(steps)):
+            q = _axpy(q, a - _dot(y, q) / _dot(s, y), s)
+        delta = {k: -v for k, v in q.items()}
+        if _dot(delta, self.here.grad) >= 0:  # curvature went wrong: steepest descent in the preconditioner
+            self.pairs = []
+            delta = {k: -v for k, v in self._precondition(self.here.grad).items()}
+        reach = float(delta["B"].norm() / self.x["B"].norm().clamp_min(1e-30))
+        return {k: v * min(1.0, 0.5 / max(reach, 1e-30)) for k, v in delta.items()}
+
+    def _half_steps(self) -> dict:
+        """am: bank by least squares on the shifted targets, then mixtures on what is left of them."""
+        B, alpha, p, sp = self.x["B"], self.alpha(), self.here, self.cfg.sparsity
+        G, m = B.shape[:2]
+        flat, dB, z = B.flatten(2), torch.empty_like(B), self.x["z"].clone()
+        for g in range(G):
+            ids = (self.experts.group == g).nonzero().flatten().to(alpha.device)
+            a = alpha[ids]
+            K = spd_factor(a.T @ a, 1e-3 + self.cfg.fit.lambda_B)
+            dB[g] = torch.cholesky_solve(p.shift[g].flatten(1), K).view_as(dB[g])
+            gram, cross = flat[g] @ flat[g].T, dB[g].flatten(1) @ flat[g].T
+            z[ids] = self._mixture_step(z[ids], a, gram, p.pull[ids] - a @ cross, self.mask[ids])
+        return {"B": dB, "z": z - self.x["z"]}
+
+    def _mixture_step(self, z: Tensor, a0: Tensor, gram: Tensor, pull: Tensor, mask: Tensor, steps: int = 20) -> Tensor:
+        """Logits that lower ||sum (alpha - alpha_0) B - dZ||^2 + l1 |alpha|, all in the bank's Gram matrix (m, m)."""
+        gram_scale = gram.diagonal().mean().clamp_min(1e-30)
+        m1, m2 = torch.zeros_like(z), torch.zeros_like(z)
+        for k in range(1, steps + 1):
+            a = mixture(z, self.T, self.kind, mask)
+            grad = 2 * ((a - a0) @ gram - pull) / gram_scale + self.cfg.sparsity.l1 * a.sign()
+            g = mixture_vjp(a, grad, self.T, self.kind, mask)
+            m1, m2 = m1.lerp(g, 0.1), m2.lerp(g * g, 0.01)
+            size = 0.01 * (1 - k / (steps + 1)) * (self.T if self.kind != "signed" else 1)
+            z = z - size * (m1 / (1 - 0.9 ** k)) / ((m2 / (1 - 0.99 ** k)).sqrt() + 1e-12)
+        return z
+
+    def _adam(self) -> dict:
+        """One Adam step of all parameters, at rates relative to their own size at the start."""
+        a, f, k = self.cfg.fit.adam, self.cfg.fit, self.step_done + 1
+        fade = 0.5 * (1 + math.cos(math.pi * self.step_done / f.steps)) + 0.01
+        rate, delta = {"B": 1.0, "z": a.lr_z, "A": a.lr_A}, {}
+        for key, g in self.here.grad.items():
+            m, v = self.moments.get(key) or (torch.zeros_like(g), torch.zeros_like(g))
+            m, v = m.lerp(g, 1 - a.beta1), v.lerp(g * g, 1 - a.beta2)
+            self.moments[key] = (m, v)
+            step = (m / (1 - a.beta1 ** k)) / ((v / (1 - a.beta2 ** k)).sqrt() + a.eps)
+            delta[key] = -f.lr * fade * rate[key] * self.unit[key] * self.scale * step
+        return delta
+
+    # -- one step
+    def _evaluate(self, x: dict, s: Schedule) -> Pass | None:
+        """None where x is so far off that a Gram matrix is not finite."""
+        try:
+            return evaluate(x, self.experts, self.cfg, self.kind, self.mask, s)
+        except Diverged:
+            return None
+
+    def step(self) -> dict:
+        """One accepted (or refused) step; returns its log row."""
+        s, tries, taken = self._schedule(), 0, 0.0
+        if self.here is None or s != self.at:  # the objective has moved: take it again where we stand
+            self.pairs = self.pairs if self.at is None else []
+            self.here, self.at = self._evaluate(self.x, s), s
+            if self.here is None or not math.isfinite(self.here.value):
+                raise Diverged(f"step {self.step_done}: the objective is not finite")
+        delta, t = self._direction(), 1.0
+        slope = min(0.0, _dot(delta, self.here.grad))
+        free = self.cfg.fit.method == "adam" and not self.cfg.fit.adam.safeguard
+        for tries in range(1, 7):
+            x = _axpy(self.x, t, delta)
+            new = self._evaluate(x, s)
+            if free and (new is None or not math.isfinite(new.value)):
+                raise Diverged(f"step {self.step_done}: the objective is not finite; lower fit.lr")
+            if free or new is not None and new.value <= self.here.value + 1e-4 * t * slope * (self.cfg.fit.method == "varpro"):
+                if self.cfg.fit.method == "varpro":
+                    self._remember(x, new)
+                self.x, self.here, taken = x, new, t
+                break
+            rise = new.value - self.here.value - slope * t if new is not None else math.inf
+            t *= min(0.5, max(0.1, -slope * t / (2 * rise))) if math.isfinite(rise) and rise > 0 else 0.25
+        else:
+            self.pairs, self.moments = [], {}
+        self.scale = min(1.0, self.scale * 1.1) if taken == 1 else max(1e-4, self.scale * 0.5)
+        self.step_done += 1
+        self._stop_early()
+        return self._row(taken, tries)
+
+    def _remember(self, x: dict, new: Pass) -> None:
+        s, y = _axpy(x, -1, self.x), _axpy(new.grad, -1, self.here.grad)
+        if _dot(s, y) > 1e-10 * math.sqrt(_dot(s, s) * _dot(y, y)):
+            self.pairs = [*self.pairs, (s, y)][-self.cfg.fit.memory:]
+
+    def _stop_early(self) -> None:
+        self.recent = [*self.recent, self.here.value][-11:]
+        if self.cfg.fit.tol and self.frozen and len(self.recent) == 11 and \
+                self.recent[0] - self.recent[-1] < self.cfg.fit.tol * self.recent[0]:
+            self.step_done = max(self.step_done, self.cfg.fit.steps)
+
+    def _row(self, taken: float, passes: int) -> dict:
+        a = self.alpha()
+        share = a.abs() / a.abs().sum(-1, keepdim=True).clamp_min(1e-30)
+        return {"step": self.step_done, "loss": self.here.value, "mse": self.here.error * self.here.energy / a.shape[0] /
+                self.experts.p / self.experts.d, "rel_frob": math.sqrt(self.here.error), "support": self._median(),
+                "effective_support": float((1 / share.square().sum(-1)).median()), "zeros": float((a == 0).float().mean()),
+                "lambda": self.at.lam, "beta": self.at.beta, "T": self.T, "step_size": taken, "passes": passes}
+
+    # -- state and outcome
+    def state(self) -> dict:
+        """Tensors from which load_state goes on to the same bits."""
+        out = {f"x.{k}": v for k, v in self.x.items()} | {"mask": self.mask}
+        out |= {f"pair.{i:03d}.{n}.{k}": v for i, pair in enumerate(self.pairs) for n, part in zip("sy", pair) for k, v in part.items()}
+        out |= {f"moment.{n}.{k}": v for k, pair in self.moments.items() for n, v in zip("mv", pair)}
+        numbers = {"step": self.step_done, "T": self.T, "scale": self.scale, "frozen": float(self.frozen),
+                   "recent": self.recent, **{f"unit.{k}": v for k, v in self.unit.items()}}
+        out |= {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
+        if self.at:
+            out["at"] = torch.tensor([self.at.lam, self.at.beta, self.at.T, self.at.frozen], dtype=torch.float64)
+        return {k: v.detach().cpu().contiguous().clone() for k, v in out.items()}
+
+    def load_state(self, t: dict) -> None:
+        dev = self.experts.device
+        self.x = {k[2:]: v.to(dev) for k, v in t.items() if k.startswith("x.")}
+        self.mask = t["mask"].to(dev)
+        count = len({k[:8] for k in t if k.startswith("pair.")})
+        self.pairs = [tuple({k: t[f"pair.{i:03d}.{n}.{k}"].to(dev) for k in self.x} for n in "sy") for i in range(count)]
+        self.moments = {k: (t[f"moment.m.{k}"].to(dev), t[f"moment.v.{k}"].to(dev)) for k in self.x if f"moment.m.{k}" in t}
+        self.step_done, self.T, self.scale = int(t["step"]), float(t["T"]), float(t["scale"])
+        self.frozen, self.recent = bool(t["frozen"]), t["recent"].tolist()
+        self.unit = {k: float(t[f"unit.{k}"]) for k in self.x}
+        if "at" in t:
+            lam, beta, T, frozen = t["at"].tolist()
+            self.at = Schedule(lam, beta, T, bool(frozen))
+            self.here = self._evaluate(self.x, self.at)
+
+    @torch.no_grad()
+    def factors(self) -> FamilyFactors:
+        """Supports cut to size, bank rounded to its stored dtype, adapters solved for what is stored."""
+        if not self.frozen:
+            self._freeze()
+        E, alpha = self.experts, self.alpha()
+        s = int((alpha != 0).sum(-1).max())
+        order = alpha.abs().topk(s, -1).indices.sort(-1).values
+        val = alpha.gather(1, order).float()
+        idx = order.int().masked_fill(val == 0, 0).cpu()
+        val = val.cpu()
+        bank = self.x["B"].to(self.store).cpu()
+        rows = {l: [i for i, k in enumerate(E.keys) if k[0] == l] for l in E.group_of_layer}
+        A = {l: torch.empty(len(ids), E.p, bank.shape[2], dtype=self.store) for l, ids in rows.items()}
+        place = {i: (l, j) for l, ids in rows.items() for j, i in enumerate(ids)}
+        for ids, g, L in E.batches():
+            X = compose(bank[g].float(), idx[ids], val[ids], self.cfg.bank.activation).to(E.device)
+            X = X.to(self.store).float()  # what the runtime composes
+            a = adapters(E.weights(ids), X if L is None else X @ L, self.cfg.fit.lambda_A)
+            for i, row in zip(ids.tolist(), E.adapters(ids, a).to(self.store).cpu()):
+                A[place[i][0]][place[i][1]] = row
+        return FamilyFactors(list(bank), A, {l: idx[i] for l, i in rows.items()}, {l: val[i] for l, i in rows.items()},
+                             dict(E.group_of_layer), self.cfg.bank.activation, E.shift, E.scale)
+
+
+# ======================================================================================================
+# 6. Factors file: save, load, validate
+# ======================================================================================================
+@dataclass
+class FamilyFactors:
+    """One family's factors. Per layer l, E_l experts in the order of Factors.experts[l]."""
+    bank: list                          # one (m, r, d) per group of layers
+    A: dict                             # {l: (E_l, p, r)}
+    idx: dict                           # {l: (E_l, s) int32}, padded with 0
+    val: dict                           # {l: (E_l, s) float32}, padded with 0
+    group: dict                         # {l: index of the layer's bank}
+    activation: str
+    shift: float = 0.0
+    scale: float = 1.0
+
+    def composed(self, layer: int, rows: Sequence[int] | None = None) -> Tensor:
+        """B~ (b, r, d) of the layer's experts (or those rows)."""
+        rows = list(range(len(self.val[layer]))) if rows is None else list(rows)
+        return compose(self.bank[self.group[layer]], self.idx[layer][rows], self.val[layer][rows], self.activation)
+
+    def weight(self, layer: int, row: int) -> Tensor:
+        """W^ (p, d) float32 of one expert."""
+        X = self.composed(layer, [row])[0].float()
+        return self.shift + self.scale * (self.A[layer][row].float() @ X)
+
+    def support(self) -> Tensor:
+        """Support size of every expert."""
+        return torch.cat([(v != 0).sum(-1) for v in self.val.values()])
+
+    def numbers(self) -> int:
+        """Everything stored: bank, adapters, mixtures with their indices, shift and scale."""
+        parts = [*self.bank, *self.A.values(), *self.idx.values(), *self.val.values()]
+        return sum(t.numel() for t in parts) + 2
+
+
+@dataclass
+class Factors:
+    """What a fit leaves: factors per family, which experts they stand for, and where they came from."""
+    families: dict                      # {family: FamilyFactors}
+    experts: dict                       # {layer: [expert, ...]}; from dims.experts on: slices of the shared expert
+    dims: Dims
+    model_type: str
+    fingerprint: str
+    config: dict = field(default_factory=dict)
+
+    def ratio(self) -> float:
+        """Stored / dense numbers of what is compressed."""
+        n = sum(map(len, self.experts.values()))
+        return sum(f.numbers() for f in self.families.values()) / (len(self.families) * n * self.dims.p * self.dims.d)
+
+    def model_ratio(self, total: int) -> float:
+        """Stored / dense numbers of the whole model of `total` parameters."""
+        n = sum(map(len, self.experts.values()))
+        dense = len(self.families) * n * self.dims.p * self.dims.d
+        return (total - dense + sum(f.numbers() for f in self.families.values())) / total
+
+    def meta(self) -> dict:
+        """The JSON that describes the tensors: what a reader needs to build modules before it has read any."""
+        fam = {}
+        for name, f in self.families.items():
+            m, r, _ = f.bank[0].shape
+            fam[name] = {"m": m, "r": r, "s": next(iter(f.val.values())).shape[1], "groups": len(f.bank),
+                         "group": {str(l): g for l, g in f.group.items()}, "activation": f.activation,
+                         "shift": f.shift, "scale": f.scale}
+        return {"format_version": FORMAT_VERSION, "globe_version": __version__, "model_type": self.model_type,
+                "fingerprint": self.fingerprint, "dims": dataclasses.asdict(self.dims), "families": fam,
+                "experts": {str(l): e for l, e in self.experts.items()}, "config": self.config}
+
+
+def save_factors(factors: Factors, path: Path) -> None:
+    """Write factors.safetensors: written whole or not at all."""
+    tensors = {}
+    for name, f in factors.families.items():
+        tensors |= {f"bank.{name}.{g}": b for g, b in enumerate(f.bank)}
+        for l in f.A:
+            tensors |= {f"layers.{l}.{name}.A": f.A[l], f"layers.{l}.{name}.idx": f.idx[l], f"layers.{l}.{name}.val": f.val[l]}
+    with written(path) as tmp:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp,
+                  metadata={"globe": json.dumps(factors.meta(), sort_keys=True)})
+
+
+def _meta_dims(meta: dict) -> Dims:
+    return Dims(**{**meta["dims"], "layers": tuple(meta["dims"]["layers"])})
+
+
+def check_meta(meta: dict, where: str) -> dict:
+    """Refuse another format version or a description that does not hold together; returns meta."""
+    version = meta.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{where}: expected factors of format version {FORMAT_VERSION}, found {version!r}")
+    try:
+        _meta_dims(meta)
+        for name, f in meta["families"].items():
+            assert name in FAMILIES and f["activation"] in CHOICES["bank.activation"]
+            assert all(isinstance(f[k], int) and f[k] > 0 for k in ("m", "r", "s", "groups"))
+            assert all(0 <= f["group"][l] < f["groups"] for l in meta["experts"])
+            assert math.isfinite(f["shift"]) and math.isfinite(f["scale"])
+        assert meta["families"] and all(isinstance(e, int) for es in meta["experts"].values() for e in es)
+    except (AssertionError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{where}: its description is damaged ({type(e).__name__} {e})") from None
+    return meta
+
+
+def load_factors(path: Path | str) -> Factors:
+    """Read and validate factors: `path` is a run directory or the file itself. Tensors are memory-mapped.
+
+    UserError: no such file, not safetensors, another format version, a tensor missing, extra or of a wrong shape, an
+    index outside the bank.
+    """
+    path = Path(path)
+    path = path / "factors.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: expected a factors file, found none (is the fit finished?)")
+    try:
+        with safe_open(path, "pt") as f:
+            meta = (f.metadata() or {}).get("globe")
+        tensors = load_file(path)
+        meta = json.loads(meta) if meta else None
+    except (SafetensorError, OSError, json.JSONDecodeError) as e:
+        raise UserError(f"{path}: expected a factors file, found {e}") from None
+    if meta is None:
+        raise UserError(f"{path}: expected a factors file, found safetensors without a globe description")
+    check_meta(meta, str(path))
+    dims, families = _meta_dims(meta), {}
+    for name, f in meta["families"].items():
+        def take(key: str, shape: tuple) -> Tensor:
+            if key not in tensors or tensors[key].shape != shape:
+                found = tuple(tensors[key].shape) if key in tensors else "none"
+                raise UserError(f"{path}: {key}: expected {shape}, found {found}")
+            return tensors.pop(key)
+        A, idx, val = {}, {}, {}
+        for l, experts in ((int(l), e) for l, e in meta["experts"].items()):
+            A[l] = take(f"layers.{l}.{name}.A", (len(experts), dims.p, f["r"]))
+            idx[l] = take(f"layers.{l}.{name}.idx", (len(experts), f["s"]))
+            val[l] = take(f"layers.{l}.{name}.val", (len(experts), f["s"]))
+            if not (0 <= int(idx[l].min()) and int(idx[l].max()) < f["m"]):
+                raise UserError(f"{path}: layers.{l}.{name}.idx: expected indices in [0, {f['m']}), found "
+                                f"{int(idx[l].min())}..{int(idx[l].max())}")
+        bank = [take(f"bank.{name}.{g}", (f["m"], f["r"], dims.d)) for g in range(f["groups"])]
+        families[name] = FamilyFactors(bank, A, idx, val, {int(l): g for l, g in f["group"].items()}, f["activation"],
+                                       f["shift"], f["scale"])
+    if tensors:
+        raise UserError(f"{path}: {sorted(tensors)[0]}: not expected (and {len(tensors) - 1} more)")
+    return Factors(families, {int(l): e for l, e in meta["experts"].items()}, dims, meta["model_type"],
+                   meta["fingerprint"], meta["config"])
+
+
+def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
+    if factors.fingerprint != ckpt.fingerprint():
+        raise UserError(f"{ckpt.dir}: expected the checkpoint that the factors were fitted to (fingerprint "
+                        f"{factors.fingerprint}), found another ({ckpt.fingerprint()})")
+
+
+# ======================================================================================================
+# 7. Runtime: composed-basis cache, GlobeExperts, patch
+# ======================================================================================================
+class ExpertCache:
+    """LRU cache of composed items in preallocated slots; key: expert, value: one tensor per family (views of slots)."""
+
+    def __init__(self, slots: int):
+        self.slots, self.slot_of, self.slabs = slots, OrderedDict(), None  # slot_of: least recently used first
+        self.hits = self.misses = 0
+
+    def get(self, key: int, build: Callable[[int], dict]) -> dict:
+        if key in self.slot_of:
+            self.hits += 1
+            self.slot_of.move_to_end(key)
+            i = self.slot_of[key]
+            return {f: slab[i] for f, slab in self.slabs.items()}
+        self.misses += 1
+        item = build(key)
+        if not self.slots:
+            return item
+        if self.slabs is None:
+            self.slabs = {f: t.new_empty(self.slots, *t.shape) for f, t in item.items()}
+        i = len(self.slot_of) if len(self.slot_of) < self.slots else self.slot_of.popitem(last=False)[1]
+        self.slot_of[key] = i
+        return {f: self.slabs[f][i].copy_(t) for f, t in item.items()}
+
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.slabs or {}).values())
+
+    def clear(self) -> None:
+        self.slot_of.clear()
+        self.slabs = None
+        self.hits = self.misses = 0
+
+
+class GlobeBank(nn.Module):
+    """The banks of a model: one parameter `{family}_{group}` (m, r, d) each, shared by every layer."""
+
+    def __init__(self, meta: dict):
+        super().__init__()
+        for name, f in meta["families"].items():
+            for g in range(f["groups"]):
+                shape = (f["m"], f["r"], meta["dims"]["d"])
+                setattr(self, f"{name}_{g}", nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+
+
+class GlobeExperts(nn.Module):
+    """Drop-in for a transformers experts module: same forward(hidden_states, top_k_index, top_k_weights).
+
+    Families with factors run through composed bases or, where r (p + d) >= p d, composed weights, from the cache;
+    every other matrix is dense. Tensors are created on the meta device; patch and load put real ones in their place.
+    """
+
+    def __init__(self, meta: dict, layer: int, old: nn.Module, bank: GlobeBank, cache: CacheConfig):
+        super().__init__()
+        D = _meta_dims(meta)
+        self.layer, self.num_experts, self.intermediate_dim, self.hidden_dim = layer, D.experts, D.p, D.d
+        self.fitted = {e: i for i, e in enumerate(meta["experts"][str(layer)])}
+        self.dense_row = {e: i for i, e in enumerate(e for e in range(D.experts) if e not in self.fitted)}
+        self.families, self.composed = meta["families"], bool(meta.get("composed"))
+        self._bank = (bank,)  # a tuple hides it from nn.Module: the model owns the bank, once
+        n = len(self.fitted)
+        for f in FAMILIES:
+            if f in self.families:
+                r, s = self.families[f]["r"], self.families[f]["s"]
+                self._new(f"{f}_A", n, D.p, r)
+                if self.composed:
+                    self._new(f"{f}_basis", n, r, D.d)
+                else:
+                    self._new(f"{f}_val", n, s, dtype=torch.float32)
+                    self.register_buffer(f"{f}_idx", torch.empty(n, s, dtype=torch.int32, device="meta"))
+            rows = len(self.dense_row) if f in self.families else D.experts
+            if rows:
+                self._new(f"{f}_proj", rows, *((D.d, D.p) if f == "down" else (D.p, D.d)))
+        for key, value in vars(old).items():  # what the model's own gate needs (act_fn, limits, config), not its tensors
+            if not key.startswith("_") and not hasattr(self, key) and not isinstance(value, Tensor):
+                setattr(self, key, value)
+        if "act_fn" in old._modules:
+            self.act_fn = old.act_fn
+        self._gate = types.MethodType(type(old)._apply_gate, self)
+        self.hold = {f: "weight" if F_["r"] * (D.p + D.d) >= D.p * D.d else "basis" for f, F_ in self.families.items()}
+        self.cache_dtype = as_dtype(cache.dtype)
+        self.set_cache(cache)
+
+    def _new(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> None:
+        setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
+
+    def item_bytes(self) -> int:
+        """Bytes of one cached expert in the model's dtype."""
+        A = getattr(self, f"{next(iter(self.families))}_A")
+        size = (self.cache_dtype or A.dtype).itemsize
+        rows = [self.intermediate_dim if self.hold[f] == "weight" else F_["r"] for f, F_ in self.families.items()]
+        return sum(rows) * self.hidden_dim * size
+
+    def set_cache(self, cache: CacheConfig, layers: int = 1) -> None:
+        """Slots of this layer: 0 (none), all, per_layer, or this layer's even part of the budget."""
+        n = len(self.fitted)
+        lru = int(cache.budget * 2 ** 20 / layers // self.item_bytes()) if cache.budget else cache.per_layer or (n + 1) // 2
+        self.cache = ExpertCache({"none": 0, "all": n, "lru": min(n, lru)}[cache.mode])
+
+    def train(self, mode: bool = True):
+        self.cache.clear()  # factors may have moved while training
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self.cache.clear()  # slots follow the module to its new device and dtype
+        return super()._apply(fn, recurse)
+
+    def _basis(self, f: str, i: int) -> Tensor:
+        if self.composed:
+            return getattr(self, f"{f}_basis")[i]
+        F_ = self.families[f]
+        bank = getattr(self._bank[0], f"{f}_{F_['group'][str(self.layer)]}")
+        return compose(bank, getattr(self, f"{f}_idx")[i:i + 1], getattr(self, f"{f}_val")[i:i + 1], F_["activation"])[0]
+
+    def _build(self, e: int) -> dict:
+        """What the cache holds of expert e, per family: B~ (r, d) or W^ (p, d)."""
+        item = {}
+        for f in self.families:
+            i = self.fitted[e]
+            X = self._basis(f, i)
+            if self.hold[f] == "weight":
+                X = self.families[f]["shift"] + self.families[f]["scale"] * (getattr(self, f"{f}_A")[i] @ X)
+            item[f] = X.to(self.cache_dtype) if self.cache_dtype else X
+        return item
+
+    def item(self, e: int) -> dict:
+        if e not in self.fitted:
+            return {}
+        trains = torch.is_grad_enabled() and any(p.requires_grad for n, p in self.named_parameters() if not n.endswith("proj"))
+        return self._build(e) if trains else self.cache.get(e, self._build)
+
+    def project(self, f: str, x: Tensor, e: int, item: dict) -> Tensor:
+        """x (t, d) -> x W^T (t, p) for gate and up; h (t, p) -> h W_down^T (t, d) for down."""
+        down = f == "down"
+        if f not in item:
+            W = getattr(self, f"{f}_proj")[self.dense_row[e] if f in self.families else e]
+            return F.linear(x, W)
+        M = item[f].to(x.dtype)
+        if self.hold[f] == "weight":
+            return x @ M if down else F.linear(x, M)
+        A, F_ = getattr(self, f"{f}_A")[self.fitted[e]], self.families[f]
+        y = (x @ A) @ M if down else F.linear(F.linear(x, M), A)
+        y = y * F_["scale"]
+        return y + F_["shift"] * x.sum(-1, keepdim=True) if F_["shift"] else y
+
+    def hidden(self, x: Tensor, e: int, item: dict) -> Tensor:
+        """act(gate x) * up x (t, p), by the model's own gate."""
+        return self._gate(torch.cat([self.project("gate", x, e, item), self.project("up", x, e, item)], -1))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (T, d), top_k_index (T, k) int, top_k_weights (T, k) -> (T, d)."""
+        k = top_k_index.shape[-1]
+        flat, order = top_k_index.reshape(-1).sort(stable=True)
+        experts, counts = flat.unique_consecutive(return_counts=True)
+        parts = dict(zip(experts.tolist(), order.split(counts.tolist())))
+        weights = top_k_weights.reshape(-1)
+        out = torch.zeros(hidden_states.shape, dtype=torch.promote_types(hidden_states.dtype, torch.float32),
+                          device=hidden_states.device)
+        for e in sorted(parts, key=lambda e: e not in self.cache.slot_of):  # hits first: a miss may evict
+            if e >= self.num_experts:
+                continue  # expert parallelism marks tokens of other ranks so
+            item, where = self.item(e), parts[e]
+            token = where // k
+            y = self.project("down", self.hidden(hidden_states[token], e, item), e, item)
+            out.index_add_(0, token, (y * weights[where, None]).to(out.dtype))
+        return out.to(hidden_states.dtype)
+
+
+class GlobeShared(nn.Module):
+    """Drop-in for a shared expert's MLP whose slices are experts of the layer's GlobeExperts."""
+
+    def __init__(self, experts: GlobeExperts, old: nn.Module, slices: int):
+        super().__init__()
+        self._experts, self.slices = (experts,), slices
+        for f in FAMILIES:
+            if f not in experts.families:
+                setattr(self, f"{f}_proj", getattr(old, f"{f}_proj"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape, x, E = x.shape, x.reshape(-1, x.shape[-1]), self._experts[0]
+        ids = range(E.num_experts, E.num_experts + self.slices)
+        items = [E.item(e) for e in ids]
+
+        def wide(f: str) -> Sequence[Tensor]:
+            if f in E.families:
+                return [E.project(f, x, e, item) for e, item in zip(ids, items)]
+            return getattr(self, f"{f}_proj")(x).chunk(self.slices, -1)
+        h = [E._gate(torch.cat(pair, -1)) for pair in zip(wide("gate"), wide("up"))]
+        if "down" in E.families:
+            y = sum(E.project("down", a, e, item) for a, e, item in zip(h, ids, items))
+        else:
+            y = self.down_proj(torch.cat(h, -1))
+        return y.view(shape)
+
+
+def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
+    """Put empty (meta-device) GlobeExperts, GlobeShared and the bank into a model; returns the old modules by name.
+
+    UserError where the model's experts are not those that the factors describe.
+    """
+    D, found = _meta_dims(meta), experts_modules(model)
+    if model.config.model_type != meta["model_type"]:
+        raise UserError(f"model: expected {meta['model_type']}, found {model.config.model_type}")
+    missing = [l for l in meta["experts"] if int(l) not in found]
+    if missing:
+        raise UserError(f"model: expected experts in layer {missing[0]}, found none")
+    bank, old_modules = GlobeBank(meta), {}
+    for layer in map(int, meta["experts"]):
+        parent, attr, old = found[layer]
+        sizes = tuple(getattr(old, k) for k in ("num_experts", "intermediate_dim", "hidden_dim"))
+        if isinstance(old, GlobeExperts):
+            raise UserError("model: already patched; call unpatch first")
+        if sizes != (D.experts, D.p, D.d):
+            raise UserError(f"model layer {layer}: expected experts, p, d = {(D.experts, D.p, D.d)}, found {sizes}")
+        new = GlobeExperts(meta, layer, old, bank, cache)
+        new.set_cache(cache, len(meta["experts"]))
+        new.train(model.training)
+        setattr(parent, attr, new)
+        old_modules[(layer, attr)] = (parent, old)
+        if any(e >= D.experts for e in new.fitted):
+            name = next(n for n in ("shared_expert", "shared_experts") if hasattr(parent, n))
+            old_modules[(layer, name)] = (parent, getattr(parent, name))
+            setattr(parent, name, GlobeShared(new, getattr(parent, name), D.shared).train(model.training))
+    model.globe_bank = bank
+    return old_modules
+
+
+def factor_tensors(factors: Factors, composed: bool = False) -> Iterator[tuple]:
+    """(name in a patched model, tensor) of everything that the factors hold."""
+    for name, f in factors.families.items():
+        if not composed:
+            yield from ((f"globe_bank.{name}_{g}", b) for g, b in enumerate(f.bank))
+        for l in f.A:
+            base = f"layers.{l}.{{experts}}.{name}_"
+            yield base + "A", f.A[l]
+            if composed:
+                yield base + "basis", f.composed(l)
+            else:
+                yield base + "val", f.val[l]
+                yield base + "idx", f.idx[l]
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a real tensor in place of a meta one, under the same name."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = getattr(module, key)
+    if old.shape != tensor.shape:
+        raise UserError(f"{name}: expected {tuple(old.shape)}, found {tuple(tensor.shape)}")
+    if key in module._parameters:
+        module._parameters[key] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    else:
+        module._buffers[key] = tensor
+
+
+def _assign_factors(model: nn.Module, factors: Factors, device: torch.device, dtype: torch.dtype) -> None:
+    at = {l: f"{name}" for name, m in model.named_modules() if isinstance(m, GlobeExperts) for l in [m.layer]}
+    for name, t in factor_tensors(factors):
+        name = re.sub(r"^layers\.(\d+)\.\{experts\}", lambda g: at[int(g[1])], name)
+        keep = name.endswith(("_val", "_idx"))  # mixtures stay float32: they are few and their error is the basis's
+        _assign(model, name, t.to(device=device, dtype=t.dtype if keep else dtype))
+
+
+def patch(model: nn.Module, factors: Factors | str | Path, cache: CacheConfig | None = None, keep_dense: bool = True):
+    """Swap the experts of every fitted MoE layer of a loaded transformers model for GlobeExperts, in place.
+
+    factors: Factors, or a run directory. keep_dense=False lets go of the dense experts (unpatch is then impossible).
+    Returns the model. UserError where model and factors do not belong together.
+    """
+    factors = factors if isinstance(factors, Factors) else load_factors(factors)
+    cache = cache or CacheConfig()
+    old = install(model, factors.meta(), cache)
+    for (layer, attr), (parent, module) in old.items():
+        new = getattr(parent, attr)
+        if isinstance(new, GlobeExperts):
+            device, dtype = module.down_proj.device, module.down_proj.dtype
+            gate, up = module.gate_up_proj.detach().chunk(2, 1)
+            rows = list(new.dense_row)
+            for f, w in zip(FAMILIES, (gate, up, module.down_proj.detach())):
+                if hasattr(new, f"{f}_proj"):
+                    _assign(new, f"{f}_proj", w[rows] if f in new.families else w)
+    _assign_factors(model, factors, device, dtype)
+    model._globe_dense = old if keep_dense else None
+    return model
+
+
+def unpatch(model: nn.Module):
+    """Put the dense experts back that patch(keep_dense=True) replaced; returns the model."""
+    if not getattr(model, "_globe_dense", None):
+        raise UserError("model: nothing to unpatch (not patched, or patched with keep_dense=False)")
+    for (_, attr), (parent, module) in model._globe_dense.items():
+        setattr(parent, attr, module)
+    del model.globe_bank, model._globe_dense
+    return model
+
+
+def globe_modules(model: nn.Module) -> list:
+    return [m for m in model.modules() if isinstance(m, GlobeExperts)]
+
+
+def cache_stats(model: nn.Module) -> dict:
+    """Hits, misses, hit rate and MiB of all layers' caches."""
+    caches = [m.cache for m in globe_modules(model)]
+    hits, misses = sum(c.hits for c in caches), sum(c.misses for c in caches)
+    return {"hits": hits, "misses": misses, "hit_rate": hits / max(1, hits + misses),
+            "cache_mib": sum(c.bytes() for c in caches) / 2 ** 20}
+
+
+@torch.no_grad()
+def warm(model: nn.Module, ids: Tensor | None) -> None:
+    """Fill the caches: mode all composes every expert; else one forward pass over ids (1, n). Counts start afresh."""
+    for m in globe_modules(model):
+        if m.cache.slots >= len(m.fitted):
+            for e in m.fitted:
+                m.item(e)
+    if ids is not None:
+        model.model(ids.to(next(model.parameters()).device))
+    for m in globe_modules(model):
+        m.cache.hits = m.cache.misses = 0
+
+
+# ======================================================================================================
+# 8. Hugging Face: assemble, load, export
+# ======================================================================================================
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Build modules whose parameters take no memory while their buffers (rotary frequencies) are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module, name, param):
+        register(module, name, param)
+        if param is not None:
+            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def _skeleton(config: dict, meta: dict, dtype: torch.dtype, cache: CacheConfig) -> nn.Module:
+    """The transformers model of config.json with GlobeExperts in place; parameters on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    with _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+    install(model, meta, cache)
+    return model.eval()
+
+
+def _finish(model: nn.Module, directory: Path, device: torch.device) -> nn.Module:
+    """Tie what the config ties, refuse what is still empty, move the buffers, read generation_config.json."""
+    model.tie_weights()
+    empty = [n for n, t in model.state_dict().items() if t.is_meta]
+    if empty:
+        raise UserError(f"{directory}: expected tensor {empty[0]}, found none (and {len(empty) - 1} more)")
+    if (directory / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model.to(device)
+
+
+def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.device("cpu"),
+             dtype: torch.dtype | None = None, cache: CacheConfig | None = None) -> nn.Module:
+    """The patched model, straight from the source checkpoint and the factors: no dense form of a fitted matrix is
+    ever in memory. UserError where the factors were fitted to another checkpoint."""
+    check_fingerprint(factors, ckpt)
+    dtype = dtype or ckpt.dtype
+    model = _skeleton(ckpt.config, factors.meta(), dtype, cache or CacheConfig())
+    _assign_factors(model, factors, device, dtype)
+
+    def stack(f: str, layer: int, experts: Sequence[int]) -> Tensor:
+        W = torch.stack([ckpt.expert(f, layer, e) for e in experts]).to(device, dtype)
+        return W.transpose(1, 2).contiguous() if f == "down" else W
+    every = range(ckpt.dims.experts)
+    for layer, (parent, attr, module) in experts_modules(model).items():
+        if not isinstance(module, GlobeExperts):  # a layer that was not fitted
+            _assign(module, "gate_up_proj", torch.cat([stack(f, layer, every) for f in ("gate", "up")], 1))
+            _assign(module, "down_proj", stack("down", layer, every))
+            continue
+        for f in FAMILIES:
+            if hasattr(module, f"{f}_proj"):
+                _assign(module, f"{f}_proj", stack(f, layer, list(module.dense_row) if f in module.families else every))
+    for name, old in list(model.state_dict().items()):
+        source = next((n for n in (name, name.replace(".mlp.", ".block_sparse_moe.")) if n in ckpt.shard_of), None)
+        if source and not (".experts." in name):
+            t = ckpt._shard(ckpt.shard_of[source])[0].get_tensor(source)
+            _assign(model, name, t.to(device, dtype if old.is_meta else old.dtype))
+    return _finish(model, ckpt.dir, device)
+
+
+def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+         cache: CacheConfig | None = None) -> nn.Module:
+    """Load a globe or composed export: a transformers model with GlobeExperts, no dense experts ever in memory.
+
+    dtype: of the parameters; default: as stored. UserError where the directory is no such export or is damaged.
+    """
+    directory = Path(directory)
+    config = read_json(directory / "config.json")
+    meta = config.get("quantization_config") or {}
+    if meta.get("quant_method") != "globe":
+        raise UserError(f"{directory}: expected a globe export (quantization_config.quant_method: globe), found none")
+    check_meta(meta, str(directory / "config.json"))
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory}: expected *.safetensors, found none")
+    dtype = dtype or as_dtype(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    model = _skeleton(config, meta, dtype, cache or CacheConfig())
+    device, state = torch.device(device), model.state_dict()
+    for file in files:
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{file}: expected safetensors, found {e}") from None
+        for name, t in tensors.items():
+            if name not in state:
+                raise UserError(f"{file}: {name}: not expected")
+            keep = name.endswith(("_val", "_idx")) or not state[name].is_meta
+            _assign(model, name, t.to(device, t.dtype if keep else dtype))
+    return _finish(model, directory, device)
+
+
+def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """The source model in stock transformers, in the checkpoint's dtype unless another is given."""
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto").to(device).eval()
+
+
+def load_tokenizer(directory: Path):
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{directory}: expected a tokenizer, found none ({str(e).splitlines()[0]})") from None
+
+
+def copy_side_files(source: Path, to: Path) -> None:
+    """Everything small that makes a checkpoint complete (config, tokenizer, licence), no weights, no pickles."""
+    for f in sorted(source.iterdir()):
+        if f.is_file() and f.suffix in (".json", ".txt", ".model", ".jinja", ".md", "") and not f.name.startswith(".") \
+                and not f.name.endswith(".index.json") and f.stat().st_size < 2 ** 28:
+            shutil.copyfile(f, to / f.name)
+
+
+def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = False,
+                 dtype: torch.dtype | None = None) -> None:
+    """Write the patched model as a directory: shards, config, tokenizer and a copy of this file.
+
+    composed=True stores A_i and the composed B~_i in place of bank and mixtures: larger, nothing to compose at load.
+    """
+    from huggingface_hub import save_torch_state_dict
+    dtype = dtype or ckpt.dtype
+    model = assemble(ckpt, factors, dtype=dtype)
+    meta, state = factors.meta() | ({"composed": True} if composed else {}), model.state_dict()
+    if composed:
+        state = {k: v for k, v in state.items() if not k.startswith("globe_bank.") and not k.endswith(("_val", "_idx"))}
+        for name, m in model.named_modules():
+            if isinstance(m, GlobeExperts):
+                for f in m.families:
+                    state[f"{name}.{f}_basis"] = torch.stack([m._basis(f, i) for i in range(len(m.fitted))])
+    if getattr(model.config, "tie_word_embeddings", False):
+        state.pop("lm_head.weight", None)
+    config = ckpt.config | {"quantization_config": {"quant_method": "globe"} | meta,
+                            "dtype": str(dtype).removeprefix("torch.")}
+    config.pop("torch_dtype", None)
+    copy_side_files(ckpt.dir, to)
+    save_torch_state_dict({k: v.contiguous() for k, v in state.items()}, str(to))
+    shutil.copyfile(__file__, to / "globe.py")
+    write_text(to / "config.json", json.dumps(config, indent=2))
+
+
+def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callable = lambda it: it) -> None:
+    """The source checkpoint rewritten in place: the shards' bytes are copied and only the experts' are replaced.
+
+    Names, order, dtypes and every other byte stay, so that whatever read the source reads this.
+    """
+    check_fingerprint(factors, ckpt)
+    copy_side_files(ckpt.dir, to)
+    config = {k: v for k, v in ckpt.config.items() if k not in ("quantization_config", "auto_map")}
+    if config != ckpt.config:
+        write_text(to / "config.json", json.dumps(config, indent=2))
+    if (ckpt.dir / "model.safetensors.index.json").is_file():
+        shutil.copyfile(ckpt.dir / "model.safetensors.index.json", to / "model.safetensors.index.json")
+    headers = {}
+    for shard in sorted(set(ckpt.shard_of.values())):
+        shutil.copyfile(ckpt.dir / shard, to / shard)
+        with open(to / shard, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            headers[shard] = 8 + size, json.loads(f.read(size))
+    for layer, row, e in progress([(l, i, e) for l, es in factors.experts.items() for i, e in enumerate(es)]):
+        for name, fam in factors.families.items():
+            slot = ckpt.slot(name, layer, e)
+            shard = ckpt.shard_of[slot.tensor]
+            start, header = headers[shard]
+            W = fam.weight(layer, row).to(ckpt.expert(name, layer, e).dtype)
+            _overwrite(to / shard, start + header[slot.tensor]["data_offsets"][0], ckpt.shape(slot.tensor), slot,
+                       W.T if slot.transposed else W)
+
+
+def _overwrite(path: Path, start: int, shape: Sequence[int], slot: Slot, W: Tensor) -> None:
+    """Write W over the slot's part of a row-major tensor that begins at byte `start` of a file."""
+    raw = np.memmap(path, np.uint8, "r+", offset=start, shape=(*shape, W.element_size()))  # bytes: no alignment needed
+    rows, cols = (slice(*(x or (None,))) for x in (slot.rows, slot.cols))
+    part = raw[slot.expert] if slot.expert is not None else raw
+    part[rows, cols] = W.contiguous().view(torch.uint8).numpy().reshape(*W.shape, -1)
+    raw.flush()
+
+
+def weight_bytes(directory: Path) -> int:
+    return sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+
+
+def sample_ids(directory: Path, vocab: int, n: int = 64) -> Tensor:
+    """(1, n) token ids of held-out text; where a checkpoint has no tokenizer, random ones (to compare logits only)."""
+    try:
+        return token_windows(load_tokenizer(directory), builtin_text("heldout"), n, n)
+    except UserError:
+        return torch.randint(vocab, (1, n), generator=torch.Generator().manual_seed(0))
+
+
+# ======================================================================================================
+# 9. Evaluation and report: reconstruction figures, perplexity, plots
+# ======================================================================================================
+@torch.no_grad()
+def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = lambda it: it) -> tuple:
+    """(mean negative log-likelihood in nats per predicted token, number of them) over windows (N, length)."""
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for part in progress(windows.split(batch)):
+        logits = model(part.to(device)).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten().to(device), reduction="sum")
+        total, count = total + float(loss), count + part[:, 1:].numel()
+    return total / count, count
+
+
+def reconstruction(ckpt: Checkpoint, factors: Factors) -> dict:
+    """Relative Frobenius error of the factors: {family: {"all": x, layer: x, ...}}; reads one expert at a time."""
+    out = {}
+    for name, f in factors.families.items():
+        err, ref = {}, {}
+        for l, experts in factors.experts.items():
+            for i, e in enumerate(experts):
+                W = ckpt.expert(name, l, e).float()
+                err[l] = err.get(l, 0.0) + float((W - f.weight(l, i)).square().sum())
+                ref[l] = ref.get(l, 0.0) + float(W.square().sum())
+        out[name] = {"all": math.sqrt(sum(err.values()) / max(sum(ref.values()), 1e-300))}
+        out[name] |= {l: math.sqrt(err[l] / max(ref[l], 1e-300)) for l in err}
+    return out
+
+
+def spectra(factors: Factors) -> dict:
+    """Per family: mean effective rank (exp of the entropy of the squared singular values) and largest singular value of
+    adapters and composed bases, {family: {"A_rank": x, "A_norm": x, "basis_rank": x, "basis_norm": x}}."""
+    out = {}
+    for name, f in factors.families.items():
+        rows = {"A": [], "basis": []}
+        for l in f.A:
+            rows["A"].append(torch.linalg.svdvals(f.A[l].float()))
+            rows["basis"].append(torch.linalg.svdvals(f.composed(l).float()))
+        out[name] = {}
+        for key, s in rows.items():
+            s = torch.cat(s)
+            share = s.square() / s.square().sum(-1, keepdim=True).clamp_min(1e-30)
+            entropy = -(share * share.clamp_min(1e-30).log()).sum(-1)
+            out[name] |= {f"{key}_rank": float(entropy.exp().mean()), f"{key}_norm": float(s[:, 0].max())}
+    return out
+
+
+def plot_report(run: Path, rows: list, errors: dict, factors: Factors) -> list:
+    """PNG plots of a run: convergence, error by layer, support sizes and popularity; returns their paths."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("report: plots need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    styles, paths = dict(zip(FAMILIES, ("-", "--", ":"))), []  # told apart in greyscale
+
+    def save(fig, name):
+        fig.tight_layout()
+        with written(run / name) as tmp:
+            fig.savefig(tmp, dpi=120, format="png")
+        plt.close(fig)
+        paths.append(run / name)
+    fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    for f in factors.families:
+        mine = [r for r in rows if r.get("family") == f]
+        for ax, key in zip(axes, ("rel_frob", "support", "T")):
+            ax.plot([r["step"] for r in mine], [r[key] for r in mine], styles[f], color="black", label=f)
+    for ax, title, unit in zip(axes, ("Relative error in the fit's metric", "Median support", "Temperature T"),
+                               ("relative error", "bases", "T")):
+        ax.set(title=title, xlabel="step", ylabel=unit)
+        ax.legend()
+    axes[0].set_yscale("log")
+    save(fig, "convergence.png")
+    fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    for f, fam in factors.families.items():
+        layers = [k for k in errors[f] if k != "all"]
+        axes[0].plot(layers, [errors[f][l] for l in layers], styles[f], color="black", marker="o", ms=3, label=f)
+        sizes = torch.bincount(fam.support())
+        axes[1].plot(range(len(sizes)), sizes, styles[f], color="black", marker="o", ms=3, label=f)
+        used = sum(torch.bincount(fam.idx[l][fam.val[l] != 0].long() + fam.group[l] * len(fam.bank[0]),
+                                  minlength=len(fam.bank) * len(fam.bank[0])) for l in fam.idx)
+        axes[2].plot(used.sort(descending=True).values, styles[f], color="black", label=f)
+    for ax, t, x, y in zip(axes, ("Relative Frobenius error by layer", "Support sizes", "Popularity of bases"),
+                           ("layer", "bases in an expert's mixture", "basis, by rank"),
+                           ("||W - W^|| / ||W||", "experts", "experts that use it")):
+        ax.set(title=t, xlabel=x, ylabel=y, ylim=(0, None))
+        ax.legend()
+    save(fig, "factors.png")
+    return paths
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A markdown table, aligned; floats with four significant digits."""
+    cells = [[f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in [header, *rows]]
+    width = [max(len(r[i]) for r in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, width)) + " |" for r in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+
+
+# ======================================================================================================
+# 10. Training: the default model
+# ======================================================================================================
+def byte_tokenizer():
+    """A tokenizer whose ids 0..255 are the bytes of the utf-8 text; 256 ends a text, 257 pads.
+
+    >>> byte_tokenizer()("é").input_ids
+    [195, 169]
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # The byte-level alphabet writes printable bytes as themselves and the others as chr(256 + n), in order (GPT-2).
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [b for b in range(256) if b not in printable]
+    vocab = {chr(b) if b in printable else chr(256 + others.index(b)): b for b in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>",
+                                   clean_up_tokenization_spaces=False)
+
+
+# -- upcycling ---------------------------------------------------------------------------------------------------
+
+
+def dense_config(cfg: TrainConfig, tokenizer):
+    """The dense Qwen2 that is trained first; its FFN is exactly the routed slices and the shared expert together."""
+    from transformers import Qwen2Config
+    return Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=cfg.hidden_size, num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
+        intermediate_size=cfg.top_k * cfg.moe_intermediate_size + cfg.shared_expert_intermediate_size,
+        max_position_embeddings=4096, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+
+
+def moe_config(dense, cfg: TrainConfig):
+    """The Qwen2-MoE config of an upcycled dense Qwen2 or Llama config; another FFN width keeps cfg's proportions."""
+    from transformers import Qwen2MoeConfig
+    if dense.model_type not in ("qwen2", "llama"):
+        raise ValueError(f"cannot upcycle model_type {dense.model_type!r}; supported: qwen2, llama")
+    routed = cfg.top_k * cfg.moe_intermediate_size
+    p = dense.intermediate_size * cfg.moe_intermediate_size // (routed + cfg.shared_expert_intermediate_size)
+    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+            "bos_token_id", "eos_token_id", "pad_token_id")
+    return Qwen2MoeConfig(
+        **{k: getattr(dense, k) for k in kept if getattr(dense, k, None) is not None},
+        intermediate_size=dense.intermediate_size, moe_intermediate_size=p, num_experts=cfg.experts,
+        shared_expert_intermediate_size=dense.intermediate_size - cfg.top_k * p, num_experts_per_tok=cfg.top_k,
+        norm_topk_prob=False, output_router_logits=False, router_aux_loss_coef=cfg.aux_coef)
+
+
+@torch.no_grad()
+def upcycle(dense_model, cfg: TrainConfig, generator: torch.Generator):
+    """A Qwen2MoeForCausalLM that starts near the dense model's loss, made the way Qwen1.5-MoE was.
+
+    The first top_k * p neurons of each dense FFN (I neurons) are cut into top_k slices, copied to all experts and
+    perturbed; the other I - top_k * p become the shared expert. Router rows are drawn once per set of copies, so at first
+    a token's top-k is one whole set, that is, the dense FFN ("virtual groups", He et al. 2024, arXiv:2410.07524).
+    """
+    from transformers import Qwen2MoeForCausalLM
+    if not cfg.experts >= cfg.top_k >= 1:
+        raise ValueError(f"experts: expected at least top_k = {cfg.top_k}, found {cfg.experts}")
+    moe = Qwen2MoeForCausalLM(moe_config(dense_model.config, cfg))
+    state = dense_model.state_dict()
+    missing, _ = moe.load_state_dict({k: v for k, v in state.items() if ".mlp." not in k}, strict=False)
+    for name in missing:
+        if name.endswith("_proj.bias"):  # Llama has none
+            moe.get_parameter(name).zero_()
+    for layer, source in zip(moe.model.layers, dense_model.model.layers):
+        _upcycle_ffn(layer.mlp, source.mlp, layer.post_attention_layernorm.weight, cfg, generator)
+    return moe.to(dense_model.device)
+
+
+def _upcycle_ffn(block, ffn, norm, cfg: TrainConfig, g: torch.Generator) -> None:
+    """Fill one MoE block from one dense FFN; norm (d,) is the scale of the block's inputs."""
+    E, k, p = cfg.experts, cfg.top_k, block.experts.intermediate_dim
+    gate, up, down = (w.detach().float().cpu() for w in (ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight.T))
+    d = gate.shape[1]
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=g)
+
+    def experts(w):  # (I, d) -> (E, p, d)
+        copies = w[:k * p].view(k, p, d)[torch.arange(E) % k]
+        return copies + cfg.upcycle_noise * w.std() * noise(E, p, d)
+
+    # Logits of about unit variance: decided, yet open to learning. Rows of one set differ slightly, to part company.
+    rows = noise(-(-E // k), d)[torch.arange(E) // k] + 0.1 * noise(E, d)
+    x = norm.detach().float().cpu() * noise(2048, d)
+    router = rows / (x @ rows.T).std()
+    mean_weight = (x @ router.T).softmax(-1).topk(k, dim=-1).values.mean()
+
+    block.gate.weight.copy_(router)
+    block.experts.gate_up_proj.copy_(torch.cat([experts(gate), experts(up)], dim=1))
+    # Top-k weights sum to less than k and the shared expert's gate starts at sigmoid(0) = 1/2: both are undone in down.
+    block.experts.down_proj.copy_(experts(down).transpose(1, 2) / mean_weight)
+    shared = block.shared_expert
+    shared.gate_proj.weight.copy_(gate[k * p:])
+    shared.up_proj.weight.copy_(up[k * p:])
+    shared.down_proj.weight.copy_(2 * down[k * p:].T)
+    block.shared_expert_gate.weight.zero_()
+
+
+@torch.no_grad()
+def largest_cosine(moe) -> float:
+    """The largest |cosine| between two experts' flattened gate, up or down matrices of one layer."""
+    worst = 0.0
+    for layer in moe.model.layers:
+        E = layer.mlp.experts.num_experts
+        for w in (*layer.mlp.experts.gate_up_proj.chunk(2, dim=1), layer.mlp.experts.down_proj):
+            w = F.normalize(w.reshape(E, -1).float(), dim=1)  # (E, p * d)
+            worst = max(worst, (w @ w.T - torch.eye(E, device=w.device)).abs().max().item())
+    return worst
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, cfg: TrainConfig, dense_steps: int) -> float:
+    """One cosine over both phases, down to a tenth; each phase warms up, since its Adam moments are fresh."""
+    total, start = dense_steps + cfg.moe_steps, dense_steps if step >= dense_steps else 0
+    cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
+    return cfg.lr * cosine * min(1.0, (step - start + 1) / max(1, cfg.warmup))
+
+
+def make_optimizer(model, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; norms and biases are not decayed."""
+    params = list(model.parameters())
+    groups = [{"params": [w for w in params if w.ndim >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [w for w in params if w.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=next(iter(params)).device.type in ("cpu", "cuda"))
+
+
+def sample_batch(ids: torch.Tensor, step: int, cfg: TrainConfig) -> torch.Tensor:  # (n,) -> (batch, seq_len)
+    """Random windows, a function of (seed, step) alone: a resumed run sees what an unbroken one would."""
+    g = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+    start = torch.randint(len(ids) - cfg.seq_len + 1, (cfg.batch, 1), generator=g)
+    return ids[start + torch.arange(cfg.seq_len)].long()
+
+
+def autocast_of(cfg: TrainConfig, device: torch.device):
+    """(context, dtype) of mixed precision; auto leaves a CPU in fp32, where bf16 is slow without AVX512-BF16 or AMX."""
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+    if cfg.autocast != "auto" and cfg.autocast not in names:
+        raise ValueError(f"autocast: expected auto, bf16, fp16 or off, found {cfg.autocast!r}")
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = names["bf16" if has_bf16 else "off"] if cfg.autocast == "auto" else names[cfg.autocast]
+    return (torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()), dtype
+
+
+def train_step(model, optimizer, scaler, x: torch.Tensor, context, cfg: TrainConfig) -> tuple[float, float]:
+    """One update on x (batch, seq_len); returns (cross entropy in nats per token, load-balancing loss)."""
+    routed = model.config.model_type == "qwen2_moe"
+    with context:
+        out = model(input_ids=x, labels=x, use_cache=False, **({"output_router_logits": True} if routed else {}))
+    if not torch.isfinite(out.loss):
+        raise FloatingPointError(f"training loss is {out.loss.item()}; try a smaller lr than {cfg.lr}")
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(out.loss).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+    scaler.step(optimizer)
+    scaler.update()
+    aux = out.aux_loss.item() if routed else 0.0
+    return out.loss.item() - cfg.aux_coef * aux, aux
+
+
+@torch.no_grad()
+def bits_per_byte(model, ids: torch.Tensor, n_bytes: int, seq_len: int, windows: int = 256) -> float:
+    """Held-out loss on evenly spaced windows of ids (n,), which are n_bytes of text, in bits per byte."""
+    model.eval()
+    starts = torch.linspace(0, len(ids) - seq_len, min(windows, len(ids) // seq_len)).long()
+    losses = []
+    for s in starts.split(16):
+        x = ids[s[:, None] + torch.arange(seq_len)].long().to(model.device)
+        losses.append(model(input_ids=x, labels=x, use_cache=False).loss.float() * len(s))
+    return (sum(losses) / len(starts)).item() / math.log(2) * len(ids) / n_bytes
+
+
+# -- resumable state: one file, so that it is whole or absent ---------------------------------------------------
+
+
+def save_state(path: Path, model, optimizer, scaler, step: int, seconds: float, cfg: TrainConfig) -> None:
+    """Weights, Adam moments and the step, before which batches are a function of the seed: no generator to save."""
+    tensors = {}
+    for name, w in model.named_parameters():
+        tensors[f"model.{name}"] = w.detach().contiguous()
+        for key, value in optimizer.state.get(w, {}).items():
+            tensors[f"{key}.{name}"] = value.contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    about = {"step": step, "seconds": seconds, "config": dataclasses.asdict(cfg), "scaler": scaler.state_dict()}
+    save_file(tensors, temporary, metadata={"globe_train": json.dumps(about)})
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def require_same_config(saved: dict, cfg: TrainConfig, path: Path) -> None:
+    """Raise ValueError where `path` came from another config, naming what changed."""
+    changed = [f"{k} {saved.get(k)!r} -> {v!r}" for k, v in dataclasses.asdict(cfg).items() if saved.get(k) != v]
+    if changed:
+        raise ValueError(f"{path} was trained with another config ({', '.join(changed)}); train into a fresh directory")
+
+
+def read_state(path: Path, cfg: TrainConfig) -> tuple[dict, dict]:
+    """(about, tensors) of a saved state; refuses one made with another config."""
+    with safe_open(path, "pt") as f:
+        about = json.loads(f.metadata()["globe_train"])
+        require_same_config(about["config"], cfg, path)
+        return about, {k: f.get_tensor(k) for k in f.keys()}
+
+
+@torch.no_grad()
+def load_state(model, optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Put a saved state's tensors back into a model and its optimizer."""
+    for name, w in model.named_parameters():
+        w.copy_(tensors[f"model.{name}"])
+        moments = {k: tensors[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors}
+        optimizer.state[w] = {k: v.to(w.device) for k, v in moments.items()}
+
+
+def save_checkpoint(model, tokenizer, to: Path, result: dict) -> None:
+    """A stock Hugging Face checkpoint in `to`, config.json last: the directory looks whole only once it is."""
+    temporary = to / ".saving"
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "train.json").write_text(json.dumps(result, indent=1))
+    (to / "config.json").unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
+        os.replace(path, to / path.name)
+    temporary.rmdir()
+
+
+# -- putting it together ----------------------------------------------------------------------------------------
+
+
+def _load_source(cfg: TrainConfig):
+    """(tokenizer, dense config, dense model or None) to start from."""
+    if cfg.dense_from is None:
+        tokenizer = byte_tokenizer()
+        return tokenizer, dense_config(cfg, tokenizer), None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(cfg.dense_from, dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(cfg.dense_from), model.config, model
+
+
+def _texts(cfg: TrainConfig) -> tuple[str, str]:
+    """(training, held-out) text; of a user's file the last twentieth is held out."""
+    if cfg.text is None:
+        return builtin_text("train"), builtin_text("heldout")
+    text = Path(cfg.text).read_text(encoding="utf-8")
+    cut = len(text) * 19 // 20
+    return text[:cut], text[cut:]
+
+
+def _tokens(tokenizer, text: str, cfg: TrainConfig) -> torch.Tensor:  # -> (n,) int32
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int32)
+    if len(ids) < cfg.seq_len:
+        raise ValueError(f"text: expected at least seq_len = {cfg.seq_len} tokens, found {len(ids)}")
+    return ids
+
+
+def _build(phase_is_dense: bool, config, source, cfg: TrainConfig, device: torch.device):
+    """(model, optimizer) at the start of a phase: a fresh dense model, or `source` upcycled."""
+    from transformers import Qwen2ForCausalLM
+    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global generator
+        torch.manual_seed(cfg.seed)
+        if phase_is_dense:
+            model = Qwen2ForCausalLM(config)
+        else:
+            model = upcycle(source or Qwen2ForCausalLM(config), cfg, torch.Generator().manual_seed(cfg.seed + 1))
+            if device.type == "cpu":  # measured: a training step takes 0.47 s, against 0.57 with grouped_mm
+                model.set_experts_implementation("eager")
+    if cfg.grad_checkpoint:
+        model.gradient_checkpointing_enable()
+    model.to(device).train()
+    return model, make_optimizer(model, cfg)
+
+
+@contextlib.contextmanager
+def held_interrupt():
+    """Yields an Event that Ctrl-C sets instead of raising, so that a step is never cut in half."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+        yield stop
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(cfg: TrainConfig, to: Path, device: torch.device | str = "cpu", resume: bool = False,
+          progress: Callable[[dict], None] = lambda row: None) -> dict:
+    """Train the small MoE into directory `to` and return its figures (bits_per_byte on held-out text, seconds, ...).
+
+    progress gets a row per step. Ctrl-C finishes the step, saves to/state and is raised again; resume goes on from there,
+    or returns the figures at once when `to` is already trained. Same seed, same result on a CPU.
+    """
+    device, to, started = torch.device(device), Path(to), time.time()
+    finished, state_file = to / "train.json", to / "state" / "train.safetensors"
+    if resume and finished.exists() and not state_file.exists():
+        result = json.loads(finished.read_text())
+        require_same_config(result["config"], cfg, finished)
+        return result
+    about, tensors = read_state(state_file, cfg) if resume and state_file.exists() else ({"step": 0, "seconds": 0}, {})
+
+    tokenizer, config, source = _load_source(cfg)
+    text, heldout = _texts(cfg)
+    ids = _tokens(tokenizer, text, cfg)
+    dense_steps = 0 if cfg.dense_from else cfg.dense_steps
+    total, first = dense_steps + cfg.moe_steps, about["step"]
+    context, dtype = autocast_of(cfg, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    model, optimizer = _build(first <= dense_steps and dense_steps > 0, config, source, cfg, device)
+    if tensors:
+        load_state(model, optimizer, tensors)
+        scaler.load_state_dict(about["scaler"])
+
+    def seconds():
+        return about["seconds"] + time.time() - started
+
+    with held_interrupt() as stop:
+        for step in range(first, total):
+            if step == dense_steps > 0:
+                model, optimizer = _build(False, config, model, cfg, device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, cfg, dense_steps)
+            x = sample_batch(ids, step, cfg).to(device)
+            loss, aux = train_step(model, optimizer, scaler, x, context, cfg)
+            progress({"step": step + 1, "steps": total, "phase": "dense" if step < dense_steps else "moe", "loss": loss,
+                      "aux": aux, "lr": group["lr"], "seconds": seconds()})
+            if stop.is_set() or cfg.save_every and (step + 1) % cfg.save_every == 0:
+                save_state(state_file, model, optimizer, scaler, step + 1, seconds(), cfg)
+            if stop.is_set():
+                raise KeyboardInterrupt
+    result = {"bits_per_byte": bits_per_byte(model, _tokens(tokenizer, heldout, cfg), len(heldout.encode()), cfg.seq_len),
+              "seconds": seconds(), "steps": total, "largest_cosine": largest_cosine(model),
+              "parameters": sum(w.numel() for w in model.parameters()), "config": dataclasses.asdict(cfg)}
+    save_checkpoint(model, tokenizer, to, result)
+    state_file.unlink(missing_ok=True)
+    return result
+
+
+# ======================================================================================================
+# 11. Command line
+# ======================================================================================================
+def say(*text: Any) -> None:
+    """For people: stderr. The last line of stdout is for programs."""
+    print(*text, file=sys.stderr, flush=True)
+
+
+def bar(what: str) -> Callable:
+    """A progress bar around an iterable, on stderr."""
+    return lambda it: tqdm(it, desc=what, file=sys.stderr, leave=False, dynamic_ncols=True)
+
+
+class Log:
+    """A row per step into log.jsonl and, by log.to, into trackio or wandb (offline unless WANDB_MODE says otherwise)."""
+
+    def __init__(self, path: Path, cfg: Config, run_name: str):
+        self.path, self.sink, to = path, None, cfg.log.to
+        if to == "none":
+            return
+        try:
+            self.sink = __import__(to)
+        except ImportError:
+            raise UserError(f"log.to: {to} is not installed: pip install {to}") from None
+        more = {"mode": os.environ.get("WANDB_MODE", "offline"), "tags": cfg.log.tags} if to == "wandb" else {}
+        self.sink.init(project=cfg.log.project, name=cfg.log.run_name or run_name, config=config_dict(cfg), **more)
+
+    def row(self, row: dict) -> None:
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        if self.sink:
+            self.sink.log({f"{row['family']}/{k}": v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"})
+
+    def close(self) -> None:
+        if self.sink:
+            self.sink.finish()
+
+
+def read_rows(path: Path) -> list:
+    """The rows of log.jsonl; a last line that was cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def open_model(cfg: Config, device: torch.device) -> Checkpoint:
+    """The checkpoint that model.path names; "tiny" is trained on first use and kept in the user's cache."""
+    if cfg.model.path != "tiny":
+        return Checkpoint(resolve_model(cfg.model.path, cfg.model.revision, cfg.model.force_download))
+    key = hashlib.sha256(json.dumps(dataclasses.asdict(cfg.train), sort_keys=True).encode()).hexdigest()[:8]
+    to = user_cache() / f"tiny-{key}"
+    if not (to / "config.json").is_file():
+        say(f"the default model is trained once, in about 4 minutes, into {to}")
+        run_train(cfg, to, device, resume=True)
+    return Checkpoint(to)
+
+
+def run_train(cfg: Config, to: Path, device: torch.device, resume: bool) -> dict:
+    with tqdm(desc="train", file=sys.stderr, dynamic_ncols=True, leave=False) as line:
+        def progress(row: dict) -> None:
+            line.total = row["steps"]
+            line.n = row["step"]
+            line.set_postfix_str(f"{row['phase']} loss {row['loss']:.3f}")
+        return train(cfg.train, to, device, resume, progress)
+
+
+def run_dirs() -> list:
+    """Runs below ./runs, oldest first, by the time of their config."""
+    return sorted((p.parent for p in Path("runs").glob("*/config.yaml")), key=lambda p: p.joinpath("config.yaml").stat().st_mtime)
+
+
+def new_run(cfg: Config) -> Path:
+    """The first free runs/NAME-NNN; made at once, so that two fits never share it."""
+    name = re.sub(r"[^\w.-]", "-", Path(cfg.model.path).name).strip(".-").lower() or "run"
+    for i in range(1, 10000):
+        with contextlib.suppress(FileExistsError):
+            path = Path("runs") / f"{name}-{i:03d}"
+            path.mkdir(parents=True)
+            return path
+    raise UserError("runs: expected a free number below 10000, found none; use --out")
+
+
+def newest_run(finished: bool = True) -> Path:
+    for run in reversed(run_dirs()):
+        if not finished or (run / "factors.safetensors").is_file():
+            return run
+    raise UserError("expected a finished run below ./runs, found none: run `python globe.py fit` first, or give --factors")
+
+
+def run_config(run: Path, args: argparse.Namespace) -> Config:
+    """A run's resolved config, then the command line's."""
+    path = run / "config.yaml"
+    return load_config(getattr(args, "config", None), args.overrides,
+                       yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None)
+
+
+def run_of(args: argparse.Namespace) -> Path:
+    """--factors (a run directory, or the file in it), else the newest finished run."""
+    if not args.factors:
+        return newest_run()
+    path = Path(args.factors)
+    return path.parent if path.is_file() else path
+
+
+def fresh(path: Path, overwrite: bool, source: Path | None = None) -> Path:
+    """A directory that the user named: must not exist (or --overwrite), nor lie in the source checkpoint."""
+    if source and (path.resolve() == source.resolve() or source.resolve() in path.resolve().parents):
+        raise UserError(f"{path}: expected a directory outside the source checkpoint {source}")
+    if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
+        raise UserError(f"{path}: exists; choose another name or add --overwrite")
+    return path
+
+
+def fit_family(family: str, ckpt: Checkpoint, keys: list, cfg: Config, metric: dict, device: torch.device, run: Path,
+               log: Log, stop: Callable[[], bool]) -> tuple:
+    """Fit one family with progress, log rows and saved state; returns (FamilyFactors, last row) or None if stopped."""
+    experts = Experts(lambda l, e: ckpt.expert(family, l, e), keys, cfg.bank.scope, device, cfg.model.normalize,
+                      cfg.fit.batch, metric, left=family == "down")
+    fitter = Fitter(experts, cfg, bank_shape(cfg, family, len(keys), experts.groups, ckpt.dims), ckpt.dtype)
+    state = run / "state" / f"{family}.safetensors"
+    if state.is_file():
+        fitter.load_state(load_file(state))
+        say(f"{family}: resumed at step {fitter.step_done}")
+    begin = time.perf_counter()
+    with tqdm(total=cfg.fit.steps, initial=fitter.step_done, desc=family, file=sys.stderr, dynamic_ncols=True) as line:
+        row = {}
+        while not fitter.done:
+            row = {"family": family} | fitter.step()
+            log.row(row | {"seconds": round(time.perf_counter() - begin, 3)})
+            line.update(1)
+            line.set_postfix_str(f"error {row['rel_frob']:.4f} support {row['support']:g} T {row['T']:.3g}")
+            last = stop() or fitter.done
+            if fitter.step_done % cfg.fit.save_every == 0 or last:
+                with written(state) as tmp:
+                    save_file(fitter.state(), tmp)
+            if stop():
+                return None
+    return fitter.factors()
+
+
+def bank_shape(cfg: Config, family: str, n: int, groups: int, D: Dims) -> tuple:
+    """(m, r) of a family: bank.r as given, or the largest r whose stored size is at most bank.ratio of the dense."""
+    m = cfg.bank.m if isinstance(cfg.bank.m, int) else cfg.bank.m.get(family)
+    if m is None:
+        raise UserError(f"bank.m: expected a number for {family}, found {cfg.bank.m}")
+    if cfg.bank.r is not None:
+        r = cfg.bank.r if isinstance(cfg.bank.r, int) else max(1, round(cfg.bank.r * D.p))
+    else:
+        mixtures = 2 * n * min(cfg.sparsity.support, m) + 2
+        r = int((cfg.bank.ratio * n * D.p * D.d - mixtures) // (n * D.p + groups * m * D.d))
+    if r < 1:
+        raise UserError(f"bank: {groups} x {m} bases leave no room for r >= 1 at ratio {cfg.bank.ratio}; take fewer (bank.m)")
+    if r > 4 * max(D.p, D.d):
+        raise UserError(f"bank.r: expected at most {4 * max(D.p, D.d)} (4 x the larger side of W), found {r}")
+    return m, r
+
+
+def calibrated_metric(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
+    """{family: {layer: L}} from one pass of the dense model over the calibration text."""
+    windows = token_windows(load_tokenizer(ckpt.dir), read_text(cfg.calib.text, "calibration"), cfg.calib.tokens,
+                            cfg.calib.length)
+    model = load_dense(ckpt.dir, device, None)
+    families = families_of(cfg.model)
+    moments = second_moments(model, windows, cfg.calib.batch, "down" in families, bar("calibrate"))
+    inputs, hidden = moments if "down" in families else (moments, {})
+    L = {l: metric_factor(C, cfg.fit.ridge).to(device) for l, C in inputs.items()}
+    return {f: {l: metric_factor(C, cfg.fit.ridge).to(device) for l, C in hidden.items()} if f == "down" else L
+            for f in families}
+
+
+def cmd_fit(args: argparse.Namespace) -> dict:
+    begin = time.perf_counter()
+    out = Path(args.out) if args.out else None
+    if args.resume:
+        out = out or newest_run(finished=False)
+    cfg = run_config(out, args) if args.resume and out.exists() else load_config(args.config, args.overrides)
+    device = pick_device(args.device or cfg.fit.device)
+    cfg.fit.dtype = str(as_dtype(args.dtype) or cfg.fit.dtype).removeprefix("torch.")
+    if args.print_config:
+        print(yaml.safe_dump(config_dict(cfg), sort_keys=False), end="")
+        return config_dict(cfg)
+    ckpt = open_model(cfg, device)
+    D, families, keys = ckpt.dims, families_of(cfg.model), select_experts(ckpt.dims, cfg.model)
+    groups = len(set(Experts.groups_of(keys, cfg.bank.scope).values()))
+    shapes = {f: bank_shape(cfg, f, len(keys), groups, D) for f in families}
+    if out is None:
+        out = new_run(cfg)
+    elif not args.resume:
+        fresh(out, args.overwrite, ckpt.dir)
+        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+    say(f"{ckpt.config['model_type']}: {len(keys)} experts of {D.p} x {D.d} in {len(set(l for l, _ in keys))} layers; "
+        f"families {', '.join(families)}")
+    for f, (m, r) in shapes.items():
+        say(f"  {f}: {groups} bank{'s' * (groups > 1)} of {m} bases of {r} x {D.d}, support at most {cfg.sparsity.support}")
+    write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
+    rewind_log(out, families)
+    metric = {}
+    if cfg.fit.metric == "data":
+        metric = calibrated_metric(ckpt, cfg, device)
+    else:
+        say("no calibration (fit.metric=weights): every input direction counts the same")
+    log, stopped = Log(out / "log.jsonl", cfg, out.name), []
+    before = signal.signal(signal.SIGINT, lambda *_: stopped.append(True) or say("\nstopping after this step ..."))
+    try:
+        fitted = {}
+        for f in families:
+            fitted[f] = fit_family(f, ckpt, keys, cfg, metric.get(f, {}), device, out, log, lambda: bool(stopped))
+            if fitted[f] is None:
+                raise KeyboardInterrupt(f"state saved; go on with: python globe.py fit --resume --out {out}")
+    finally:
+        signal.signal(signal.SIGINT, before)
+        log.close()
+    kept = {k: v for k, v in config_dict(cfg).items() if k not in ("log", "train", "eval")}
+    kept["model"] = {k: v for k, v in kept["model"].items() if k not in ("path", "force_download")}
+    factors = Factors(fitted, {l: [e for k, e in keys if k == l] for l in dict.fromkeys(l for l, _ in keys)}, D,
+                      ckpt.config["model_type"], ckpt.fingerprint(), kept)
+    save_factors(factors, out / "factors.safetensors")
+    errors = reconstruction(ckpt, factors)
+    say(text_table(("family", "relative Frobenius error", "median support", "m", "r"),
+                   [(f, errors[f]["all"], float(factors.families[f].support().float().median()), *shapes[f]) for f in families]))
+    return {"factors": str(out), "ratio": factors.ratio(), "model_ratio": factors.model_ratio(ckpt.num_parameters()),
+            "rel_frob": {f: errors[f]["all"] for f in families},
+            "support": {f: float(factors.families[f].support().float().median()) for f in families},
+            "steps": cfg.fit.steps, "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(peak_rss_gib(), 2)}
+
+
+def rewind_log(run: Path, families: Sequence[str]) -> None:
+    """Drop the rows that came after the saved state, which a resumed run will write again."""
+    steps = {f: -1 for f in families}
+    for f in families:
+        if (run / "state" / f"{f}.safetensors").is_file():
+            steps[f] = int(load_file(run / "state" / f"{f}.safetensors")["step"])
+    rows = [r for r in read_rows(run / "log.jsonl") if r.get("step", 0) <= steps.get(r.get("family"), -1)]
+    write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+
+
+def open_run(args: argparse.Namespace) -> tuple:
+    """(run directory, its config, its factors, its source checkpoint, device, dtype)."""
+    run = run_of(args)
+    factors = load_factors(run if not args.factors or Path(args.factors).is_dir() else Path(args.factors))
+    cfg = run_config(run, args)
+    if getattr(args, "model", None):
+        cfg.model.path = args.model
+    device = pick_device(args.device)
+    ckpt = open_model(cfg, device)
+    check_fingerprint(factors, ckpt)
+    return run, cfg, factors, ckpt, device, as_dtype(args.dtype) or ckpt.dtype
+
+
+def cmd_eval(args: argparse.Namespace) -> dict:
+    run, cfg, factors, ckpt, device, dtype = open_run(args)
+    tokenizer = load_tokenizer(ckpt.dir)
+    windows = token_windows(tokenizer, read_text(args.text or cfg.eval.text, "heldout"), cfg.eval.tokens, cfg.eval.length)
+    errors = reconstruction(ckpt, factors)
+    layers = list(factors.experts)
+    say(text_table(("family", "all layers", *(f"layer {l}" for l in layers)),
+                   [(f, e["all"], *(e[l] for l in layers)) for f, e in errors.items()]))
+    dense, tokens = nll(load_dense(ckpt.dir, device, dtype), windows, progress=bar("dense"))
+    ours, _ = nll(assemble(ckpt, factors, device, dtype, cfg.cache), windows, progress=bar("globe"))
+    ratio, model_ratio = factors.ratio(), factors.model_ratio(ckpt.num_parameters())
+    say(text_table(("model", "perplexity", "nats per token", "experts' size", "model size"),
+                   [("dense", math.exp(dense), dense, 1.0, 1.0), ("GloBE", math.exp(ours), ours, ratio, model_ratio)]))
+    return {"ppl_dense": math.exp(dense), "ppl": math.exp(ours), "delta_nats": ours - dense, "tokens": tokens,
+            "ratio": ratio, "model_ratio": model_ratio, "rel_frob": {f: e["all"] for f, e in errors.items()},
+            "factors": str(run)}
+
+
+def cmd_export(args: argparse.Namespace) -> dict:
+    run, cfg, factors, ckpt, device, _ = open_run(args)
+    dtype = as_dtype(args.dtype or cfg.export.dtype) or ckpt.dtype
+    to = fresh(Path(args.to) if args.to else run / "export", args.overwrite or not args.to, ckpt.dir)
+    with written(to) as tmp:
+        tmp.mkdir()
+        if args.format == "dense":
+            export_dense(ckpt, factors, tmp, bar("export"))
+        else:
+            export_globe(ckpt, factors, tmp, args.format == "composed", dtype)
+        error = None if args.no_check else logit_error(ckpt, factors, tmp, args.format, device, dtype)
+        shutil.rmtree(to, ignore_errors=True)
+    return {"path": str(to), "format": args.format, "bytes": weight_bytes(to), "bytes_dense": weight_bytes(ckpt.dir),
+            "max_logit_error": error}
+
+
+@torch.no_grad()
+def logit_error(ckpt: Checkpoint, factors: Factors, export: Path, kind: str, device: torch.device, dtype: torch.dtype) -> float:
+    """Largest difference of logits between the export, loaded afresh, and the patched model, on 64 tokens."""
+    ids = sample_ids(ckpt.dir, ckpt.config["vocab_size"]).to(device)
+    dtype = ckpt.dtype if kind == "dense" else dtype
+    want = assemble(ckpt, factors, device, dtype)(ids).logits.float()
+    model = load_dense(export, device, dtype) if kind == "dense" else load(export, device, dtype)
+    return float((model(ids).logits.float() - want).abs().max())
+
+
+def cmd_report(args: argparse.Namespace) -> dict:
+    run, cfg, factors, ckpt, *_ = open_run(args)
+    errors, rows = reconstruction(ckpt, factors), read_rows(run / "log.jsonl")
+    paths = plot_report(run, rows, errors, factors)
+    layers = list(factors.experts)
+    by_layer = text_table(("layer", *errors), [(l, *(e[l] for e in errors.values())) for l in ("all", *layers)])
+    ranks = text_table(("family", "effective rank of A", "norm of A", "effective rank of B~", "norm of B~"),
+                       [(f, *s.values()) for f, s in spectra(factors).items()])
+    text = (f"# {run.name}\n\nratio {factors.ratio():.4f} of the compressed families, "
+            f"{factors.model_ratio(ckpt.num_parameters()):.4f} of the model\n\n## Relative Frobenius error\n\n{by_layer}\n\n"
+            f"## Spectra\n\n{ranks}\n\n" + "".join(f"![{p.stem}]({p.name})\n" for p in paths))
+    write_text(run / "report.md", text)
+    say(text)
+    return {"report": str(run / "report.md"), "plots": [str(p) for p in paths]}
+
+
+def cmd_train(args: argparse.Namespace) -> dict:
+    cfg = load_config(args.config, args.overrides)
+    if args.print_config:
+        print(yaml.safe_dump(config_dict(cfg), sort_keys=False), end="")
+        return config_dict(cfg)
+    if args.dtype:
+        cfg.train.autocast = args.dtype
+    to = Path(args.to)
+    if not args.resume:
+        fresh(to, args.overwrite)
+        shutil.rmtree(to, ignore_errors=True)
+    return {"path": str(to)} | run_train(cfg, to, pick_device(args.device), args.resume)
+
+
+@torch.no_grad()
+def cmd_generate(args: argparse.Namespace) -> dict:
+    run, cfg, factors, ckpt, device, dtype = open_run(args)
+    tokenizer = load_tokenizer(ckpt.dir)
+    model = assemble(ckpt, factors, device, dtype, cfg.cache)
+    n = cfg.cache.warmup_tokens
+    warm(model, token_windows(tokenizer, read_text(cfg.calib.text, "calibration"), n, n) if n > 1 else None)
+    ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
+    if not ids.shape[1]:
+        raise UserError("--prompt: expected some text, found none")
+    begin = time.perf_counter()
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens,
+                         do_sample=args.temperature > 0, **({"temperature": args.temperature} if args.temperature > 0 else {}),
+                         pad_token_id=tokenizer.pad_token_id or 0)
+    synchronize(device)
+    seconds, new = time.perf_counter() - begin, out.shape[1] - ids.shape[1]
+    text = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+    say(args.prompt + text)
+    return {"text": text, "new_tokens": new, "tokens_per_second": round(new / seconds, 2)} | cache_stats(model)
+
+
+COMMANDS = {
+    "fit": (cmd_fit, "compress the experts of a model into factors", """\
+examples:
+  python globe.py fit                                       a tiny model, trained on first use
+  python globe.py fit --config configs/qwen15.yaml --out runs/qwen
+  python globe.py fit model.path=DIR bank.ratio=0.6 fit.steps=200
+  python globe.py fit --resume --out runs/qwen              go on where a stopped run was saved"""),
+    "eval": (cmd_eval, "reconstruction and perplexity, dense beside GloBE", """\
+examples:
+  python globe.py eval                                      the newest run, built-in held-out text
+  python globe.py eval --factors runs/qwen --text book.txt eval.tokens=100000"""),
+    "export": (cmd_export, "write a checkpoint", """\
+examples:
+  python globe.py export                                    the newest run, into RUN/export, format globe
+  python globe.py export --factors runs/qwen --to qwen-dense --format dense"""),
+    "report": (cmd_report, "tables and PNG plots of a run", "example:\n  python globe.py report --factors runs/tiny-001"),
+    "train": (cmd_train, "train a small Qwen2-MoE, from scratch or upcycled from a dense model", """\
+examples:
+  python globe.py train --to models/tiny
+  python globe.py train --to models/up train.dense_from=DIR train.moe_steps=500"""),
+    "generate": (cmd_generate, "write text with the compressed model", """\
+example:
+  python globe.py generate --factors runs/tiny-001 --prompt "def main(" """),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="globe.py", description="GloBE: shrink the experts of a Mixture-of-Experts model.",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="example:\n  python globe.py fit && python globe.py eval && python globe.py export")
+    parser.add_argument("--version", action="store_true", help="version, torch, and which operators are in use")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (run, text, examples) in COMMANDS.items():
+        p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=examples,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+        p.set_defaults(run=run)
+        p.add_argument("overrides", nargs="*", metavar="section.key=value", help="config values; they win over --config")
+        p.add_argument("--config", metavar="YAML", help="config file; see configs/")
+        p.add_argument("--device", help="auto (default), cpu, cuda, cuda:N or mps")
+        p.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's (fit: fit.dtype)")
+        if name in ("fit", "train"):
+            p.add_argument("--resume", action="store_true", help="go on from the saved state; starts afresh where there is none")
+            p.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
+        if name in ("fit", "train", "export"):
+            p.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+        if name in ("eval", "export", "report", "generate"):
+            p.add_argument("--factors", metavar="DIR", help="run directory; default: the newest below ./runs")
+            p.add_argument("--model", metavar="M", help="source checkpoint, where it is no longer at the run's model.path")
+        if name == "fit":
+            p.add_argument("--out", metavar="DIR", help="run directory; default: a fresh runs/NAME-NNN")
+        if name == "eval":
+            p.add_argument("--text", metavar="FILE", help="text to measure perplexity on; default: built-in held-out files")
+        if name == "export":
+            p.add_argument("--to", metavar="DIR", help="where to; default: RUN/export")
+            p.add_argument("--format", choices=("globe", "dense", "composed"), default="globe")
+            p.add_argument("--no-check", action="store_true", help="do not load the export and compare its logits")
+        if name == "train":
+            p.add_argument("--to", metavar="DIR", required=True, help="where the checkpoint goes")
+        if name == "generate":
+            p.add_argument("--prompt", required=True)
+            p.add_argument("--max-new-tokens", type=int, default=64)
+            p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 wrong input, 130 stopped with the state saved."""
+    parser = build_parser()
+    try:
+        args = parser.parse_intermixed_args(argv) if False else parser.parse_args(argv)
+    except SystemExit as e:
+        return int(e.code or 0)
+    if args.version:
+        print(json.dumps({"globe": __version__, "torch": torch.__version__, "operators": "torch"}))
+        return 0
+    if not args.command:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        result = args.run(args)
+    except UserError as e:
+        say(f"globe.py {args.command}: {e}")
+        return 2
+    except KeyboardInterrupt as e:
+        say(f"globe.py {args.command}: stopped; {e}")
+        return 130
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
