@@ -1,0 +1,1356 @@
+"""Tests of globe.py. Each name is a claim; `pytest -m "not slow"` leaves out what takes longest. No network is used."""
+import ast
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needed the network would fail, not hang
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import globe
+from globe import Checkpoint, Experts, Factors, FamilyFactors, Fitter, ModelConfig, UserError, load_config
+
+with warnings.catch_warnings():  # one file, no conftest: the marks cannot be registered
+    warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
+    slow, cuda = pytest.mark.slow, pytest.mark.cuda
+
+HERE = Path(globe.__file__).resolve().parent
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+ACTIVATIONS = ("identity", "silu", "tanh")
+METHODS = ("varpro", "am", "adam")
+
+
+@pytest.fixture(params=[pytest.param(d, marks=cuda if d == "cuda" else ()) for d in DEVICES])
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def own_world(tmp_path, monkeypatch):
+    """Every test stands in its own empty directory, with its own cache of default models."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GLOBE_CACHE", str(tmp_path / "cache"))
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+# ======================================================================================================
+# Operators
+# ======================================================================================================
+MAPS = {"sparsemax": globe.sparsemax, "entmax15": globe.entmax15}
+
+
+def by_bisection(x: torch.Tensor, name: str) -> torch.Tensor:
+    """Both maps over the last dim, in float64, from their definition: p = max(z - tau, 0)^e with sum p = 1."""
+    z, e = (x.double().cpu(), 1) if name == "sparsemax" else (x.double().cpu() / 2, 2)
+    high = z.amax(-1, keepdim=True)
+    low = high - 1
+    for _ in range(80):
+        tau = (low + high) / 2
+        over = (z - tau).clamp_min(0).pow(e).sum(-1, keepdim=True) > 1
+        low, high = torch.where(over, tau, low), torch.where(over, high, tau)
+    return (z - low).clamp_min(0).pow(e)
+
+
+def test_a_simplex_map_is_its_definition_solved_by_bisection(device):
+    for name in MAPS:
+        for scale in (0.01, 1.0, 30.0):
+            x = (scale * torch.randn(5, 7, 33, generator=gen())).to(device, wide(device))
+            tol = 1e-12 if x.dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(MAPS[name](x).cpu().double(), by_bisection(x, name), atol=tol, rtol=0)
+            for dim in (0, 1, -2):
+                want = by_bisection(x.movedim(dim, -1), name).movedim(-1, dim)
+                torch.testing.assert_close(MAPS[name](x, dim).cpu().double(), want, atol=tol, rtol=0)
+
+
+def test_ties_masks_and_shifts_leave_a_simplex_map_exact(device):
+    for name in MAPS:
+        ties = torch.tensor([[1.0, 1, 1, 0.9], [2, 2, -5, 2], [0, 0, 0, 0]], device=device)
+        p = MAPS[name](ties)
+        torch.testing.assert_close(p.cpu().double(), by_bisection(ties, name), atol=1e-6, rtol=0)
+        assert torch.equal(p[0, 0], p[0, 1]) and torch.equal(p[1, 0], p[1, 3]) and p[1, 2] == 0
+        masked = torch.randn(6, 9, generator=gen()).to(device)
+        masked[:, ::2] = -math.inf
+        masked[0, 1:] = -math.inf
+        masked[0, 0] = 3.0
+        q = MAPS[name](masked)
+        assert torch.equal(q == 0, (q == 0) | masked.isinf()) and q[0, 0] == 1
+        torch.testing.assert_close(q[1:, 1::2].cpu().double(), by_bisection(masked[1:, 1::2], name), atol=1e-6, rtol=0)
+        x = torch.randn(4, 12, generator=gen(1)).to(device)
+        torch.testing.assert_close(MAPS[name](x + 1000), MAPS[name](x), atol=2e-4, rtol=0)
+
+
+def test_rows_of_4096_and_half_types_sum_to_one(device):
+    for name in MAPS:
+        for scale in (1e-3, 1.0, 10.0):  # the smallest has the whole row in its support
+            x = (scale * torch.randn(3, 4096, generator=gen())).to(device)
+            p = MAPS[name](x)
+            torch.testing.assert_close(p.sum(-1).cpu(), torch.ones(3), atol=1e-4, rtol=0)
+            torch.testing.assert_close(p.cpu().double(), by_bisection(x, name), atol=2e-6, rtol=1e-2)
+        for dtype, tol in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
+            x = torch.randn(8, 50, generator=gen(1)).to(device, dtype)
+            p = MAPS[name](x)
+            assert p.dtype is dtype
+            torch.testing.assert_close(p.cpu().double(), by_bisection(x, name), atol=tol, rtol=0)
+
+
+def test_the_gradient_of_a_simplex_map_passes_gradcheck():
+    for name in MAPS:
+        x = torch.randn(4, 9, generator=gen(2), dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(MAPS[name], (x,), eps=1e-7)
+        assert torch.autograd.gradcheck(lambda t: MAPS[name](t, 0), (x,), eps=1e-7)
+
+
+def test_sparsemax_is_sparser_than_entmax_and_entmax_than_softmax(device):
+    x = torch.randn(200, 64, generator=gen()).to(device)
+    sizes = [(f(x) > 0).sum(-1).float().mean() for f in (globe.sparsemax, globe.entmax15, lambda t: t.softmax(-1))]
+    assert sizes[0] < sizes[1] < sizes[2] == 64
+    one_hot = torch.zeros(3, 10, device=device)
+    one_hot[:, 4] = 5.0  # a lead above 1 (sparsemax) or 2 (entmax-1.5) takes all
+    assert torch.equal(globe.sparsemax(one_hot), one_hot / 5) and torch.equal(globe.entmax15(one_hot), one_hot / 5)
+
+
+def test_a_simplex_map_refuses_integers_and_empty_rows():
+    for f in MAPS.values():
+        with pytest.raises(TypeError):
+            f(torch.arange(3))
+        with pytest.raises(ValueError):
+            f(torch.zeros(2, 0))
+
+
+def test_compose_is_the_einsum_of_its_equation_padded_or_ragged(device):
+    for activation in ACTIVATIONS:
+        act = {"identity": lambda t: t, "silu": F.silu, "tanh": torch.tanh}[activation]
+        for m, E, s in ((6, 1, 2), (50, 3, 4), (6, 9, 4), (3, 5, 3)):  # few rows of a large bank, and many of a small one
+            bank = torch.randn(m, 5, 7, generator=gen(m)).to(device)
+            idx = torch.stack([torch.randperm(m, generator=gen(i))[:s] for i in range(E)])
+            val = torch.rand(E, s, generator=gen(3))
+            sizes = torch.arange(E) % s + 1
+            dense = torch.zeros(E, m)
+            for i in range(E):
+                idx[i, sizes[i]:], val[i, sizes[i]:] = 0, 0.0
+                dense[i, idx[i, :sizes[i]]] = val[i, :sizes[i]]
+            want = act(torch.einsum("em,mrd->erd", dense.to(device), bank))
+            for index in (idx, idx.int()):
+                torch.testing.assert_close(globe.compose(bank, index.to(device), val.to(device), activation), want, atol=1e-5, rtol=1e-5)
+            ragged = [[t[i, :sizes[i]].to(device) for i in range(E)] for t in (idx, val)]
+            torch.testing.assert_close(globe.compose(bank, *ragged, activation), want, atol=1e-5, rtol=1e-5)
+            half = globe.compose(bank.bfloat16(), idx.to(device), val.to(device), activation)
+            assert half.dtype is torch.bfloat16
+            torch.testing.assert_close(half.float(), want, atol=0.03, rtol=0.03)
+
+
+def test_compose_is_differentiable_in_bank_and_values():
+    for activation in ACTIVATIONS:
+        for m, E, s in ((4, 3, 3), (20, 2, 2)):
+            bank = torch.randn(m, 2, 3, generator=gen(), dtype=torch.float64, requires_grad=True)
+            val = torch.rand(E, s, generator=gen(1), dtype=torch.float64, requires_grad=True)
+            idx = torch.randint(m, (E, s), generator=gen(2))
+            assert torch.autograd.gradcheck(lambda b, v: globe.compose(b, idx, v, activation), (bank, val))
+
+
+def test_compose_refuses_indices_and_shapes_that_do_not_fit(device):
+    bank, val = torch.randn(4, 2, 3, device=device), torch.ones(1, 2, device=device)
+    for bad in ([[0, 4]], [[-1, 0]]):
+        with pytest.raises(IndexError, match=r"\[0, 4\)"):
+            globe.compose(bank, torch.tensor(bad, device=device), val)
+    for b, v in ((bank[0], val), (bank, val[:, :1])):
+        with pytest.raises(ValueError, match="expected bank"):
+            globe.compose(b, torch.tensor([[0, 1]], device=device), v)
+    none = torch.zeros(0, 2, device=device)
+    assert globe.compose(bank, none.int(), none).shape == (0, 2, 3)
+
+
+# ======================================================================================================
+# The small steps of the fit
+# ======================================================================================================
+def test_the_blended_jacobian_is_the_slope_of_the_blend():
+    for activation in ACTIVATIONS:
+        z, h = torch.linspace(-6, 6, 201, dtype=torch.float64), 1e-6
+        for lam in (0.0, 0.3, 1.0):
+            f, df = globe.blend(z, activation, lam)
+            torch.testing.assert_close(f, (1 - lam) * z + lam * globe.phi(z, activation), atol=1e-12, rtol=0)
+            slope = (globe.blend(z + h, activation, lam)[0] - globe.blend(z - h, activation, lam)[0]) / (2 * h)
+            torch.testing.assert_close(df, slope, atol=1e-8, rtol=1e-7)
+
+
+def test_the_mixtures_pull_on_its_logits_is_autograds():
+    for kind in ("sparsemax", "entmax15", "softmax", "signed"):
+        z = torch.randn(12, 9, generator=gen(), dtype=torch.float64, requires_grad=True)
+        mask = torch.rand(12, 9, generator=gen(1)) < 0.7
+        mask[:, 0] = True
+        up = torch.randn(12, 9, generator=gen(2), dtype=torch.float64)
+        for T in (0.3, 1.0, 4.0):
+            alpha = globe.mixture(z, T, kind, mask)
+            assert not alpha[~mask].any()
+            want, = torch.autograd.grad((alpha * up).sum(), z)
+            torch.testing.assert_close(globe.mixture_vjp(alpha.detach(), up, T, kind, mask), want, atol=1e-10, rtol=1e-8)
+
+
+def spd_root(d: int, seed: int) -> torch.Tensor:
+    """A lower factor of a well-conditioned second moment, float32."""
+    x = torch.randn(3 * d, d, generator=gen(seed))
+    return torch.linalg.cholesky(x.T @ x / (3 * d))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_gradients_of_the_objective_are_its_finite_differences(activation):
+    n, m, r, p, d = 6, 4, 3, 5, 7
+    W = torch.randn(n, p, d, generator=gen())
+    for metric in ("weights", "data", "down"):
+        size = p if metric == "down" else d
+        L = None if metric == "weights" else {l: spd_root(size, l) for l in range(2)}
+        experts = Experts(lambda l, e: W[3 * l + e], [(l, e) for l in range(2) for e in range(3)], "global", metric=L,
+                          left=metric == "down", normalize="scale")
+        for method, sort in (("varpro", "entmax15"), ("am", "signed"), ("adam", "entmax15"), ("adam", "signed")):
+            cfg = load_config(None, [f"bank.activation={activation}", f"fit.method={method}", "fit.dtype=float64", "sparsity.l1=0.01",
+                                     "fit.lambda_B=0.1", "fit.spectral=0.02", f"fit.lambda_A={1e-3 if method == 'adam' else 1e-7}"])
+            x = {"B": torch.randn(1, m, r, d, generator=gen(1)).double(), "z": torch.randn(n, m, generator=gen(2)).double()}
+            if method == "adam":
+                x["A"] = torch.randn(n, p, r, generator=gen(3)).double()
+            mask = torch.ones(n, m, dtype=torch.bool)
+            mask[0, 1] = mask[4, 2] = False
+            s = globe.Schedule(0.7, 1.0, 0.8, True)
+            at = globe.evaluate(x, experts, cfg, sort, mask, s)
+            assert set(at.grad) == set(x)
+            for key in x:
+                for k in range(3):
+                    v, h = torch.randn(x[key].shape, generator=gen(10 + k)).double(), 1e-5
+                    ends = [globe.evaluate(x | {key: x[key] + t * v}, experts, cfg, sort, mask, s).value for t in (h, -h)]
+                    assert (at.grad[key] * v).sum().item() == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=2e-4, abs=2e-6), \
+                        (metric, method, sort, key)
+
+
+def test_the_A_step_is_the_ridge_minimiser():
+    W, X = torch.randn(4, 6, 9, generator=gen()).double(), torch.randn(4, 5, 9, generator=gen(1)).double()
+    for ridge in (0.3, 1e-4):
+        A = globe.adapters(W, X, ridge, torch.float64).requires_grad_()
+        level = (X @ X.mT).diagonal(dim1=-2, dim2=-1).mean(-1)
+        loss = (W - A @ X).square().sum() + (ridge * level * A.square().sum((-1, -2))).sum()
+        assert torch.autograd.grad(loss, A)[0].abs().max() < 1e-9 * loss.item()
+
+
+def test_targets_blend_the_composed_basis_with_the_best_one_for_A():
+    A, X, W = (torch.randn(3, *s, generator=gen(i)).double() for i, s in enumerate(((8, 4), (4, 6), (8, 6))))
+    best, L = torch.linalg.pinv(A) @ W, spd_root(6, 5).double()
+    for beta in (0.0, 0.4, 1.0):
+        want = (1 - beta) * X + beta * best
+        torch.testing.assert_close(X + globe.target_shift(A, W - A @ X, None, beta, 1e-9), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(X + globe.target_shift(A, (W - A @ X) @ L, L, beta, 1e-9), want, atol=1e-5, rtol=1e-5)
+
+
+def test_nnls_finds_the_best_of_all_supports():
+    B = torch.randn(5, 12, generator=gen()).double()
+    G, c = B @ B.T, torch.randn(20, 12, generator=gen(1)).double() @ B.T
+    got = globe.nnls(G, c, 500)
+    assert (got >= 0).all()
+    for row, a in zip(c, got):
+        best = 0.0
+        for on in itertools.chain.from_iterable(itertools.combinations(range(5), k) for k in range(1, 6)):
+            on = list(on)
+            x = torch.linalg.solve(G[on][:, on], row[on])
+            if (x >= 0).all():
+                best = min(best, float(-x @ row[on]))
+        assert float(a @ G @ a - 2 * a @ row) == pytest.approx(best, abs=1e-6)
+
+
+def test_a_singular_gram_matrix_is_survived_and_one_of_nan_is_not(device):
+    X = torch.randn(2, 4, 9, generator=gen()).to(device)
+    X[:, 1] = X[:, 0]
+    X[1, 2:] = 0
+    truth = torch.randn(2, 6, 4, generator=gen(1)).to(device)
+    A = globe.adapters(truth @ X, X, 0.0)
+    assert torch.isfinite(A).all()
+    assert (truth @ X - A @ X).norm() < 1e-3 * (truth @ X).norm()
+    assert torch.isfinite(globe.spd_factor(torch.zeros(3, 3, device=device), 0.0)).all()
+    with pytest.raises(globe.Diverged):
+        globe.spd_factor(torch.full((3, 3), math.nan, device=device), 0.1)
+
+
+# ======================================================================================================
+# The fit on planted factors
+# ======================================================================================================
+N, P, D, R, M, S = 32, 24, 40, 12, 8, 3  # experts, p, d, r, bases, support of the planted family
+KEYS = [(l, e) for l in range(4) for e in range(8)]
+
+
+def planted(activation: str, seed: int = 0) -> tuple:
+    """Bank (M, R, D), mixtures (N, M) with supports of S, adapters and the weights (N, P, D) that they make."""
+    g = gen(seed)
+    B, alpha = torch.randn(M, R, D, generator=g), torch.zeros(N, M)
+    for i in range(N):
+        j = torch.randperm(M, generator=g)[:S]
+        alpha[i, j] = torch.rand(S, generator=g) + 0.5
+    alpha /= alpha.sum(1, keepdim=True)
+    A = torch.randn(N, P, R, generator=g)
+    return B, alpha, A, A @ globe.phi((alpha @ B.flatten(1)).view(N, R, D), activation)
+
+
+def fit_family(W: torch.Tensor, shape: tuple, device="cpu", start=None, **settings) -> tuple:
+    """(FamilyFactors, log rows) of W (N, P, D) as 4 layers of 8 experts. Settings: section__key=value."""
+    cfg = load_config(None, [f"{k.replace('__', '.')}={v}" for k, v in settings.items()])
+    experts = Experts(lambda l, e: W[8 * l + e], KEYS, cfg.bank.scope, torch.device(device), cfg.model.normalize)
+    fitter, rows = Fitter(experts, cfg, shape, start=start), []
+    while not fitter.done:
+        rows.append(fitter.step())
+    return fitter.factors(), rows
+
+
+def relative_error(f: FamilyFactors, W: torch.Tensor) -> float:
+    return float((torch.stack([f.weight(l, e) for l, e in KEYS]) - W).norm() / W.norm())
+
+
+def supports(f: FamilyFactors) -> torch.Tensor:
+    """(N, M) which basis is in which expert's mixture."""
+    idx, val = (torch.cat([t[l] for l in range(4)]) for t in (f.idx, f.val))
+    return torch.zeros(N, M).scatter_add_(1, idx.long(), val) != 0
+
+
+@slow
+@pytest.mark.parametrize("method, steps", (("varpro", 150), ("am", 600), ("adam", 1500)))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_from_five_percent_off_the_planted_factors_come_back(activation, method, steps, device):
+    B, alpha, _, W = planted(activation)
+    g = gen(1)
+    z = 2 * alpha.sqrt() * (1 + 0.05 * torch.randn(N, M, generator=g))  # entmax-1.5: p = (z / 2 - tau)^2, here tau = 0
+    z = torch.where(alpha > 0, z, -0.02)  # the bases left out stand near the edge of the support
+    start = {"B": (B + 0.05 * B.std() * torch.randn(B.shape, generator=g))[None], "z": z}
+    f, _ = fit_family(W, (M, R), device, start, bank__activation=activation, fit__method=method, fit__steps=steps, bank__m=M,
+                      bank__r=R, sparsity__support=S)
+    assert relative_error(f, W) < 1e-3
+    assert torch.equal(supports(f), alpha > 0)
+
+
+@slow
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_cold_start_with_twice_the_bases_beats_half_the_error_of_svd(activation, device):
+    *_, W = planted(activation)
+    f, _ = fit_family(W, (2 * M, R), device, bank__activation=activation, fit__steps=600, bank__m=2 * M, bank__r=R)
+    s = torch.linalg.svdvals(W)
+    rank = f.numbers() / N / (P + D)  # of a per-expert SVD of the same size; a part of a rank is credited to it
+    k = int(rank)
+    svd = float(((s[:, k:].square().sum() - (rank - k) * s[:, k].square().sum()) / s.square().sum()).sqrt())
+    error = relative_error(f, W)
+    assert error <= 0.10 and error < svd / 2
+
+
+# ======================================================================================================
+# The fit: what holds for every method
+# ======================================================================================================
+SMALL = dict(bank__m=5, bank__r=4, sparsity__support=2, fit__homotopy__every=3, sparsity__T0=2.0, sparsity__eta=0.5,
+             fit__homotopy__lam_start=0.0, fit__homotopy__lam_steps=6, sparsity__freeze=0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_accepted_step_never_raises_the_loss_of_its_schedule(method, device):
+    W = planted("silu")[-1].to(device)
+    for sort, lr in (("entmax", 0.05), ("signed", 1.0), ("softmax", 0.05)):
+        cfg = load_config(None, [f"{k.replace('__', '.')}={v}" for k, v in SMALL.items()] +
+                          [f"fit.method={method}", "fit.steps=24", f"sparsity.map={sort}", f"fit.lr={lr}"])
+        experts = Experts(lambda l, e: W[8 * l + e], KEYS, "layer", device)
+        fitter, before, held = Fitter(experts, cfg, (5, 4)), None, 0
+        while not fitter.done:
+            row = fitter.step()
+            schedule = (row["lambda"], row["beta"], row["T"], fitter.frozen, int(fitter.mask.sum()))
+            if before and before[0] == schedule:
+                assert row["loss"] <= before[1]
+                held += row["loss"] < before[1]
+            before = (schedule, row["loss"])
+        assert held >= 8  # and it moves
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_factors_and_resuming_changes_no_bit(method, tmp_path):
+    W = planted("silu")[-1]
+    cfg = load_config(None, [f"{k.replace('__', '.')}={v}" for k, v in SMALL.items()] + [f"fit.method={method}", "fit.steps=14"])
+
+    def fresh(seed: int = 0) -> Fitter:
+        cfg.fit.seed = seed
+        return Fitter(Experts(lambda l, e: W[8 * l + e], KEYS, 2), cfg, (5, 4))
+
+    def finish(fitter: Fitter) -> list:
+        while not fitter.done:
+            fitter.step()
+        f = fitter.factors()
+        return [*f.bank, *f.A.values(), *f.idx.values(), *f.val.values()]
+    whole = finish(fresh())
+    assert all(map(torch.equal, whole, finish(fresh())))
+    assert not torch.equal(whole[0], finish(fresh(1))[0])
+    for stop in (1, 5, 9, 13):  # within a stage, on its edge, after supports were fixed
+        first = fresh()
+        for _ in range(stop):
+            first.step()
+        save_file(first.state(), tmp_path / "state")
+        again = fresh(7)
+        again.load_state(load_file(tmp_path / "state"))
+        assert again.step_done == stop
+        assert all(map(torch.equal, whole, finish(again))), stop
+
+
+def test_a_step_that_is_not_finite_raises_diverged_and_keeps_the_last_good_state():
+    W = planted("silu")[-1]
+    cfg = load_config(None, ["fit.method=adam", "fit.adam.safeguard=false", "fit.lr=1e30", "fit.steps=20"])
+    fitter = Fitter(Experts(lambda l, e: W[8 * l + e], KEYS), cfg, (5, 4))
+    with pytest.raises(globe.Diverged, match="not finite.*fit.lr"):
+        while not fitter.done:
+            fitter.step()
+    assert all(torch.isfinite(v).all() for v in fitter.state().values())
+    assert torch.isfinite(fitter.factors().weight(0, 0)).all()
+
+
+def test_supports_are_cut_to_size_under_every_map():
+    for method in METHODS:
+        W = planted("silu")[-1]
+        for sort in ("entmax", "sparsemax", "softmax", "signed"):
+            f, rows = fit_family(W, (5, 4), fit__method=method, fit__steps=8, sparsity__map=sort, **SMALL)
+            assert 1 <= f.support().min() and f.support().max() <= 2
+            assert rows[-1]["support"] <= 2 and rows[-1]["zeros"] >= 0.6
+            total = torch.cat([v.sum(-1) for v in f.val.values()])
+            if sort != "signed":  # still mixtures after the cut
+                torch.testing.assert_close(total, torch.ones(N), atol=1e-5, rtol=0)
+
+
+def test_a_fit_moves_every_part_of_its_schedule():
+    rows = fit_family(planted("silu")[-1], (5, 4), fit__steps=24, fit__homotopy__beta_steps=12, **SMALL)[1]
+    assert [rows[0]["lambda"], rows[-1]["lambda"]] == [0.0, 1.0] and 0 < rows[4]["lambda"] < 1
+    assert [rows[0]["beta"], rows[-1]["beta"]] == [0.5, 1.0]
+    assert rows[0]["T"] == 2.0 and rows[-1]["T"] < 2.0
+    assert {"step", "loss", "mse", "rel_frob", "support", "effective_support", "zeros"} <= set(rows[0])
+    assert [r["step"] for r in rows] == list(range(1, 25))
+
+
+def test_bank_scope_says_how_many_banks_there_are():
+    W = planted("silu")[-1]
+    for scope, groups in (("global", [0, 0, 0, 0]), (2, [0, 0, 1, 1]), (3, [0, 0, 0, 1]), ("layer", [0, 1, 2, 3])):
+        f, _ = fit_family(W, (3, 4), fit__steps=2, bank__m=3, bank__scope=scope)
+        assert len(f.bank) == max(groups) + 1 and [f.group[l] for l in range(4)] == groups
+        assert all(b.shape == (3, 4, D) for b in f.bank)
+
+
+def test_every_init_starts_the_fit_within_reach():
+    for init in ("svd", "dictionary", "random"):
+        W = planted("silu")[-1]
+        for m in (5, 40):  # fewer bases than experts, and more
+            f, rows = fit_family(W, (m, 4), bank__init=init, bank__m=m, bank__r=4, fit__steps=3, bank__scope=2)
+            assert rows[0]["rel_frob"] < 1 and rows[-1]["rel_frob"] < rows[0]["rel_frob"] + 1e-9
+            assert torch.isfinite(f.bank[0]).all() and (torch.stack([v.amax() for v in f.val.values()]) > 0).all()
+
+
+def test_normalisation_is_undone_on_the_way_out():
+    """With r = d any matrix is representable, so what comes out must be what went in."""
+    W = 3.0 + 0.02 * torch.randn(N, 6, 10, generator=gen())
+    for how in ("none", "scale", "zscore"):
+        f, _ = fit_family(W, (4, 10), fit__steps=2, bank__m=4, model__normalize=how, fit__lambda_A=1e-7)
+        assert (f.shift != 0) == (how == "zscore") and (f.scale != 1) == (how != "none")
+        back = torch.stack([f.weight(l, e) for l, e in KEYS])
+        assert (back - W).norm() < 2e-3 * W.norm(), how
+    metric = {l: spd_root(6, l) for l in range(4)}
+    experts = Experts(lambda l, e: W[8 * l + e], KEYS, "global", normalize="zscore", metric=metric, left=True)
+    f = Fitter(experts, load_config(None, ["fit.steps=1", "bank.m=4", "fit.lambda_A=1e-7"]), (4, 10)).factors()
+    assert (torch.stack([f.weight(l, e) for l, e in KEYS]) - W).norm() < 2e-3 * W.norm()
+
+
+def test_a_fit_in_the_metric_is_better_in_it_than_a_fit_of_the_weights():
+    W = planted("silu")[-1]
+    scale = torch.logspace(-1.5, 1, D)  # inputs that differ much in size
+    metric = {l: globe.metric_factor(torch.diag(scale.square()).double(), 1e-3) for l in range(4)}
+    cfg, errors = load_config(None, ["bank.m=5", "bank.r=4", "fit.steps=40"]), []
+    for m in (metric, {}):
+        fitter = Fitter(Experts(lambda l, e: W[8 * l + e], KEYS, metric=m), cfg, (5, 4))
+        while not fitter.done:
+            fitter.step()
+        f = fitter.factors()
+        R = torch.stack([f.weight(l, e) for l, e in KEYS]) - W
+        errors.append(float((R @ metric[0]).norm() / (W @ metric[0]).norm()))
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_bank_ratio_picks_the_largest_r_that_fits():
+    dims = globe.Dims(tuple(range(4)), 8, 24, 40, 2, 0)
+    for ratio in (0.4, 0.7):
+        cfg = load_config(None, [f"bank.ratio={ratio}", "bank.m=4", "sparsity.support=2"])
+        m, r = globe.bank_shape(cfg, "up", 32, 1, dims)
+
+        def stored(r: int) -> float:
+            return (32 * 24 * r + 4 * r * 40 + 2 * 32 * 2 + 2) / (32 * 24 * 40)
+        assert m == 4 and stored(r) <= ratio < stored(r + 1)
+    assert globe.bank_shape(load_config(None, ["bank.r=0.5", "bank.m={up: 3, gate: 2}"]), "gate", 32, 1, dims) == (2, 12)
+    with pytest.raises(UserError, match="bank.m"):
+        globe.bank_shape(load_config(None, ["bank.m=1000"]), "up", 32, 4, dims)
+
+
+# ======================================================================================================
+# Checkpoints
+# ======================================================================================================
+BASE = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=128, initializer_range=0.2)
+DEEPSEEK = dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=2, first_k_dense_replace=1,
+                intermediate_size=48, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, topk_group=1,
+                num_key_value_heads=4)
+ARCHITECTURES = {
+    "qwen2_moe": dict(moe_intermediate_size=16, shared_expert_intermediate_size=32, num_experts=4, num_experts_per_tok=2,
+                      intermediate_size=48),
+    "qwen3_moe": dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, intermediate_size=48, head_dim=8),
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=16),
+    "olmoe": dict(num_experts=4, num_experts_per_tok=2, intermediate_size=16),
+    "deepseek_v2": DEEPSEEK | dict(q_lora_rank=None, n_group=1),
+    "deepseek_v3": DEEPSEEK | dict(q_lora_rank=8, n_group=2),
+}
+QWEN = dict(vocab_size=151936)
+TRUE_CONFIGS = {  # from the config.json of each model on the hub
+    "Qwen1.5-MoE-A2.7B": ("qwen2_moe", QWEN | dict(
+        hidden_size=2048, intermediate_size=5632, moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_hidden_layers=24,
+        num_attention_heads=16, num_key_value_heads=16, num_experts=60, num_experts_per_tok=4), (24, 60, 1408, 2048, 4, 4)),
+    "Qwen2-57B-A14B": ("qwen2_moe", QWEN | dict(
+        hidden_size=3584, intermediate_size=18944, moe_intermediate_size=2560, shared_expert_intermediate_size=20480, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, num_experts=64, num_experts_per_tok=8), (28, 64, 2560, 3584, 8, 8)),
+    "Qwen3-30B-A3B": ("qwen3_moe", QWEN | dict(
+        hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True), (48, 128, 768, 2048, 8, 0)),
+    "Mixtral-8x7B": ("mixtral", dict(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        num_local_experts=8, num_experts_per_tok=2), (32, 8, 14336, 4096, 2, 0)),
+    "OLMoE-1B-7B-0924": ("olmoe", dict(
+        vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=16,
+        num_experts=64, num_experts_per_tok=8), (16, 64, 1024, 2048, 8, 0)),
+    "DeepSeek-V2-Lite": ("deepseek_v2", dict(
+        vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
+        num_attention_heads=16, num_key_value_heads=16, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
+        first_k_dense_replace=1, kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128),
+        (26, 64, 1408, 2048, 6, 2)),
+    "DeepSeek-V3": ("deepseek_v3", dict(
+        vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
+        num_attention_heads=128, num_key_value_heads=128, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8,
+        topk_group=4, first_k_dense_replace=3, kv_lora_rank=512, q_lora_rank=1536, qk_rope_head_dim=64, qk_nope_head_dim=128,
+        v_head_dim=128), (58, 256, 2048, 7168, 8, 1)),
+}
+
+
+@pytest.mark.parametrize("name", TRUE_CONFIGS)
+def test_the_layout_accounts_for_every_expert_tensor_of(name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+    kind, sizes, (layers, *rest) = TRUE_CONFIGS[name]
+    config = AutoConfig.for_model(kind, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    on_disk = {n: list(t.shape) for n, t in revert_weight_conversion(model, model.state_dict()).items()
+               if re.search(r"\.(experts|shared_experts?)\.", n)}
+    ckpt = Checkpoint.__new__(Checkpoint)  # no files: the layout and the sizes alone
+    ckpt.config = sizes | {"model_type": kind}
+    ckpt.layout, ckpt.dims, ckpt.fused = globe.layout_of(ckpt.config), globe.dims_of(ckpt.config), False
+    assert (len(ckpt.dims.layers), *dataclasses.astuple(ckpt.dims)[1:]) == (layers, *rest)
+    assert ckpt.expected_tensors() == on_disk
+    assert globe.dims_of(json.loads(config.to_json_string(use_diff=False))) == ckpt.dims  # as transformers saves it again
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict:
+    """{model type: directory} of every architecture with random weights, made on demand."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    class Made(dict):
+        def __missing__(self, key: str) -> Path:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(key, **{**BASE, **ARCHITECTURES[key]}))
+            self[key] = tmp_path_factory.mktemp("model") / key
+            model.save_pretrained(self[key])
+            return self[key]
+    return Made()
+
+
+def stock(directory: Path) -> torch.nn.Module:
+    return globe.load_dense(Path(directory), torch.device("cpu"), None)
+
+
+def same_experts(a: Checkpoint, b: Checkpoint) -> bool:
+    ids = [(f, l, e) for f in globe.FAMILIES for l in a.dims.layers for e in range(a.dims.experts + a.dims.shared)]
+    return a.dims == b.dims and all(torch.equal(a.expert(*i), b.expert(*i)) for i in ids)
+
+
+def test_single_sharded_and_fused_checkpoints_read_the_same(checkpoints, tmp_path):
+    for kind in ("qwen2_moe", "mixtral", "deepseek_v3"):
+        place = tmp_path / kind
+        model, single = stock(checkpoints[kind]), Checkpoint(checkpoints[kind])
+        model.save_pretrained(place / "sharded", max_shard_size="20KB")
+        fused = place / "fused"
+        shutil.copytree(checkpoints[kind], fused)
+        save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, fused / "model.safetensors")
+        assert (place / "sharded/model.safetensors.index.json").is_file() and Checkpoint(fused).fused
+        assert same_experts(single, Checkpoint(place / "sharded")) and same_experts(single, Checkpoint(fused))
+        assert single.fingerprint() == Checkpoint(fused).fingerprint() == Checkpoint(place / "sharded").fingerprint()
+        experts = globe.experts_modules(model)[1][2]
+        for e in range(4):
+            gate, up = experts.gate_up_proj[e].chunk(2)
+            for family, want in (("gate", gate), ("up", up), ("down", experts.down_proj[e].T)):
+                assert torch.equal(single.expert(family, 1, e), want)
+
+
+def refused(*argv, capsys, code: int = 2) -> str:
+    """The one line that a wrong input gets."""
+    capsys.readouterr()
+    assert globe.main([str(a) for a in argv]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+    return err
+
+
+def test_missing_misshapen_and_extra_expert_tensors_are_named_in_one_line(checkpoints, tmp_path, capsys):
+    source = load_file(checkpoints["qwen3_moe"] / "model.safetensors")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    extra = name.replace("experts.2", "experts.4")
+    for bad, words in (({k: v for k, v in source.items() if k != name}, (name, "(16, 32)", "none")),
+                       (source | {name: torch.zeros(16, 31)}, (name, "(16, 32)", "(16, 31)", "model.safetensors")),
+                       (source | {extra: torch.zeros(16, 32)}, (extra, "not expected", "model.safetensors"))):
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        shutil.copy(checkpoints["qwen3_moe"] / "config.json", tmp_path / "bad")
+        save_file(bad, tmp_path / "bad/model.safetensors")
+        line = refused("fit", f"model.path={tmp_path / 'bad'}", capsys=capsys)
+        assert all(w in line for w in words), line
+    stock(checkpoints["qwen3_moe"]).save_pretrained(tmp_path / "cut", max_shard_size="20KB")
+    shard = json.loads((tmp_path / "cut/model.safetensors.index.json").read_text())["weight_map"][name]
+    save_file({k: v for k, v in load_file(tmp_path / "cut" / shard).items() if k != name}, tmp_path / "cut" / shard)
+    line = refused("fit", f"model.path={tmp_path / 'cut'}", capsys=capsys)
+    assert name in line and shard in line
+    (tmp_path / "cut" / shard).unlink()
+    assert shard in refused("fit", f"model.path={tmp_path / 'cut'}", capsys=capsys)
+    assert not Path("runs").exists()
+
+
+def test_unsupported_and_quantized_models_are_refused_by_name(tmp_path, capsys):
+    for kind in ("gpt_oss", "llama", "dbrx", "nonsense"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        line = refused("fit", f"model.path={tmp_path}", capsys=capsys)
+        assert kind in line and all(name in line for name in globe.LAYOUTS)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_moe", "quantization_config": {"quant_method": "fp8"}}))
+    assert "quantized (fp8)" in refused("fit", f"model.path={tmp_path}", capsys=capsys)
+    (tmp_path / "config.json").write_text("[]")
+    assert "config.json" in refused("fit", f"model.path={tmp_path}", capsys=capsys)
+
+
+def test_a_wrong_path_and_a_directory_of_pickles_are_refused(checkpoints, tmp_path, capsys):
+    assert "no/such/place" in refused("fit", "model.path=no/such/place", capsys=capsys)
+    assert "config.json" in refused("fit", f"model.path={tmp_path}", capsys=capsys)
+    shutil.copy(checkpoints["olmoe"] / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    line = refused("fit", f"model.path={tmp_path}", capsys=capsys)
+    assert "pytorch_model.bin" in line and "pickle" in line
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in refused("fit", f"model.path={tmp_path}", capsys=capsys)
+
+
+def test_single_layer_max_experts_and_include_shared_choose_experts():
+    dims = globe.Dims((1, 2), 8, 24, 40, 2, 2)
+
+    def chosen(**k) -> list:
+        return globe.select_experts(dims, ModelConfig(**k))
+    assert chosen() == [(l, e) for l in (1, 2) for e in range(8)]
+    assert chosen(single_layer=2, max_experts=3) == [(2, 0), (2, 1), (2, 2)]
+    assert chosen(single_layer=1, max_experts=3, sample="evenly_spaced") == [(1, 0), (1, 4), (1, 7)]
+    assert chosen(single_layer=1, max_experts=1, include_shared=True) == [(1, 0), (1, 8), (1, 9)]
+    assert len(chosen(max_experts=99)) == 16
+    for bad in (dict(single_layer=0), dict(single_layer=3)):
+        with pytest.raises(UserError, match="single_layer"):
+            chosen(**bad)
+    with pytest.raises(UserError, match="include_shared"):
+        globe.select_experts(dataclasses.replace(dims, shared=0), ModelConfig(include_shared=True))
+
+
+# ======================================================================================================
+# Exactness: factors that represent the weights exactly change nothing
+# ======================================================================================================
+def exact_factors(ckpt: Checkpoint, families: str = "both", rank: int | None = None, **select) -> Factors:
+    """One basis per expert, one-hot mixtures, A = I; with `rank`, A and basis from the SVD of weights of that rank."""
+    keys = globe.select_experts(ckpt.dims, ModelConfig(**select))
+    layers = list(dict.fromkeys(l for l, _ in keys))
+    rows = {l: [i for i, k in enumerate(keys) if k[0] == l] for l in layers}
+    out = {}
+    for f in globe.families_of(ModelConfig(families=families)):
+        W = torch.stack([ckpt.expert(f, *k).float() for k in keys])
+        A, bank = torch.eye(W.shape[1]).expand(len(W), -1, -1), W
+        if rank:
+            U, s, V = torch.linalg.svd(W.double())
+            A, bank = (U[..., :rank] * s[:, None, :rank]).float(), V[:, :rank].float()
+        out[f] = FamilyFactors([bank], {l: A[i].clone() for l, i in rows.items()},
+                               {l: torch.tensor(i)[:, None].int() for l, i in rows.items()},
+                               {l: torch.ones(len(i), 1) for l, i in rows.items()}, {l: 0 for l in layers}, "identity")
+    return Factors(out, {l: [e for k, e in keys if k == l] for l in layers}, ckpt.dims, ckpt.config["model_type"], ckpt.fingerprint())
+
+
+IDS = torch.arange(64)[torch.randperm(64, generator=gen(5))].view(2, 32)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(IDS.to(next(model.parameters()).device)).logits.float().cpu()
+
+
+def gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_patched_and_assembled_models_with_exact_factors_equal_the_dense(kind, checkpoints, device):
+    for families in ("both", "all"):
+        ckpt, model = Checkpoint(checkpoints[kind]), stock(checkpoints[kind]).to(device)
+        want, factors = logits(model), exact_factors(ckpt, families)
+        assert want.std() > 0.1  # logits that say something
+        globe.patch(model, factors, globe.CacheConfig(mode="all"))
+        patched = logits(model)
+        assert gap(patched, want) < 1e-4 and len(globe.globe_modules(model)) == len(ckpt.dims.layers)
+        assembled = globe.assemble(ckpt, factors, device)
+        assert gap(logits(assembled), patched) < 1e-5
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "globe_bank" in name:
+                    p.mul_(0.5)
+        model.train().eval()  # lets go of what the cache holds
+        assert gap(logits(model), want) > 1e-2  # the factors are what runs
+        globe.unpatch(model)
+        assert torch.equal(logits(model), want) and not globe.globe_modules(model)
+        with pytest.raises(UserError, match="unpatch"):
+            globe.unpatch(model)
+
+
+def test_a_shared_expert_in_slices_equals_the_dense(checkpoints):
+    for kind in ("qwen2_moe", "deepseek_v2"):
+        ckpt, model = Checkpoint(checkpoints[kind]), stock(checkpoints[kind])
+        want = logits(model)
+        for families in ("up", "all"):
+            factors = exact_factors(ckpt, families, include_shared=True)
+            globe.patch(model, factors)
+            assert gap(logits(model), want) < 1e-4 and gap(logits(globe.assemble(ckpt, factors)), want) < 1e-4
+            assert any(isinstance(m, globe.GlobeShared) for m in model.modules())
+            globe.unpatch(model)
+        assert torch.equal(logits(model), want)
+
+
+def test_experts_and_layers_that_were_not_fitted_stay_dense(checkpoints, tmp_path):
+    ckpt, model = Checkpoint(checkpoints["qwen3_moe"]), stock(checkpoints["qwen3_moe"])
+    want = logits(model)
+    for select in (dict(single_layer=1), dict(max_experts=2, sample="evenly_spaced"), dict(single_layer=0, max_experts=3)):
+        factors = exact_factors(ckpt, "gate", **select)
+        assert gap(logits(globe.patch(model, factors)), want) < 1e-4
+        globe.unpatch(model)
+        globe.export_globe(ckpt, factors, fresh_dir(tmp_path / "out"))
+        assert gap(logits(globe.assemble(ckpt, factors)), want) < 1e-4 and gap(logits(globe.load(tmp_path / "out")), want) < 1e-4
+
+
+def fresh_dir(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    return path
+
+
+def test_weights_or_bases_are_held_whichever_is_smaller(checkpoints, tmp_path):
+    low = tmp_path / "low"
+    shutil.copytree(checkpoints["qwen2_moe"], low)
+    tensors = load_file(low / "model.safetensors")
+    for name, w in tensors.items():
+        if ".mlp.experts." in name:
+            U, s, V = torch.linalg.svd(w, full_matrices=False)
+            tensors[name] = (U[:, :4] * s[:4]) @ V[:4]
+    save_file(tensors, low / "model.safetensors", metadata={"format": "pt"})
+    want = logits(stock(low))
+    for rank, hold in ((4, "basis"), (None, "weight")):
+        model = globe.patch(stock(low), exact_factors(Checkpoint(low), "all", rank))
+        assert {h for m in globe.globe_modules(model) for h in m.hold.values()} == {hold}
+        assert gap(logits(model), want) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_dense_export_is_the_source_with_only_its_experts_replaced(kind, checkpoints, tmp_path):
+    sharded = tmp_path / "source"
+    stock(checkpoints[kind]).save_pretrained(sharded, max_shard_size="20KB")
+    want = logits(stock(checkpoints[kind]))
+    for source in (checkpoints[kind], sharded):
+        ckpt, to = Checkpoint(source), fresh_dir(tmp_path / "dense")
+        globe.export_dense(ckpt, exact_factors(ckpt, "all"), to)
+        assert gap(logits(stock(to)), want) < 1e-4
+        assert (to / "config.json").read_bytes() == (source / "config.json").read_bytes()
+        half = exact_factors(ckpt, "all")
+        for f in half.families.values():
+            f.scale = 0.5
+        globe.export_dense(ckpt, half, fresh_dir(to))
+        assert [f.name for f in sorted(to.glob("*.safetensors*"))] == [f.name for f in sorted(source.glob("*.safetensors*"))]
+        for shard in source.glob("*.safetensors"):
+            a, b = load_file(shard), load_file(to / shard.name)
+            assert list(a) == list(b) and shard.stat().st_size == (to / shard.name).stat().st_size
+            for name in a:
+                expert = ".experts." in name
+                torch.testing.assert_close(b[name], a[name] / 2 if expert else a[name], rtol=1e-5 * expert, atol=1e-6 * expert)
+
+
+def test_globe_and_composed_exports_load_with_the_same_logits(checkpoints, tmp_path):
+    for kind in ("qwen2_moe", "mixtral", "deepseek_v3"):
+        ckpt, want = Checkpoint(checkpoints[kind]), logits(stock(checkpoints[kind]))
+        factors = exact_factors(ckpt, "all")
+        for composed in (False, True):
+            to = fresh_dir(tmp_path / "export")
+            globe.export_globe(ckpt, factors, to, composed)
+            assert gap(logits(globe.load(to)), want) < 1e-4
+            names = [n for f in to.glob("*.safetensors") for n in safe_open(f, "pt").keys()]
+            assert any("globe_bank" in n for n in names) != composed and any(n.endswith("_basis") for n in names) == composed
+            assert not any("experts.0.gate_proj" in n or "gate_up_proj" in n for n in names)  # no dense form of what was fitted
+            assert (to / "globe.py").read_bytes() == Path(globe.__file__).read_bytes()
+        globe.export_globe(ckpt, factors, fresh_dir(to), dtype=torch.bfloat16)
+        model = globe.load(to)
+        assert next(model.parameters()).dtype is torch.bfloat16 and gap(logits(model), want) < 0.3 * want.std() + 0.3
+        with pytest.raises(UserError, match="globe export"):
+            globe.load(checkpoints[kind])
+
+
+def test_patch_refuses_a_model_that_the_factors_do_not_fit(checkpoints):
+    factors = exact_factors(Checkpoint(checkpoints["qwen3_moe"]))
+    with pytest.raises(UserError, match="expected qwen3_moe, found olmoe"):
+        globe.patch(stock(checkpoints["olmoe"]), factors)
+    model = globe.patch(stock(checkpoints["qwen3_moe"]), factors)
+    with pytest.raises(UserError, match="already patched"):
+        globe.patch(model, factors)
+    with pytest.raises(UserError, match="fingerprint"):
+        globe.assemble(Checkpoint(checkpoints["qwen2_moe"]), factors)
+
+
+# ======================================================================================================
+# Cache
+# ======================================================================================================
+def random_factors(ckpt: Checkpoint, families: str = "both", m: int = 5, r: int = 6, s: int = 2) -> Factors:
+    D = ckpt.dims
+
+    def family(seed: int) -> FamilyFactors:
+        g = gen(seed)
+        return FamilyFactors([torch.randn(m, r, D.d, generator=g)], {l: torch.randn(D.experts, D.p, r, generator=g) for l in D.layers},
+                             {l: torch.stack([torch.randperm(m, generator=g)[:s] for _ in range(D.experts)]).int() for l in D.layers},
+                             {l: torch.rand(D.experts, s, generator=g) for l in D.layers}, {l: 0 for l in D.layers}, "silu", 0.1, 0.3)
+    return Factors({f: family(i) for i, f in enumerate(globe.families_of(ModelConfig(families=families)))},
+                   {l: list(range(D.experts)) for l in D.layers}, D, ckpt.config["model_type"], ckpt.fingerprint())
+
+
+def test_every_cache_mode_and_size_gives_the_same_output(checkpoints, device):
+    for families in ("both", "all"):
+        ckpt = Checkpoint(checkpoints["qwen2_moe"])
+        factors, outs = random_factors(ckpt, families), []
+        for cache in (dict(mode="none"), dict(mode="all"), dict(per_layer=1), dict(per_layer=3), dict(per_layer=99), dict(budget=1e-6)):
+            model = globe.patch(stock(checkpoints["qwen2_moe"]).to(device), factors, globe.CacheConfig(**cache))
+            outs += [logits(model), logits(model)]
+            assert all(len(m.cache.slot_of) <= m.cache.slots for m in globe.globe_modules(model))
+        for out in outs[1:]:
+            torch.testing.assert_close(out, outs[0], atol=2e-6, rtol=2e-6)
+
+
+def test_bases_held_or_weights_held_compute_what_the_dense_export_holds(checkpoints, tmp_path):
+    for kind, r in (("qwen2_moe", 6), ("qwen2_moe", 16), ("deepseek_v2", 6)):  # 6 holds bases, 16 holds weights
+        ckpt = Checkpoint(checkpoints[kind])
+        factors = random_factors(ckpt, "all", r=r)
+        globe.export_dense(ckpt, factors, fresh_dir(tmp_path / "dense"))
+        want, model = logits(stock(tmp_path / "dense")), globe.patch(stock(ckpt.dir), factors)
+        assert gap(logits(stock(ckpt.dir)), want) > 0.1  # shift, scale and mixtures all count
+        torch.testing.assert_close(logits(model), want, atol=2e-3, rtol=2e-3)
+
+
+def test_the_cache_is_a_least_recently_used_one():
+    for slots in (0, 1, 3, 8):
+        cache, order, hits, built = globe.ExpertCache(slots), [], 0, []
+
+        def build(key: int) -> dict:
+            built.append(key)
+            return {"up": torch.full((2, 3), float(key)), "gate": torch.full((1,), -float(key))}
+        keys = torch.randint(10, (400,), generator=gen(slots)).tolist()
+        for n, key in enumerate(keys, 1):
+            had = key in order
+            hits += had
+            before = len(built)
+            item = cache.get(key, build)
+            assert (item["up"] == key).all() and (item["gate"] == -key).all() and (len(built) == before) == had
+            order = [k for k in order if k != key][-(slots - 1):] if slots > 1 else []
+            order = order + [key] if slots else []
+            assert list(cache.slot_of) == order and cache.hits == hits and cache.hits + cache.misses == n
+        assert (hits > 0) == (slots > 0)
+
+
+def test_the_cache_keeps_to_its_budget_and_warming_fills_it(checkpoints):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    factors = random_factors(ckpt)
+    item = 2 * 6 * 32 * 4  # two families of (6, 32) float32
+    for items in (1, 4, 6):
+        model = globe.patch(stock(ckpt.dir), factors, globe.CacheConfig(budget=(items * item + 8) / 2 ** 20))
+        logits(model)
+        stats = globe.cache_stats(model)
+        assert stats["cache_mib"] * 2 ** 20 <= items * item + 8 and stats["cache_mib"] * 2 ** 20 == items // 2 * 2 * item
+    model = globe.patch(stock(ckpt.dir), factors, globe.CacheConfig(mode="all"))
+    globe.warm(model, None)
+    assert all(len(m.cache.slot_of) == 4 for m in globe.globe_modules(model)) and globe.cache_stats(model)["misses"] == 0
+    logits(model)
+    assert globe.cache_stats(model)["hit_rate"] == 1
+    lru = globe.patch(stock(ckpt.dir), factors, globe.CacheConfig(per_layer=2))
+    globe.warm(lru, IDS[:1])
+    assert globe.cache_stats(lru) == globe.cache_stats(lru) | {"hits": 0, "misses": 0} and globe.cache_stats(lru)["cache_mib"] > 0
+
+
+# ======================================================================================================
+# Factors file
+# ======================================================================================================
+def test_a_factors_file_round_trips(checkpoints, tmp_path):
+    ckpt = Checkpoint(checkpoints["deepseek_v3"])
+    factors = random_factors(ckpt, "all")
+    globe.save_factors(factors, tmp_path / "run/factors.safetensors")
+    for path in (tmp_path / "run", tmp_path / "run/factors.safetensors"):
+        back = globe.load_factors(path)
+        assert back.meta() == factors.meta() and back.ratio() == factors.ratio() and back.dims == factors.dims
+        for name, f in factors.families.items():
+            b = back.families[name]
+            assert torch.equal(torch.stack(b.bank), torch.stack(f.bank)) and torch.equal(b.weight(1, 3), f.weight(1, 3))
+            assert all(torch.equal(getattr(b, k)[1], getattr(f, k)[1]) for k in ("A", "idx", "val"))
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["factors.safetensors"]  # nothing temporary is left
+
+
+def test_a_damaged_factors_file_is_refused_with_a_reason(checkpoints, tmp_path, capsys):
+    for damage in ("version", "missing", "extra", "shape", "index", "truncated", "other file", "no file"):
+        factors = random_factors(Checkpoint(checkpoints["olmoe"]))
+        path, name = tmp_path / "factors.safetensors", "layers.1.up.idx"
+        globe.save_factors(factors, path)
+        with safe_open(path, "pt") as f:
+            meta = json.loads(f.metadata()["globe"])
+        tensors, reason = load_file(path), name
+        if damage == "version":
+            meta["format_version"], reason = 99, "version 1, found 99"
+        elif damage == "missing":
+            del tensors[name]
+        elif damage == "extra":
+            tensors["layers.1.up.more"], reason = torch.zeros(1), "layers.1.up.more"
+        elif damage == "shape":
+            tensors[name] = tensors[name][:, :1].clone()
+        elif damage == "index":
+            tensors[name][0, 0] = 5
+        save_file(tensors, path, metadata={"globe": json.dumps(meta)})
+        if damage == "truncated":
+            path.write_bytes(path.read_bytes()[:-100])
+            reason = "factors.safetensors"
+        elif damage == "other file":
+            save_file(tensors, path)
+            reason = "globe description"
+        elif damage == "no file":
+            path.unlink()
+            reason = "found none"
+        with pytest.raises(UserError, match=re.escape(reason)):
+            globe.load_factors(tmp_path)
+        assert "factors.safetensors" in refused("eval", "--factors", tmp_path, capsys=capsys)
+
+
+# ======================================================================================================
+# Config
+# ======================================================================================================
+def test_the_command_line_wins_over_yaml_over_defaults_and_text_becomes_numbers(tmp_path):
+    (tmp_path / "c.yaml").write_text("fit: {lr: 1e-3, steps: 7}\nbank:\n  m: {gate: 3, up: 4}\n")
+    cfg = load_config(str(tmp_path / "c.yaml"), ["fit.steps=9", "fit.adam.safeguard=false"])
+    assert (cfg.fit.lr, cfg.fit.steps, cfg.bank.m) == (1e-3, 9, {"gate": 3, "up": 4})
+    assert cfg.fit.adam.safeguard is False and cfg.fit.seed == globe.Config().fit.seed
+
+
+WRONG = (
+    ("bank.rnak=4", ("bank.rnak", "bank.r")), ("fit.adam.bata1=0.5", ("fit.adam.bata1", "fit.adam.beta1")), ("bnak.m=4", ("bnak", "bank")),
+    ("fit.steps=1.5", ("fit.steps", "int", "1.5")), ("fit.lr=fast", ("fit.lr", "float", "fast")), ("fit.lr=.nan", ("fit.lr",)),
+    ("fit.method=sgd", ("fit.method", "varpro", "am", "adam", "sgd")), ("fit.steps=0", ("fit.steps", "above 0")),
+    ("sparsity.eta=2", ("sparsity.eta", "0 to 1")), ("bank.scope=most", ("bank.scope", "global", "layer")),
+    ("model.include_shared=3", ("model.include_shared", "bool")), ("bank=4", ("bank", "mapping")), ("fit.steps", ("section.key=value",)),
+    ("bank.m={left: 3}", ("bank.m", "left")))
+
+
+def test_a_wrong_config_value_is_named_with_what_was_expected(capsys):
+    for override, words in WRONG:
+        line = refused("fit", override, capsys=capsys)
+        assert all(w in line for w in words), line
+    cfg = load_config(None, ["fit.lr=1e-3", "fit.tol=1E-6", "bank.r=0.5", "sparsity.T0=2", "bank.scope=2", "model.path=15"])
+    assert (cfg.fit.lr, cfg.fit.tol, cfg.bank.r, cfg.sparsity.T0, cfg.model.path) == (1e-3, 1e-6, 0.5, 2.0, "15")
+    assert type(cfg.sparsity.T0) is float and Experts.groups_of([(0, 0), (1, 0), (2, 0)], cfg.bank.scope) == {0: 0, 1: 0, 2: 1}
+
+
+def test_print_config_round_trips(tmp_path, capsys):
+    overrides = ["bank.r=7", "fit.lr=1e-4", "model.path=some/where", "log.tags=[a, b]", "fit.homotopy.lam_steps=3"]
+    for command in (["fit"], ["train", "--to", "x"]):
+        assert globe.main([*command, "--print-config", *overrides]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (tmp_path / "c.yaml").write_text("\n".join(lines[:-1]))
+        want = load_config(None, overrides)
+        assert load_config(str(tmp_path / "c.yaml")) == want and json.loads(lines[-1]) == globe.config_dict(want)
+    assert not Path("runs").exists() and not Path("x").exists()
+
+
+def test_every_file_in_configs_resolves_and_tiny_is_the_defaults():
+    files = sorted((HERE / "configs").glob("*.yaml"))
+    assert {"tiny", "qwen15", "qwen15_updown", "mobe", "smol"} <= {f.stem for f in files}
+    for f in files:
+        load_config(str(f))
+    assert load_config(str(HERE / "configs/tiny.yaml")) == globe.Config()
+
+
+# ======================================================================================================
+# Commands
+# ======================================================================================================
+QUICK = ["bank.m=3", "bank.r=6", "sparsity.support=2", "fit.steps=6", "fit.homotopy.every=2", "fit.save_every=100"]
+SPEED = ["eval.tokens=256", "eval.length=64", "cache.warmup_tokens=32"]
+TRAIN = [f"train.{k}" for k in (
+    "hidden_size=32", "layers=2", "heads=2", "kv_heads=2", "experts=4", "top_k=2", "moe_intermediate_size=16", "seq_len=32", "batch=2",
+    "shared_expert_intermediate_size=16", "dense_steps=4", "moe_steps=4", "warmup=2")]
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(globe.builtin_text("calibration")[:60000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A Qwen2-MoE with random weights and the byte tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    torch.manual_seed(0)
+    path, tokenizer = tmp_path_factory.mktemp("model") / "small", globe.byte_tokenizer()
+    config = AutoConfig.for_model("qwen2_moe", **{**BASE, **ARCHITECTURES["qwen2_moe"], "vocab_size": len(tokenizer)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(small, tmp_path_factory) -> Path:
+    """A finished fit of `small`, with its checkpoint's place in its config."""
+    out = tmp_path_factory.mktemp("runs") / "fit"
+    assert globe.main(["fit", "--out", str(out), f"model.path={small}", *QUICK, *SPEED]) == 0
+    return out
+
+
+def answer(*argv, capsys) -> dict:
+    """The JSON document in the last line of stdout of a command that ends well."""
+    capsys.readouterr()
+    assert globe.main([str(a) for a in argv]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_fit_numbers_its_runs_and_says_what_it_made(small, capsys):
+    for i, families in enumerate(("up", "gate", "both", "all"), 1):
+        got = answer("fit", f"model.path={small}", f"model.families={families}", *QUICK, capsys=capsys)
+        assert Path(got["factors"]) == Path(f"runs/small-{i:03d}")
+        assert {"factors", "ratio", "model_ratio", "rel_frob", "support", "steps", "seconds", "peak_rss_gib"} <= set(got)
+        assert tuple(got["rel_frob"]) == tuple(got["support"]) == globe.families_of(ModelConfig(families=families))
+        assert 0 < got["ratio"] < got["model_ratio"] < 1 and all(0 < x < 1 for x in got["rel_frob"].values()) and got["steps"] == 6
+        rows = [json.loads(line) for line in Path(got["factors"], "log.jsonl").read_text().splitlines()]
+        assert len(rows) == 6 * len(got["rel_frob"]) and all("seconds" in r for r in rows)
+        assert load_config(f"{got['factors']}/config.yaml").bank.m == 3
+    assert [f.name for f in Path(got["factors"]).iterdir() if "tmp" in f.name] == []
+
+
+def test_the_default_model_is_trained_once_and_fitted(words, capsys, monkeypatch):
+    settings = [*TRAIN, f"train.text={words}", *QUICK]
+    assert Path(answer("fit", *settings, capsys=capsys)["factors"]) == Path("runs/tiny-001")
+    monkeypatch.setattr(globe, "train", None)  # a second training would fail
+    assert Path(answer("fit", *settings, capsys=capsys)["factors"]) == Path("runs/tiny-002")
+    assert list(Path("cache").glob("tiny-*/config.json"))
+
+
+def test_eval_sets_perplexity_beside_the_dense_ones(run, words, capsys):
+    got = answer("eval", "--factors", run, "--text", words, capsys=capsys)
+    assert {"ppl_dense", "ppl", "delta_nats", "tokens", "ratio", "model_ratio"} <= set(got)
+    assert got["delta_nats"] == pytest.approx(math.log(got["ppl"]) - math.log(got["ppl_dense"]), abs=1e-9)
+    assert got["tokens"] == 4 * 63
+    Path("runs").mkdir()
+    shutil.copytree(run, "runs/old-001")
+    shutil.copytree(run, "runs/new-001")
+    (Path("runs/old-001/config.yaml")).touch()  # the newest by time, not by name
+    newest = answer("eval", "--text", words, capsys=capsys)
+    assert Path(newest.pop("factors")) == Path("runs/old-001") and newest == {k: v for k, v in got.items() if k != "factors"}
+
+
+@pytest.mark.parametrize("form", ("globe", "dense", "composed"))
+def test_export_writes_what_it_says_and_checks_its_logits(form, run, small, tmp_path, capsys):
+    got = answer("export", "--factors", run, "--to", "out", "--format", form, capsys=capsys)
+    assert Path(got["path"]) == Path("out") and got["format"] == form and got["max_logit_error"] < 1e-4
+    assert got["bytes"] == sum(f.stat().st_size for f in Path("out").glob("*.safetensors"))
+    assert got["bytes_dense"] == (small / "model.safetensors").stat().st_size
+    config = json.loads(Path("out/config.json").read_text())
+    assert ("quantization_config" in config) == (form != "dense") and Path("out/tokenizer.json").is_file()
+    assert str(tmp_path) not in json.dumps(config) and str(small) not in json.dumps(config)
+    assert "exists" in refused("export", "--factors", run, "--to", "out", "--format", form, capsys=capsys)
+    answer("export", "--factors", run, "--to", "out", "--format", form, "--overwrite", "--no-check", capsys=capsys)
+    for inside in (small, small / "x"):
+        assert "outside" in refused("export", "--factors", run, "--to", inside, "--overwrite", capsys=capsys)
+    assert same_experts(Checkpoint(small), Checkpoint(small)) and (small / "config.json").is_file()
+
+
+def test_report_writes_tables_and_plots(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(run, "r")
+    got = answer("report", "--factors", "r", capsys=capsys)
+    assert all(Path(p).read_bytes().startswith(b"\x89PNG") for p in got["plots"]) and len(got["plots"]) >= 2
+    text = Path(got["report"]).read_text()
+    assert "gate" in text and "layer" in text and all(Path(p).name in text for p in got["plots"])
+
+
+def test_generate_writes_text_with_its_speed(run, words, capsys):
+    got = answer("generate", "--factors", run, "--prompt", "def f(", "--max-new-tokens", 5, f"calib.text={words}", capsys=capsys)
+    assert isinstance(got["text"], str) and 1 <= got["new_tokens"] <= 5 and got["tokens_per_second"] > 0
+    assert got["hits"] + got["misses"] > 0
+    assert "--prompt" in refused("generate", "--factors", run, "--prompt", "", f"calib.text={words}", capsys=capsys)
+
+
+def test_a_fit_in_the_data_metric_leaves_no_path_in_its_factors(small, words, capsys):
+    got = answer("fit", f"model.path={small}", *QUICK, "model.families=all", "fit.metric=data", f"calib.text={words}", "calib.tokens=512",
+                 "calib.length=64", "--out", "r", capsys=capsys)
+    assert all(0 < x < 1 for x in got["rel_frob"].values())
+    with safe_open("r/factors.safetensors", "pt") as f:
+        text = json.dumps(f.metadata())
+    assert str(words) not in text and str(small) not in text and str(Path.home()) + "/" not in text
+
+
+def test_an_output_that_exists_is_kept_unless_overwriting(run, small, capsys):
+    for name in ("fit", "train"):
+        Path(name).mkdir()
+        Path(name, "mine.txt").write_text("kept")
+    assert "exists" in refused("fit", "--out", "fit", f"model.path={small}", *QUICK, capsys=capsys)
+    assert "exists" in refused("train", "--to", "train", *TRAIN, capsys=capsys)
+    assert Path("fit/mine.txt").read_text() == Path("train/mine.txt").read_text() == "kept"
+    answer("fit", "--out", "fit", "--overwrite", f"model.path={small}", *QUICK, capsys=capsys)
+    assert Path("fit/factors.safetensors").is_file() and not Path("fit/mine.txt").exists()
+    assert "outside" in refused("fit", "--out", small, "--overwrite", f"model.path={small}", capsys=capsys)
+
+
+def test_factors_of_another_checkpoint_are_refused(run, checkpoints, capsys):
+    assert "fingerprint" in refused("eval", "--factors", run, "--model", checkpoints["qwen2_moe"], capsys=capsys)
+    assert "fit" in refused("eval", capsys=capsys)  # and with no run at all the way out is named
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ctrl_c_saves_the_fit_and_resuming_changes_no_bit(method, small, capsys, monkeypatch):
+    settings = [f"model.path={small}", *QUICK, f"fit.method={method}"]
+    answer("fit", "--out", "whole", *settings, capsys=capsys)
+    row, calls = globe.Log.row, []
+
+    def interrupted(self, data):
+        calls.append(data)
+        row(self, data)
+        if len(calls) in (2, 9):  # in the first family, then in the second
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(globe.Log, "row", interrupted)
+    assert globe.main(["fit", "--out", "cut", *settings]) == 130
+    assert not Path("cut/factors.safetensors").exists() and "--resume" in capsys.readouterr().err
+    with open("cut/log.jsonl", "a") as f:  # rows after the saved state, as a killed run leaves them
+        f.write(json.dumps(calls[-1] | {"step": 99}) + '\n{"family": "ga')
+    assert globe.main(["fit", "--resume", "--out", "cut"]) == 130
+    answer("fit", "--resume", "--out", "cut", capsys=capsys)
+    assert len(calls) == 12
+    assert Path("cut/factors.safetensors").read_bytes() == Path("whole/factors.safetensors").read_bytes()
+    steps = [[(r["family"], r["step"], r["loss"]) for r in globe.read_rows(Path(p, "log.jsonl"))] for p in ("cut", "whole")]
+    assert steps[0] == steps[1]
+
+
+def test_a_diverged_fit_ends_with_a_message_and_its_state(small, capsys):
+    """Exit 1: a failure of ours, with one clear line and no traceback."""
+    code = globe.main(["fit", "--out", "r", f"model.path={small}", *QUICK, "fit.method=adam", "fit.adam.safeguard=false", "fit.lr=1e30"])
+    err = capsys.readouterr().err
+    assert code == 1 and "not finite" in err and "fit.lr" in err and "Traceback" not in err
+    assert not Path("r/factors.safetensors").exists()
+
+
+def test_training_resumes_to_the_same_bits(words, capsys, monkeypatch):
+    settings = [*TRAIN, f"train.text={words}"]
+    got = answer("train", "--to", "whole", *settings, capsys=capsys)
+    assert got["steps"] == 8 and {"path", "bits_per_byte", "largest_cosine"} <= set(got) and 0 < got["largest_cosine"] < 0.95
+    real, calls = globe.training_step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) in (2, 6):  # in the dense phase, then in the upcycled one
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(globe, "training_step", interrupted)
+    for code in (130, 130, 0):
+        assert globe.main(["train", "--to", "cut", "--resume", *settings]) == code
+    assert len(calls) == 8 and not Path("cut/state").exists()
+    assert Path("cut/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+
+
+def test_training_starts_from_a_dense_model(words, tmp_path, capsys):
+    for kind in ("llama", "qwen2"):
+        from transformers import AutoConfig, AutoModelForCausalLM
+        tokenizer = globe.byte_tokenizer()
+        config = AutoConfig.for_model(kind, **{**BASE, "vocab_size": len(tokenizer)}, intermediate_size=48, num_experts=None)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+        answer("train", "--to", "moe", "--overwrite", *TRAIN, f"train.dense_from={tmp_path / kind}", "train.moe_steps=2",
+               f"train.text={words}", capsys=capsys)
+        ckpt = Checkpoint("moe")
+        assert dataclasses.astuple(ckpt.dims) == ((0, 1), 4, 16, 32, 2, 1)
+        source, made = (stock(p).get_input_embeddings().weight for p in (tmp_path / kind, "moe"))
+        assert F.cosine_similarity(source.flatten(), made.flatten(), 0) > 0.9  # it went on from there
+        assert "llama" in refused("train", "--to", "x", f"train.dense_from={tmp_path / 'moe'}", capsys=capsys)
+
+
+@slow
+def test_an_upcycled_model_starts_near_the_dense_loss(words):
+    cfg = load_config(None, [*TRAIN, "train.batch=16", "train.seq_len=64", "train.hidden_size=64", "train.moe_intermediate_size=32",
+                             "train.shared_expert_intermediate_size=32", "train.experts=8", "train.upcycle_noise=0.0"]).train
+    torch.manual_seed(0)
+    tokenizer, dense = globe.dense_start(cfg)
+    ids = torch.tensor(tokenizer(words.read_text(encoding="utf-8"))["input_ids"])
+    optimizer = torch.optim.AdamW(dense.parameters(), lr=1e-2)
+    for step in range(120):
+        x = ids[torch.randint(len(ids) - 64, (16, 1), generator=gen(step)) + torch.arange(64)]
+        loss = dense(input_ids=x, labels=x).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    windows = ids[:64 * 64].view(64, 64)
+    start, _ = globe.nll(dense.eval(), windows)
+    torch.manual_seed(1)
+    untrained, _ = globe.nll(globe.dense_start(cfg)[1], windows)
+    made, _ = globe.nll(globe.upcycle(dense, cfg, gen()).eval(), windows)
+    noisy, _ = globe.nll(globe.upcycle(dense, dataclasses.replace(cfg, upcycle_noise=0.5), gen()).eval(), windows)
+    assert start < untrained - 2  # there is something to lose
+    assert abs(made - start) < 0.1 * (untrained - start) and abs(noisy - start) < 0.5 * (untrained - start)
+
+
+def test_help_of_every_command_shows_examples_that_parse(capsys):
+    for command in globe.COMMANDS:
+        assert globe.main([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        lines = [line.strip() for line in text.split("example")[1].splitlines() if "python globe.py" in line]
+        assert lines
+        for line in lines:
+            args = globe.build_parser().parse_args(shlex.split(re.split(r"\s{3,}", line)[0])[2:])
+            assert args.command == command and load_config(None, args.overrides)
+
+
+def test_no_command_a_wrong_command_and_a_wrong_device_exit_2(small, capsys):
+    assert globe.main([]) == 2 and "fit" in capsys.readouterr().err
+    assert globe.main(["fix"]) == 2 and "fit" in capsys.readouterr().err
+    assert "tpu" in refused("fit", "--device", "tpu", f"model.path={small}", capsys=capsys)
+    assert "cuda:99" in refused("fit", "--device", "cuda:99", f"model.path={small}", capsys=capsys)
+    assert "int7" in refused("fit", "--dtype", "int7", f"model.path={small}", capsys=capsys)
+    assert globe.main(["--version"]) == 0 and json.loads(capsys.readouterr().out)["globe"] == globe.__version__
+
+
+def test_a_half_type_runs_from_fit_to_eval(small, words, capsys):
+    for dtype in ("bfloat16", "float16"):
+        fit = answer("fit", "--dtype", dtype, "--out", dtype, f"model.path={small}", *QUICK, *SPEED, capsys=capsys)
+        full = answer("fit", "--out", f"{dtype}-full", f"model.path={small}", *QUICK, *SPEED, capsys=capsys)
+        for f, x in full["rel_frob"].items():
+            assert fit["rel_frob"][f] == pytest.approx(x, abs=0.03)
+        a, b = (answer("eval", "--factors", dtype, "--dtype", t, "--text", words, capsys=capsys) for t in (dtype, "float32"))
+        assert a["ppl"] == pytest.approx(b["ppl"], rel=0.05)
+
+
+# ======================================================================================================
+# Text and tokens
+# ======================================================================================================
+def test_the_splits_of_the_built_in_text_share_no_file_and_leave_out_the_reserved(monkeypatch):
+    real = {s: globe.builtin_text(s) for s in ("train", "heldout", "calibration")}
+    assert all(len(t) > 300_000 for t in real.values()) and real["train"] == globe.builtin_text("train")
+    monkeypatch.setattr(globe, "_library_sources", lambda: ((f"f{i}.py", f"<{i}>" * 9) for i in range(400)))
+    files = {s: set(re.findall(r"<\d+>", globe.builtin_text(s))) for s in real}
+    assert all(len(f) > 20 for f in files.values()) and len(set.union(*files.values())) == sum(map(len, files.values())) == 400
+    with pytest.raises(ValueError, match="train, heldout, calibration"):
+        globe.builtin_text("test")
+    monkeypatch.undo()
+    names = {Path(name).name for name, _ in globe._library_sources()}
+    assert "ast.py" in names and not names & {"argparse.py", "tarfile.py", "LICENSE.txt"}
+
+
+def test_byte_tokens_are_the_bytes_of_the_text_and_come_back(tmp_path):
+    from transformers import AutoTokenizer
+    globe.byte_tokenizer().save_pretrained(tmp_path / "t")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "t")
+    for text in ("def f(x):\n\treturn x  # two  spaces", "na\u00efve \u2014 \u6771\u4eac \U0001f642", "\x00\x7f\r\n",
+                 " leading", "".join(map(chr, range(1, 400)))):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == list(text.encode("utf-8")) and tokenizer.decode(ids) == text
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (256, 257, 258)
+
+
+def test_the_metric_is_the_second_moment_of_what_the_experts_see(checkpoints):
+    model, seen = stock(checkpoints["qwen2_moe"]), {}
+    for l, (_, _, module) in globe.experts_modules(model).items():
+        module.register_forward_pre_hook(lambda m, args, l=l: seen.setdefault(l, []).append(args[0].reshape(-1, 32)))
+    inputs, hidden = globe.second_moments(model, IDS, batch=1, down=True)
+    for l in (0, 1):
+        x = torch.cat(seen[l]).double()
+        torch.testing.assert_close(inputs[l], x.T @ x / len(x), atol=1e-5, rtol=1e-4)
+        assert hidden[l].shape == (16, 16) and (torch.linalg.eigvalsh(hidden[l]) > -1e-9).all()
+    L = globe.metric_factor(inputs[0], 0.1).double()
+    C = inputs[0] / inputs[0].diagonal().mean()
+    torch.testing.assert_close(L @ L.T, (C + 0.1 * torch.eye(32)) / 1.1, atol=1e-5, rtol=1e-4)
+
+
+# ======================================================================================================
+# House rules
+# ======================================================================================================
+def dotted(node: ast.AST) -> str:
+    """a.b.c of an attribute chain, else the empty string."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+def test_only_the_device_helpers_know_cuda_and_nothing_loads_or_runs_foreign_code():
+    source = (HERE / "globe.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    start = next(i for i, line in enumerate(lines, 1) if line.startswith("# Devices:"))
+    end = next(i for i, line in enumerate(lines, 1) if i > start + 1 and line.startswith("# ==="))
+    for node in ast.walk(ast.parse(source)):
+        name = dotted(node) if isinstance(node, ast.Attribute) else ""
+        if name.startswith(("torch.cuda.", "torch.mps.", "torch.backends.mps.")):
+            assert start < node.lineno < end, f"line {node.lineno}: {name}"
+        assert name not in ("torch.load", "pickle.load", "pickle.loads", "yaml.load"), f"line {node.lineno}: {name}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec", "compile"), f"line {node.lineno}: {node.func.id}"
+    assert not re.search(r"^\s*(#\s*type:\s*ignore|from\s+\S+\s+import\s+\*)", source, re.M)
+
+
+def test_globe_py_alone_in_an_empty_directory_shows_its_help(tmp_path):
+    shutil.copy(HERE / "globe.py", tmp_path)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    got = subprocess.run([sys.executable, "globe.py", "--help"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert got.returncode == 0 and all(c in got.stdout for c in globe.COMMANDS)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["globe.py"]
+
+
+def test_a_process_with_wrong_input_exits_2_without_a_traceback(tmp_path):
+    got = subprocess.run([sys.executable, str(HERE / "globe.py"), "fit", "model.path=nowhere"], cwd=tmp_path, capture_output=True,
+                         text=True, timeout=120)
+    assert got.returncode == 2 and got.stdout == "" and "nowhere" in got.stderr and "Traceback" not in got.stderr
+
+
+def test_every_command_line_in_the_readme_parses():
+    text = (HERE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"python globe\.py ([^\n`&|;]*)", text)
+    assert {"fit", "eval", "export", "generate"} <= {line.split()[0] for line in lines if line.split()}
+    for line in lines:
+        args = globe.build_parser().parse_args(shlex.split(line, comments=True))
+        if args.command:
+            load_config(None, args.overrides)
+            if args.config:
+                assert (HERE / args.config).is_file(), line
