@@ -132,14 +132,6 @@ def test_sparsemax_is_sparser_than_entmax_and_entmax_than_softmax(device):
     assert torch.equal(globe.sparsemax(one_hot), one_hot / 5) and torch.equal(globe.entmax15(one_hot), one_hot / 5)
 
 
-def test_a_simplex_map_refuses_integers_and_empty_rows():
-    for f in MAPS.values():
-        with pytest.raises(TypeError):
-            f(torch.arange(3))
-        with pytest.raises(ValueError):
-            f(torch.zeros(2, 0))
-
-
 def test_compose_is_the_einsum_of_its_equation_padded_or_ragged(device):
     for activation in ACTIVATIONS:
         act = {"identity": lambda t: t, "silu": F.silu, "tanh": torch.tanh}[activation]
@@ -171,7 +163,12 @@ def test_compose_is_differentiable_in_bank_and_values():
             assert torch.autograd.gradcheck(lambda b, v: globe.compose(b, idx, v, activation), (bank, val))
 
 
-def test_compose_refuses_indices_and_shapes_that_do_not_fit(device):
+def test_operators_refuse_indices_shapes_and_types_that_do_not_fit(device):
+    for f in MAPS.values():
+        with pytest.raises(TypeError):
+            f(torch.arange(3))
+        with pytest.raises(ValueError):
+            f(torch.zeros(2, 0))
     bank, val = torch.randn(4, 2, 3, device=device), torch.ones(1, 2, device=device)
     for bad in ([[0, 4]], [[-1, 0]]):
         with pytest.raises(IndexError, match=r"\[0, 4\)"):
