@@ -86,18 +86,18 @@ class BankConfig:
     r: int | float | None = None        # rows of a basis; a float is a fraction of p
     ratio: float | None = 0.7           # where r is not given: the r for this stored / dense size
     scope: str | int = "global"         # global | layer | N (groups of N neighbouring layers)
-    activation: str = "silu"            # phi: identity | silu | tanh
-    init: str = "svd"                   # svd | dictionary | random
+    activation: str = "identity"        # phi: identity | silu | tanh
+    init: str = "auto"                  # experts | svd | dictionary | random | auto (short trials of experts and random)
 
 
 @dataclass
 class SparsityConfig:
-    map: str = "entmax"                 # sparsemax | entmax | softmax | signed (free coefficients on the support)
+    map: str = "signed"                 # signed (free coefficients on the support) | sparsemax | entmax | softmax
     alpha: float = 1.5                  # of entmax: 1 (softmax), 1.5 or 2 (sparsemax)
     support: int = 8                    # largest support at the end
     T0: float = 1.0                     # first temperature
     eta: float = 0.9                    # T is multiplied by this at every stage while supports are too large
-    freeze: float = 0.7                 # at this fraction of the steps supports are cut to size and fixed
+    freeze: float = 0.3                 # at this fraction of the steps supports are cut to size and fixed
     l1: float = 0.0                     # on |alpha|; acts on signed mixtures (a simplex has constant L1)
     eps_prune: float = 1e-4             # mixture weights below this are dropped when supports are fixed
 
@@ -126,7 +126,7 @@ class HomotopyConfig:
 @dataclass
 class FitConfig:
     method: str = "varpro"              # varpro (A eliminated) | am (alternating minimisation) | adam (joint)
-    metric: str = "weights"             # data (weighted by the layer's input covariance) | weights
+    metric: str = "data"                # data (weighted by the layer's input covariance) | weights
     ridge: float = 0.1                  # shrinkage of the covariance, relative to its mean diagonal
     steps: int = 150
     batch: int = 0                      # experts per batch; 0: from the memory at hand
@@ -228,7 +228,7 @@ class Config:
 CHOICES = {
     "model.families": ("up", "gate", "both", "all"), "model.sample": ("first_n", "evenly_spaced"),
     "model.normalize": ("none", "scale", "zscore"), "bank.activation": ("identity", "silu", "tanh"),
-    "bank.init": ("experts", "svd", "dictionary", "random"), "sparsity.map": ("sparsemax", "entmax", "softmax", "signed"),
+    "bank.init": ("auto", "experts", "svd", "dictionary", "random"), "sparsity.map": ("sparsemax", "entmax", "softmax", "signed"),
     "sparsity.alpha": (1.0, 1.5, 2.0), "fit.method": ("varpro", "am", "adam"), "fit.metric": ("data", "weights"),
     "cache.mode": ("lru", "all", "none"), "log.to": ("none", "trackio", "wandb"),
     "fit.dtype": ("float64", "float32", "bfloat16", "float16"),
@@ -659,10 +659,11 @@ def dims_of(config: dict, where: str = "config.json") -> Dims:
             raise UserError(f"{where}: {key}: expected a whole number above 0, found {value!r}")
         return value
     size("num_hidden_layers")
+    count = layout.num_experts if layout.num_experts in config else "num_local_experts"  # transformers 5 re-saves it so
     p, shared = size(layout.width), layout.shared_width(config)
     if shared % p:
         shared = 0  # a shared expert that is no multiple of p cannot be sliced: it stays dense
-    return Dims(tuple(layout.layers(config)), size(layout.num_experts), p, size("hidden_size"),
+    return Dims(tuple(layout.layers(config)), size(count), p, size("hidden_size"),
                 size("num_experts_per_tok"), shared // p)
 
 
@@ -1049,7 +1050,6 @@ def metric_factor(C: Tensor, ridge: float) -> Tensor:
 # ======================================================================================================
 # 5. Init and fit: maths on tensors; no paths, no printing, no model classes
 # ======================================================================================================
-MIXR, MIXO, LS, NOISE, BS = 0., 1., 1., .2, 1.
 class Diverged(RuntimeError):
     """The objective is not finite; the last good state is kept."""
 
@@ -1151,84 +1151,78 @@ def align(X: Tensor, to: Tensor) -> Tensor:
     return U @ V @ X
 
 
-def init_bank(experts: Experts, m: int, r: int, how: str, g: torch.Generator, rounds: int = 4) -> tuple:
-    """Bank (G, m, r, d) and mixture weights alpha (n, m) >= 0 to start from.
-
-    svd: experts are dealt to bases in order; a basis holds the leading directions of its experts (and a random gauge).
-    dictionary: then `rounds` of k-means: experts go to the basis that their own leading directions, rotated to it, are
-    nearest to, which becomes their mean. random: Gaussian. Alpha: non-negative least squares on the bank.
-    """
-    n, d, dev = len(experts), experts.d, experts.device
-    bank = BS * torch.randn(experts.groups, m, r, d, generator=g)
-    if how == "random":
-        return bank.to(dev), torch.rand(n, m, generator=g).to(dev)
-    if how == "experts":
-        for k in range(experts.groups):
-            ids = (experts.group == k).nonzero().flatten()
-            for j in range(m):
-                i = int(ids[(j * len(ids) // m) % len(ids)]) if m <= len(ids) else int(ids[j % len(ids)])
-                W = experts.weights(torch.tensor([i]))[0].cpu()
-                L = experts.metric.get(experts.keys[i][0]) if not experts.left else None
-                W = W if L is None else torch.linalg.solve_triangular(L.cpu(), W, upper=False, left=False)
-                Q = torch.linalg.qr(torch.randn(max(r, experts.p), min(r, experts.p), generator=g))[0]
-                bank[k, j] = (Q.T if r < experts.p else Q) @ W
-        bank /= bank.square().mean((-1, -2), keepdim=True).sqrt()
-        home = torch.zeros(n, dtype=torch.long)
-        for k in range(experts.groups):
-            ids = (experts.group == k).nonzero().flatten()
-            home[ids] = torch.arange(len(ids)) * m // len(ids) if len(ids) >= m else torch.arange(len(ids))
-        alpha = NOISE * torch.randn(n, m, generator=g)
-        alpha[torch.arange(n), home] += 1
-        return bank.to(dev), alpha.to(dev)
-    own, home = [None] * n, torch.zeros(n, dtype=torch.long)
+def deal(experts: Experts, m: int) -> Tensor:
+    """(n,) the basis that each expert starts from: neighbours share one; with more bases than experts, one each."""
+    home = torch.zeros(len(experts), dtype=torch.long)
     for k in range(experts.groups):
         ids = (experts.group == k).nonzero().flatten()
         home[ids] = torch.arange(len(ids)) * m // len(ids) if len(ids) >= m else torch.arange(len(ids))
-    grams = torch.zeros(experts.groups, m, d, d)
-    scale_of: dict = {}
-    for ids, k, L in experts.batches():
-        W = experts.weights(ids)
-        for i, G in zip(ids.tolist(), (W.mT @ W).cpu()):
-            grams[k, home[i]] += G
-            scale_of[(k, int(home[i]))] = L
-            own[i] = top_rows(G, r, L, g) if how == "dictionary" else None
-    for k in range(experts.groups):
-        for j in range(m):
-            if (k, j) in scale_of:
-                bank[k, j] = rotation(r, g) @ top_rows(grams[k, j], r, scale_of[(k, j)], g)
-            else:  # more bases than experts: a random mixture of those that have some
-                filled = [i for i in range(m) if (k, i) in scale_of]
-                w = torch.randn(len(filled), generator=g) / math.sqrt(len(filled))
-                bank[k, j] = rotation(r, g) @ torch.einsum("f,frd->rd", w, bank[k, filled])
-    bank /= bank.square().mean((-1, -2), keepdim=True).sqrt()
-    alpha = torch.zeros(n, m)
-    if how == "svd":
-        alpha = torch.rand(n, m, generator=g) * MIXR
-        alpha[torch.arange(n), home] += MIXO
-        return bank.to(dev), alpha.to(dev)
-    own = [x / x.square().mean().sqrt() for x in own]
+    return home
+
+
+def init_bank(experts: Experts, m: int, r: int, how: str, g: torch.Generator) -> tuple:
+    """Bank (G, m, r, d) and mixture weights alpha (n, m) to start from.
+
+    experts: a basis is one of its experts' matrix in a random gauge. svd: the leading directions of all its experts,
+    stacked. dictionary: that, refined by k-means over the experts' own leading directions; alpha by non-negative least
+    squares. random: Gaussian. Every gauge is random, since the adapter absorbs it.
+    """
+    n, d, home = len(experts), experts.d, deal(experts, m)
+    alpha = 0.2 * torch.randn(n, m, generator=g)
+    alpha[torch.arange(n), home] += 1
+    bank = torch.randn(experts.groups, m, r, d, generator=g)
+    if how == "random":
+        alpha = torch.rand(n, m, generator=g)
+    else:
+        filled = torch.zeros(experts.groups, m, dtype=torch.bool)
+        grams, own = torch.zeros(experts.groups, m, d, d) if how != "experts" else None, []
+        metric_of: dict = {}
+        for ids, k, L in experts.batches():
+            for i, W in zip(ids.tolist(), experts.weights(ids).cpu()):
+                j = int(home[i])
+                if how == "experts" and not filled[k, j]:
+                    W = W if L is None else torch.linalg.solve_triangular(L.cpu(), W, upper=False, left=False)
+                    bank[k, j] = rotation(max(r, experts.p), g)[:r, :experts.p] @ W
+                elif how != "experts":
+                    grams[k, j] += W.T @ W
+                    own += [top_rows(W.T @ W, r, L, g)] if how == "dictionary" else []
+                filled[k, j], metric_of[k, j] = True, L
+        for k, j in metric_of if how != "experts" else ():
+            bank[k, j] = rotation(r, g) @ top_rows(grams[k, j], r, metric_of[k, j], g)
+        bank /= bank.square().mean((-1, -2), keepdim=True).sqrt().clamp_min(1e-30)
+        for k, j in (~filled).nonzero().tolist():  # more bases than experts: random mixtures of those that have one
+            have = bank[k, filled[k]]
+            bank[k, j] = rotation(r, g) @ torch.einsum("f,frd->rd", torch.randn(len(have), generator=g) / len(have) ** 0.5, have)
+        if how == "dictionary":
+            bank, alpha = kmeans(experts, bank, own)
+    return 0.3 * bank.to(experts.device), alpha.to(experts.device)  # small, so that phi starts near linear
+
+
+def kmeans(experts: Experts, bank: Tensor, own: list, rounds: int = 4) -> tuple:
+    """k-means of the experts' leading directions `own`, each rotated to the basis it is compared with; then NNLS."""
+    own, alpha = [x / x.square().mean().sqrt().clamp_min(1e-30) for x in own], torch.zeros(len(own), bank.shape[1])
     for _ in range(rounds):
-        sums, counts = torch.zeros_like(bank), torch.zeros(experts.groups, m)
+        sums, counts = torch.zeros_like(bank), torch.zeros(bank.shape[:2])
         for i, x in enumerate(own):
             k = int(experts.group[i])
-            fits = [align(x, b) for b in bank[k]]
-            j = int(torch.stack([(a - b).square().sum() for a, b in zip(fits, bank[k])]).argmin())
+            fits = torch.stack([align(x, b) for b in bank[k]])
+            j = int((fits - bank[k]).square().sum((1, 2)).argmin())
             sums[k, j] += fits[j]
             counts[k, j] += 1
         used = counts > 0
         bank[used] = sums[used] / counts[used][:, None, None]
-    for k in range(experts.groups):
-        G = torch.einsum("ird,jrd->ij", bank[k], bank[k])
+    for k in range(len(bank)):
         ids = (experts.group == k).nonzero().flatten()
         c = torch.stack([torch.stack([(align(own[i], b) * b).sum() for b in bank[k]]) for i in ids.tolist()])
-        alpha[ids] = nnls(G, c)
-    return bank.to(dev), alpha.to(dev)
+        alpha[ids] = nnls(bank[k].flatten(1) @ bank[k].flatten(1).T, c)
+    return bank, alpha
 
 
 def logits_of(alpha: Tensor, T: float, kind: str) -> Tensor:
-    """Logits whose mixture leans toward alpha (rows scaled to a largest weight of 1) with every basis still in reach."""
-    a = alpha / alpha.amax(-1, keepdim=True).clamp_min(1e-12)
-    return a / a.shape[-1] ** 0.5 if kind == "signed" else T * a * LS
+    """Logits whose mixture leans toward alpha with every basis still in reach (a sparse map gives the others no gradient)."""
+    if kind == "signed":
+        return alpha / alpha.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return 0.3 * T * alpha / alpha.amax(-1, keepdim=True).clamp_min(1e-12)
 
 
 # ---- one pass over the experts -----------------------------------------------------------------------
@@ -1289,7 +1283,7 @@ def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s:
         if pre:
             M[g] += ((a * a).T @ product(A.mT, A, dtype).flatten(1)).view(m, r, r)
         if am:
-            dZ = (target_shift(A, R, L, s.beta, f.lambda_T) * dX / (dX * dX + 0.05)).flatten(1)
+            dZ = (target_shift(A, R, L, s.beta, f.lambda_T) * dX / dX.square().mean()).flatten(1)
             shift[g] += (a.T @ dZ).view(m, r, d)
             pull[ids] = dZ @ flat.T
     energy = max(energy, 1e-30)
@@ -1321,11 +1315,11 @@ def spectral_penalty(A: Tensor, X: Tensor, W: Tensor, XL: Tensor, free_A: bool, 
     """fit.spectral * sum sigma_max(A_i)^2 and its gradients in X and A; through the A-step where A is eliminated."""
     with torch.enable_grad():
         A, X = A.detach().requires_grad_(), X.detach().requires_grad_()
-        B = A if free_A else adapters(W, X if L is None else X @ L, f.lambda_A, dtype)
+        B = A if free_A else adapters(W, X if L is None else X @ L.to(X.dtype), f.lambda_A, dtype)
         value = f.spectral * spectral_norms(B).square().sum()
         if free_A:
-            return float(value), torch.zeros_like(X), torch.autograd.grad(value, A)[0]
-        return float(value), torch.autograd.grad(value, X)[0], None
+            return float(value.detach()), torch.zeros_like(X), torch.autograd.grad(value, A)[0]
+        return float(value.detach()), torch.autograd.grad(value, X)[0], None
 
 
 def bank_penalty(B: Tensor, f: FitConfig, value: float, grad: Tensor) -> tuple:
@@ -1335,7 +1329,7 @@ def bank_penalty(B: Tensor, f: FitConfig, value: float, grad: Tensor) -> tuple:
         more = f.lambda_B * B.square().mean()
         if f.spectral:
             more = more + f.spectral * spectral_norms(B).square().mean() / B.shape[-2] / B.shape[-1]
-        return value + float(more), grad + torch.autograd.grad(more, B)[0]
+        return value + float(more.detach()), grad + torch.autograd.grad(more, B)[0]
 
 
 # ---- the loop ----------------------------------------------------------------------------------------
@@ -1369,18 +1363,28 @@ class Fitter:
         self.wide = torch.float64 if cfg.fit.dtype == "float64" else torch.float32
         self.mask = torch.ones(n, m, dtype=torch.bool, device=experts.device)
         self.T, self.step_done, self.scale, self.frozen = sp.T0, 0, 1.0, False
-        self.pairs, self.moments = [], {}
+        self.pairs, self.moments, self.velocity = [], {}, {}
         self.here: Pass | None = None
         self.at: Schedule | None = None
         self.recent: list = []
-        if start is None:
-            bank, alpha = init_bank(experts, m, r, cfg.bank.init, torch.Generator().manual_seed(cfg.fit.seed))
-            start = {"B": bank, "z": logits_of(alpha, self.T, self.kind)}
+        start = start or self._start(m, r)
         self.x = {k: v.to(experts.device, self.wide) for k, v in start.items()}
         if cfg.fit.method == "adam" and "A" not in self.x:
             self.x["A"] = self._solve(lam=ramp(cfg.fit.homotopy.lam_start, 1, cfg.fit.homotopy.lam_steps, 0))
         self.unit = {k: float(v.square().mean().sqrt()) or 1.0 for k, v in self.x.items()} | {"z": self.T}
         self.root = self._mean_metric()
+
+    def _start(self, m: int, r: int, trial: int = 16) -> dict:
+        """Bank and logits by bank.init; "auto" keeps the better of two short trials."""
+        if self.cfg.bank.init == "auto":
+            change = lambda how: dataclasses.replace(self.cfg, bank=dataclasses.replace(self.cfg.bank, init=how))
+            trials = [Fitter(self.experts, change(how), (m, r)) for how in ("experts", "random")]
+            for fitter in trials:
+                while fitter.step_done < min(trial, self.cfg.fit.steps):
+                    fitter.step()
+            return min(trials, key=lambda t: t.here.error).x
+        bank, alpha = init_bank(self.experts, m, r, self.cfg.bank.init, torch.Generator().manual_seed(self.cfg.fit.seed))
+        return {"B": bank, "z": logits_of(alpha, self.T, self.kind)}
 
     @property
     def done(self) -> bool:
@@ -1446,7 +1450,7 @@ class Fitter:
         B = torch.cholesky_solve(q["B"], self.curvature) / 2
         if self.root is not None:
             B = torch.cholesky_solve(B.mT, self.root[:, None].expand(-1, B.shape[1], -1, -1)).mT
-        return {"B": B, "z": q["z"] * (10 * self.T ** 2 * len(self.experts))}
+        return {"B": B, "z": q["z"] * (10 * len(self.experts) * (self.T ** 2 if self.kind != "signed" else 0.3))}
 
     def _lbfgs(self) -> dict:
         """Two-loop recursion (Nocedal and Wright, Algorithm 7.4) around the preconditioner."""
@@ -1474,31 +1478,28 @@ class Fitter:
         return {k: v * min(1.0, 0.5 / max(reach, 1e-30)) for k, v in delta.items()}
 
     def _half_steps(self) -> dict:
-        """am: bank by least squares on the shifted targets, then mixtures on what is left of them."""
-        B, alpha, p, sp = self.x["B"], self.alpha(), self.here, self.cfg.sparsity
-        G, m = B.shape[:2]
-        flat, dB, z = B.flatten(2), torch.empty_like(B), self.x["z"].clone()
-        for g in range(G):
+        """am: bank by least squares on the shifted targets, then mixtures on what is left of them; with momentum."""
+        B, alpha, p = self.x["B"], self.alpha(), self.here
+        flat, dB, dz = B.flatten(2), torch.empty_like(B), torch.empty_like(alpha)
+        for g in range(B.shape[0]):
             ids = (self.experts.group == g).nonzero().flatten().to(alpha.device)
             a = alpha[ids]
-            K = spd_factor(a.T @ a, 1e-3 + self.cfg.fit.lambda_B)
-            dB[g] = torch.cholesky_solve(p.shift[g].flatten(1), K).view_as(dB[g])
-            gram, cross = flat[g] @ flat[g].T, dB[g].flatten(1) @ flat[g].T
-            z[ids] = self._mixture_step(z[ids], a, gram, p.pull[ids] - a @ cross, self.mask[ids])
-        return {"B": dB, "z": z - self.x["z"]}
+            dB[g] = torch.cholesky_solve(p.shift[g].flatten(1), spd_factor(a.T @ a, 1e-3 + self.cfg.fit.lambda_B)).view_as(dB[g])
+            left = p.pull[ids] - a @ (dB[g].flatten(1) @ flat[g].T)
+            dz[ids] = self._mixture_step(a, flat[g] @ flat[g].T, left, self.mask[ids])
+        delta = {"B": dB, "z": dz}
+        if "B" in self.velocity:
+            delta = _axpy(delta, 0.8, self.velocity)
+        return delta
 
-    def _mixture_step(self, z: Tensor, a0: Tensor, gram: Tensor, pull: Tensor, mask: Tensor, steps: int = 20) -> Tensor:
-        """Logits that lower ||sum (alpha - alpha_0) B - dZ||^2 + l1 |alpha|, all in the bank's Gram matrix (m, m)."""
-        gram_scale = gram.diagonal().mean().clamp_min(1e-30)
-        m1, m2 = torch.zeros_like(z), torch.zeros_like(z)
-        for k in range(1, steps + 1):
-            a = mixture(z, self.T, self.kind, mask)
-            grad = 2 * ((a - a0) @ gram - pull) / gram_scale + self.cfg.sparsity.l1 * a.sign()
-            g = mixture_vjp(a, grad, self.T, self.kind, mask)
-            m1, m2 = m1.lerp(g, 0.1), m2.lerp(g * g, 0.01)
-            size = 0.01 * (1 - k / (steps + 1)) * (self.T if self.kind != "signed" else 1)
-            z = z - size * (m1 / (1 - 0.9 ** k)) / ((m2 / (1 - 0.99 ** k)).sqrt() + 1e-12)
-        return z
+    def _mixture_step(self, a: Tensor, gram: Tensor, pull: Tensor, mask: Tensor) -> Tensor:
+        """alpha-step: the Gauss-Newton step in the logits of ||sum_j dalpha_j B_j - dZ||^2 + l1 |alpha|, (n, m), from the
+        bank's Gram matrix (m, m) and pull = <dZ, B_j>; the map's Jacobian J is symmetric."""
+        m = a.shape[1]
+        J = torch.stack([mixture_vjp(a, e.expand_as(a), self.T, self.kind, mask) for e in torch.eye(m, dtype=a.dtype, device=a.device)], -1)
+        level = gram.diagonal().mean()
+        right = J @ (pull - 0.5 * self.cfg.sparsity.l1 * level * a.sign())[..., None]
+        return torch.cholesky_solve(right, spd_factor(J @ gram @ J, 1e-3))[..., 0]
 
     def _adam(self) -> dict:
         """One Adam step of all parameters, at rates relative to their own size at the start."""
@@ -1525,11 +1526,13 @@ class Fitter:
         """One accepted (or refused) step; returns its log row."""
         s, tries, taken = self._schedule(), 0, 0.0
         if self.here is None or s != self.at:  # the objective has moved: take it again where we stand
-            self.pairs = self.pairs if self.at is None else []
+            self.pairs, self.velocity = [], {}
             self.here, self.at = self._evaluate(self.x, s), s
             if self.here is None or not math.isfinite(self.here.value):
                 raise Diverged(f"step {self.step_done}: the objective is not finite")
-        delta, t = self._direction(), 1.0
+        varpro = self.cfg.fit.method == "varpro"
+        delta = self._direction()
+        t = self.scale if varpro and not self.pairs else 1.0  # with no curvature yet, as far as it went last time
         slope = min(0.0, _dot(delta, self.here.grad))
         free = self.cfg.fit.method == "adam" and not self.cfg.fit.adam.safeguard
         for tries in range(1, 7):
@@ -1537,16 +1540,20 @@ class Fitter:
             new = self._evaluate(x, s)
             if free and (new is None or not math.isfinite(new.value)):
                 raise Diverged(f"step {self.step_done}: the objective is not finite; lower fit.lr")
-            if free or new is not None and new.value <= self.here.value + 1e-4 * t * slope * (self.cfg.fit.method == "varpro"):
-                if self.cfg.fit.method == "varpro":
+            if free or new is not None and new.value <= self.here.value + 1e-4 * t * slope * varpro:
+                if varpro:
                     self._remember(x, new)
+                self.velocity = {k: t * v for k, v in delta.items()} if self.cfg.fit.method == "am" and t == 1 else {}
                 self.x, self.here, taken = x, new, t
                 break
             rise = new.value - self.here.value - slope * t if new is not None else math.inf
             t *= min(0.5, max(0.1, -slope * t / (2 * rise))) if math.isfinite(rise) and rise > 0 else 0.25
         else:
-            self.pairs, self.moments = [], {}
-        self.scale = min(1.0, self.scale * 1.1) if taken == 1 else max(1e-4, self.scale * 0.5)
+            self.pairs, self.moments, self.velocity = [], {}, {}
+        if varpro:
+            self.scale = min(1.0, max(1e-6, 2 * taken if taken else self.scale * 1e-2))
+        else:
+            self.scale = min(1.0, self.scale * 1.1) if taken == 1 else max(1e-4, self.scale * 0.5)
         self.step_done += 1
         self._stop_early()
         return self._row(taken, tries)
@@ -1575,6 +1582,7 @@ class Fitter:
         """Tensors from which load_state goes on to the same bits."""
         out = {f"x.{k}": v for k, v in self.x.items()} | {"mask": self.mask}
         out |= {f"pair.{i:03d}.{n}.{k}": v for i, pair in enumerate(self.pairs) for n, part in zip("sy", pair) for k, v in part.items()}
+        out |= {f"velocity.{k}": v for k, v in self.velocity.items()}
         out |= {f"moment.{n}.{k}": v for k, pair in self.moments.items() for n, v in zip("mv", pair)}
         numbers = {"step": self.step_done, "T": self.T, "scale": self.scale, "frozen": float(self.frozen),
                    "recent": self.recent, **{f"unit.{k}": v for k, v in self.unit.items()}}
@@ -1585,6 +1593,8 @@ class Fitter:
 
     def load_state(self, t: dict) -> None:
         dev = self.experts.device
+        t = {k: v.clone() for k, v in t.items()}  # a file's tensors are not aligned, and MKL then rounds otherwise
+        self.velocity = {k[9:]: v.to(dev) for k, v in t.items() if k.startswith("velocity.")}
         self.x = {k[2:]: v.to(dev) for k, v in t.items() if k.startswith("x.")}
         self.mask = t["mask"].to(dev)
         count = len({k[:8] for k in t if k.startswith("pair.")})
@@ -2563,7 +2573,7 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler, x:
     nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     scaler.step(optimizer)
     scaler.update()
-    return float(loss)
+    return float(loss.detach())
 
 
 def save_training(path: Path, model: nn.Module, optimizer, about: dict) -> None:
@@ -2731,7 +2741,7 @@ def open_model(cfg: Config, device: torch.device) -> Checkpoint:
 
 
 def run_train(cfg: Config, to: Path, device: torch.device, resume: bool) -> dict:
-    with tqdm(desc="train", file=sys.stderr, dynamic_ncols=True, leave=False) as line:
+    with tqdm(desc="train", file=sys.stderr, dynamic_ncols=True, leave=False, delay=1) as line:
         def progress(row: dict) -> None:
             line.total = row["steps"]
             line.n = row["step"]
@@ -2882,6 +2892,7 @@ def cmd_fit(args: argparse.Namespace) -> dict:
                 raise KeyboardInterrupt(f"state saved; go on with: python globe.py fit --resume --out {out}")
     log.close()
     kept = {k: v for k, v in config_dict(cfg).items() if k not in ("log", "train", "eval")}
+    kept["calib"]["text"] = Path(cfg.calib.text).name
     kept["model"] = {k: v for k, v in kept["model"].items() if k not in ("path", "force_download")}
     factors = Factors(fitted, {l: [e for k, e in keys if k == l] for l in dict.fromkeys(l for l, _ in keys)}, D,
                       ckpt.config["model_type"], ckpt.fingerprint(), kept)
@@ -3078,24 +3089,37 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options and section.key=value overrides in any order (argparse alone refuses overrides after an option)."""
+    args, rest = build_parser().parse_known_args(argv)
+    odd = [a for a in rest if a.startswith("-") or "=" not in a or not hasattr(args, "overrides")]
+    if odd:
+        build_parser().error(f"unrecognized arguments: {' '.join(odd)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 wrong input, 130 stopped with the state saved."""
-    parser = build_parser()
     try:
-        args = parser.parse_intermixed_args(argv) if False else parser.parse_args(argv)
+        args = parse(argv)
     except SystemExit as e:
         return int(e.code or 0)
     if args.version:
         print(json.dumps({"globe": __version__, "torch": torch.__version__, "operators": "torch"}))
         return 0
     if not args.command:
-        parser.print_help(sys.stderr)
+        build_parser().print_help(sys.stderr)
         return 2
     try:
         result = args.run(args)
     except UserError as e:
         say(f"globe.py {args.command}: {e}")
         return 2
+    except Diverged as e:
+        say(f"globe.py {args.command}: diverged: {e}; the last good state is kept")
+        return 1
     except KeyboardInterrupt as e:
         say(f"globe.py {args.command}: stopped; {e}")
         return 130

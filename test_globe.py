@@ -293,8 +293,11 @@ N, P, D, R, M, S = 32, 24, 40, 12, 8, 3  # experts, p, d, r, bases, support of t
 KEYS = [(l, e) for l in range(4) for e in range(8)]
 
 
-def planted(activation: str, seed: int = 0) -> tuple:
-    """Bank (M, R, D), mixtures (N, M) with supports of S, adapters and the weights (N, P, D) that they make."""
+def planted(activation: str, seed: int = 100) -> tuple:
+    """Bank (M, R, D), mixtures (N, M) with supports of S, adapters and the weights (N, P, D) that they make.
+
+    The seed is far from fit.seed: equal ones would give a random init the planted bank itself.
+    """
     g = gen(seed)
     B, alpha = torch.randn(M, R, D, generator=g), torch.zeros(N, M)
     for i in range(N):
@@ -326,7 +329,7 @@ def supports(f: FamilyFactors) -> torch.Tensor:
 
 
 @slow
-@pytest.mark.parametrize("method, steps", (("varpro", 150), ("am", 600), ("adam", 1500)))
+@pytest.mark.parametrize("method, steps", (("varpro", 300), ("am", 600), ("adam", 1500)))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_from_five_percent_off_the_planted_factors_come_back(activation, method, steps, device):
     B, alpha, _, W = planted(activation)
@@ -335,7 +338,7 @@ def test_from_five_percent_off_the_planted_factors_come_back(activation, method,
     z = torch.where(alpha > 0, z, -0.02)  # the bases left out stand near the edge of the support
     start = {"B": (B + 0.05 * B.std() * torch.randn(B.shape, generator=g))[None], "z": z}
     f, _ = fit_family(W, (M, R), device, start, bank__activation=activation, fit__method=method, fit__steps=steps, bank__m=M,
-                      bank__r=R, sparsity__support=S)
+                      bank__r=R, sparsity__support=S, sparsity__map="entmax", sparsity__freeze=0.7)
     assert relative_error(f, W) < 1e-3
     assert torch.equal(supports(f), alpha > 0)
 
@@ -344,7 +347,8 @@ def test_from_five_percent_off_the_planted_factors_come_back(activation, method,
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_cold_start_with_twice_the_bases_beats_half_the_error_of_svd(activation, device):
     *_, W = planted(activation)
-    f, _ = fit_family(W, (2 * M, R), device, bank__activation=activation, fit__steps=600, bank__m=2 * M, bank__r=R)
+    f, _ = fit_family(W, (2 * M, R), device, bank__activation=activation, fit__steps=600, bank__m=2 * M, bank__r=R,
+                      bank__init="random", sparsity__map="softmax", sparsity__freeze=0.7)
     s = torch.linalg.svdvals(W)
     rank = f.numbers() / N / (P + D)  # of a per-expert SVD of the same size; a part of a rank is credited to it
     k = int(rank)
