@@ -412,7 +412,7 @@ def test_the_same_seed_gives_the_same_factors_and_resuming_changes_no_bit(method
 
 def test_a_step_that_is_not_finite_raises_diverged_and_keeps_the_last_good_state():
     W = planted("silu")[-1]
-    cfg = load_config(None, ["fit.method=adam", "fit.adam.safeguard=false", "fit.lr=1e30", "fit.steps=20"])
+    cfg = load_config(None, ["fit.method=adam", "fit.adam.safeguard=false", "fit.lr=1e30", "fit.steps=20", "bank.init=experts"])
     fitter = Fitter(Experts(lambda l, e: W[8 * l + e], KEYS), cfg, (5, 4))
     with pytest.raises(globe.Diverged, match="not finite.*fit.lr"):
         while not fitter.done:
@@ -434,7 +434,7 @@ def test_supports_are_cut_to_size_under_every_map():
 
 
 def test_a_fit_moves_every_part_of_its_schedule():
-    rows = fit_family(planted("silu")[-1], (5, 4), fit__steps=24, fit__homotopy__beta_steps=12, **SMALL)[1]
+    rows = fit_family(planted("silu")[-1], (5, 4), fit__steps=24, fit__homotopy__beta_steps=12, sparsity__map="entmax", **SMALL)[1]
     assert [rows[0]["lambda"], rows[-1]["lambda"]] == [0.0, 1.0] and 0 < rows[4]["lambda"] < 1
     assert [rows[0]["beta"], rows[-1]["beta"]] == [0.5, 1.0]
     assert rows[0]["T"] == 2.0 and rows[-1]["T"] < 2.0
