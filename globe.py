@@ -97,7 +97,8 @@ class SparsityConfig:
     support: int = 8                    # largest support at the end
     T0: float = 1.0                     # first temperature
     eta: float = 0.9                    # T is multiplied by this at every stage while supports are too large
-    freeze: float = 0.3                 # at this fraction of the steps supports are cut to size and fixed
+    freeze: float | None = None         # fraction of the steps after which supports are cut to size and fixed; default:
+                                        # 0.15 for signed (on real weights even a random support is as good), else 0.7
     l1: float = 0.0                     # on |alpha|; acts on signed mixtures (a simplex has constant L1)
     eps_prune: float = 1e-4             # mixture weights below this are dropped when supports are fixed
 
@@ -131,7 +132,7 @@ class FitConfig:
     steps: int = 150
     batch: int = 0                      # experts per batch; 0: from the memory at hand
     lr: float = 0.05
-    memory: int = 8                     # varpro: pairs that L-BFGS keeps
+    memory: int = 4                     # varpro: pairs of bank-sized tensors that L-BFGS keeps
     adam: AdamConfig = field(default_factory=AdamConfig)
     homotopy: HomotopyConfig = field(default_factory=HomotopyConfig)
     lambda_A: float = 1e-6              # ridge on A, relative to the mean diagonal of its Gram matrix
@@ -1168,7 +1169,7 @@ def init_bank(experts: Experts, m: int, r: int, how: str, g: torch.Generator) ->
     squares. random: Gaussian. Every gauge is random, since the adapter absorbs it.
     """
     n, d, home = len(experts), experts.d, deal(experts, m)
-    alpha = 0.2 * torch.randn(n, m, generator=g)
+    alpha = 0.25 * torch.randn(n, m, generator=g)
     alpha[torch.arange(n), home] += 1
     bank = torch.randn(experts.groups, m, r, d, generator=g)
     if how == "random":
@@ -1363,6 +1364,8 @@ class Fitter:
         self.wide = torch.float64 if cfg.fit.dtype == "float64" else torch.float32
         self.mask = torch.ones(n, m, dtype=torch.bool, device=experts.device)
         self.T, self.step_done, self.scale, self.frozen = sp.T0, 0, 1.0, False
+        share = sp.freeze if sp.freeze is not None else 0.15 if self.kind == "signed" else 0.7
+        self.freeze_at = share * cfg.fit.steps
         self.pairs, self.moments, self.velocity = [], {}, {}
         self.here: Pass | None = None
         self.at: Schedule | None = None
@@ -1374,13 +1377,13 @@ class Fitter:
         self.unit = {k: float(v.square().mean().sqrt()) or 1.0 for k, v in self.x.items()} | {"z": self.T}
         self.root = self._mean_metric()
 
-    def _start(self, m: int, r: int, trial: int = 16) -> dict:
+    def _start(self, m: int, r: int, trial: int = 24) -> dict:
         """Bank and logits by bank.init; "auto" keeps the better of two short trials."""
         if self.cfg.bank.init == "auto":
             change = lambda how: dataclasses.replace(self.cfg, bank=dataclasses.replace(self.cfg.bank, init=how))
             trials = [Fitter(self.experts, change(how), (m, r)) for how in ("experts", "random")]
             for fitter in trials:
-                while fitter.step_done < min(trial, self.cfg.fit.steps):
+                while fitter.step_done < min(trial, self.cfg.fit.steps // 6):
                     fitter.step()
             return min(trials, key=lambda t: t.here.error).x
         bank, alpha = init_bank(self.experts, m, r, self.cfg.bank.init, torch.Generator().manual_seed(self.cfg.fit.seed))
@@ -1416,14 +1419,11 @@ class Fitter:
         """Homotopy, temperature and supports as of the coming step; they move once in homotopy.every steps."""
         f, sp, h, k = self.cfg.fit, self.cfg.sparsity, self.cfg.fit.homotopy, self.step_done
         stage = k - k % h.every
-        if not self.frozen and k >= sp.freeze * f.steps:
+        if not self.frozen and k >= self.freeze_at:
             self._freeze()
         elif not self.frozen and k == stage and k and self.kind != "signed" and self._median() > sp.support:
             self.T *= sp.eta
-        elif not self.frozen and k == stage and k and self.kind == "signed":  # no map to thin it out: cut step by step
-            left = max(sp.support, round(self.mask.shape[1] * (sp.support / self.mask.shape[1]) ** (k / (sp.freeze * f.steps))))
-            self.mask, self.here = self.mask & self._largest(left), None
-        lam = ramp(h.lam_start, 1.0, min(h.lam_steps, int(sp.freeze * f.steps)), stage)
+        lam = ramp(h.lam_start, 1.0, min(h.lam_steps, int(self.freeze_at)), stage)
         return Schedule(lam, ramp(h.beta_start, h.beta_end, h.beta_steps, stage), self.T, self.frozen)
 
     def _largest(self, s: int) -> Tensor:
@@ -1450,14 +1450,14 @@ class Fitter:
         B = torch.cholesky_solve(q["B"], self.curvature) / 2
         if self.root is not None:
             B = torch.cholesky_solve(B.mT, self.root[:, None].expand(-1, B.shape[1], -1, -1)).mT
-        return {"B": B, "z": q["z"] * (10 * len(self.experts) * (self.T ** 2 if self.kind != "signed" else 0.3))}
+        return {"B": B, "z": q["z"] * (3 * len(self.experts) * (self.T ** 2 if self.kind != "signed" else 1))}
 
     def _lbfgs(self) -> dict:
         """Two-loop recursion (Nocedal and Wright, Algorithm 7.4) around the preconditioner."""
         M = self.here.curvature
         level = M.diagonal(dim1=-1, dim2=-2).mean(-1).mean()
         eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-        self.curvature = spd_factor(M + 1e-3 * level * eye, 1e-2)  # a basis that nobody uses has M = 0
+        self.curvature = spd_factor(M + 1e-3 * level * eye, 3e-2)  # a basis that nobody uses has M = 0
         q, steps = self.here.grad, []
         for s, y in reversed(self.pairs):
             a = _dot(s, q) / _dot(s, y)
