@@ -111,31 +111,31 @@ def build_smol_moe(source: str, out: Path, experts: int = 8) -> Path:
     return out
 
 
-def checkpoint_of(preset: str, experts: int) -> globe.Checkpoint:
+def checkpoint_of(preset: str, args: argparse.Namespace) -> globe.Checkpoint:
     """The checkpoint of a preset, made on first use in the user's cache."""
     if preset == "tiny":
-        return globe.open_model(globe.load_config(), torch.device("cpu"))
-    path = globe.user_cache() / f"smol-moe-{experts}"
-    return globe.Checkpoint(path if (path / "config.json").is_file() else build_smol_moe(smol_source(), path, experts))
+        return globe.open_model(globe.load_config(None, args.set), torch.device("cpu"))
+    path = globe.user_cache() / f"smol-moe-{args.experts}"
+    return globe.Checkpoint(path if (path / "config.json").is_file() else build_smol_moe(smol_source(), path, args.experts))
 
 
 # ---- quality -----------------------------------------------------------------------------------------
-def quality_texts(tokenizer, preset: str) -> tuple:
+def quality_texts(tokenizer, count: int = 12) -> tuple:
     """({text name: windows (N, 512)}, calibration text): evaluation windows are never in the calibration text.
 
-    topics: tokens i * 4096 + 512 .. i * 4096 + 1024 of pydoc_data.topics, i = 0..11; code: argparse.py and tarfile.py;
+    topics: tokens i * 4096 + 512 .. i * 4096 + 1024 of pydoc_data.topics, i = 0..count-1; code: argparse.py and tarfile.py;
     license: CPython's LICENSE.txt. Prints Python's version and the texts' hashes, since the figures depend on them.
     """
     from pydoc_data.topics import topics
     root = Path(sysconfig.get_path("stdlib"))
     prose = "\n\n".join(topics[k] for k in sorted(topics))
     ids = torch.tensor(tokenizer(prose, add_special_tokens=False, verbose=False)["input_ids"])
-    chunks = [(i * 4096 + 512, i * 4096 + 1024) for i in range(12) if i * 4096 + 1024 <= len(ids)]
+    chunks = [(i * 4096 + 512, i * 4096 + 1024) for i in range(count) if i * 4096 + 1024 <= len(ids)]
     texts = {"code": "".join((root / f).read_text() for f in ("argparse.py", "tarfile.py"))}
     if (root / "LICENSE.txt").is_file():
         texts["license"] = (root / "LICENSE.txt").read_text()
     windows = {"topics": torch.stack([ids[a:b] for a, b in chunks])}
-    windows |= {k: globe.token_windows(tokenizer, v, 12 * 512, 512) for k, v in texts.items()}
+    windows |= {k: globe.token_windows(tokenizer, v, count * 512, 512) for k, v in texts.items()}
     sums = {k: hashlib.sha256(v.encode()).hexdigest()[:12] for k, v in (texts | {"topics": prose}).items()}
     say(f"texts: Python {sys.version.split()[0]}, sha256 {sums}")
     rest = [ids[b:a] for (_, b), (a, _) in zip([(0, 0), *chunks], [*chunks, (len(ids), 0)])]
@@ -174,9 +174,9 @@ def frobenius(ckpt: globe.Checkpoint, weights: dict) -> dict:
 
 def bench_quality(preset: str, args: argparse.Namespace) -> list:
     """Perplexity change and error of GloBE and of a plain SVD at the same stored size."""
-    ckpt, device, rows = checkpoint_of(preset, args.experts), globe.pick_device(args.device), []
+    ckpt, device, rows = checkpoint_of(preset, args), globe.pick_device(args.device), []
     tokenizer = globe.load_tokenizer(ckpt.dir)
-    windows, calibration = quality_texts(tokenizer, preset)
+    windows, calibration = quality_texts(tokenizer, args.windows)
     model = globe.load_dense(ckpt.dir, device, None)
     dense = {k: globe.nll(model, w)[0] for k, w in windows.items()}
     say(f"{preset}: dense perplexity " + ", ".join(f"{k} {math.exp(v):.2f}" for k, v in dense.items()))
@@ -235,10 +235,10 @@ def timed(run, device: torch.device) -> float:
 @torch.no_grad()
 def bench_decode(preset: str, args: argparse.Namespace) -> list:
     """Tokens/s of prefill and greedy decode: the dense model (each experts implementation), and GloBE's cache modes."""
-    ckpt, device, models = checkpoint_of(preset, args.experts), globe.pick_device(args.device), {}
+    ckpt, device, models = checkpoint_of(preset, args), globe.pick_device(args.device), {}
     dtype = globe.as_dtype(args.dtype) or ckpt.dtype
     with tempfile.TemporaryDirectory() as scratch:
-        factors = globe.load_factors(quiet(["fit", "--out", f"{scratch}/run", f"model.path={ckpt.dir}", "fit.steps=10"])["factors"])
+        factors = globe.load_factors(quiet(["fit", "--out", f"{scratch}/run", f"model.path={ckpt.dir}", "fit.steps=10", *args.set])["factors"])
         text = globe.token_windows(globe.load_tokenizer(ckpt.dir), globe.builtin_text("heldout"), 512, 512)  # real text: real hits
         for how in ("eager", "grouped_mm", "batched_mm"):
             models["dense", how] = globe.load_dense(ckpt.dir, device, dtype)
@@ -271,10 +271,10 @@ def bench_decode(preset: str, args: argparse.Namespace) -> list:
 # ---- fit ---------------------------------------------------------------------------------------------
 def bench_fit(preset: str, args: argparse.Namespace) -> list:
     """Seconds, passes and error of each method, and of a plain SVD of the same size, on the preset's gate matrices."""
-    ckpt, rows = checkpoint_of(preset, args.experts), []
+    ckpt, rows = checkpoint_of(preset, args), []
     keys = globe.select_experts(ckpt.dims, globe.ModelConfig())
     for method in ("varpro", "am", "adam"):
-        cfg = globe.load_config(None, [f"fit.method={method}", f"fit.steps={args.steps}"])
+        cfg = globe.load_config(None, [*args.set, f"fit.method={method}", f"fit.steps={args.steps}"])
         experts = globe.Experts(lambda layer, e: ckpt.expert("gate", layer, e), keys, normalize="scale")
         begin = time.perf_counter()
         fitter = globe.Fitter(experts, cfg, globe.bank_shape(cfg, "gate", len(keys), 1, ckpt.dims))
@@ -299,7 +299,8 @@ def main(argv=None) -> int:
     parser.add_argument("--preset", nargs="+", default=["tiny"], help="tiny, smol-moe (quality only; needs SMOL_DIR or the hub)")
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.8, 0.6], help="quality: stored / dense sizes")
     parser.add_argument("--experts", type=int, default=8, help="smol-moe: slices per layer (8 of 192, or 4 of 384)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="quality: config of the fit")
+    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="config of the fits and of the tiny model")
+    parser.add_argument("--windows", type=int, default=12, help="quality: evaluation windows of 512 tokens per text")
     parser.add_argument("--tokens", type=int, default=64, help="decode: new tokens")
     parser.add_argument("--prefill", type=int, default=256, help="decode: prompt tokens of the prefill test")
     parser.add_argument("--repeats", type=int, default=5)

@@ -1383,7 +1383,7 @@ class Fitter:
             change = lambda how: dataclasses.replace(self.cfg, bank=dataclasses.replace(self.cfg.bank, init=how))
             trials = [Fitter(self.experts, change(how), (m, r)) for how in ("experts", "random")]
             for fitter in trials:
-                while fitter.step_done < min(trial, self.cfg.fit.steps // 6):
+                while fitter.step_done < min(trial, max(1, self.cfg.fit.steps // 6)):
                     fitter.step()
             return min(trials, key=lambda t: t.here.error).x
         bank, alpha = init_bank(self.experts, m, r, self.cfg.bank.init, torch.Generator().manual_seed(self.cfg.fit.seed))
@@ -1417,7 +1417,7 @@ class Fitter:
     # -- schedules
     def _schedule(self) -> Schedule:
         """Homotopy, temperature and supports as of the coming step; they move once in homotopy.every steps."""
-        f, sp, h, k = self.cfg.fit, self.cfg.sparsity, self.cfg.fit.homotopy, self.step_done
+        sp, h, k = self.cfg.sparsity, self.cfg.fit.homotopy, self.step_done
         stage = k - k % h.every
         if not self.frozen and k >= self.freeze_at:
             self._freeze()
@@ -1725,13 +1725,15 @@ def check_meta(meta: dict, where: str) -> dict:
         raise UserError(f"{where}: expected factors of format version {FORMAT_VERSION}, found {version!r}")
     try:
         _meta_dims(meta)
+        fine = bool(meta["families"]) and all(isinstance(e, int) for es in meta["experts"].values() for e in es)
         for name, f in meta["families"].items():
-            assert name in FAMILIES and f["activation"] in CHOICES["bank.activation"]
-            assert all(isinstance(f[k], int) and f[k] > 0 for k in ("m", "r", "s", "groups"))
-            assert all(0 <= f["group"][l] < f["groups"] for l in meta["experts"])
-            assert math.isfinite(f["shift"]) and math.isfinite(f["scale"])
-        assert meta["families"] and all(isinstance(e, int) for es in meta["experts"].values() for e in es)
-    except (AssertionError, KeyError, TypeError, AttributeError) as e:
+            fine &= name in FAMILIES and f["activation"] in CHOICES["bank.activation"]
+            fine &= all(isinstance(f[k], int) and f[k] > 0 for k in ("m", "r", "s", "groups"))
+            fine &= all(0 <= f["group"][l] < f["groups"] for l in meta["experts"])
+            fine &= math.isfinite(f["shift"]) and math.isfinite(f["scale"])
+        if not fine:
+            raise ValueError("a value out of range")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{where}: its description is damaged ({type(e).__name__} {e})") from None
     return meta
 

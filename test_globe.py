@@ -19,7 +19,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needed the network would fail,
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -1345,13 +1344,41 @@ def test_a_process_with_wrong_input_exits_2_without_a_traceback(tmp_path):
     assert got.returncode == 2 and got.stdout == "" and "nowhere" in got.stderr and "Traceback" not in got.stderr
 
 
-def test_every_command_line_in_the_readme_parses():
+def readme_blocks(language: str) -> list:
     text = (HERE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = re.findall(r"python globe\.py ([^\n`&|;]*)", text)
-    assert {"fit", "eval", "export", "generate"} <= {line.split()[0] for line in lines if line.split()}
+    return [body for lang, body in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S) if lang == language]
+
+
+def test_every_command_line_in_the_readme_parses(capsys):
+    lines = [line for block in readme_blocks("sh") + readme_blocks("") for line in re.findall(r"python globe\.py ([^\n&|;]*)", block)]
+    assert {"fit", "eval", "export", "generate", "train", "report"} <= {line.split()[0] for line in lines}
     for line in lines:
-        args = globe.build_parser().parse_args(shlex.split(line, comments=True))
-        if args.command:
-            load_config(None, args.overrides)
-            if args.config:
-                assert (HERE / args.config).is_file(), line
+        args = globe.parse(shlex.split(line, comments=True))
+        load_config(args.config and str(HERE / args.config), args.overrides)
+
+
+def test_the_readmes_recipes_run_as_they_stand(words, monkeypatch, capsys):
+    """Every command of the README in order, in one directory, with sizes cut down; then its Python block."""
+    import bench
+    smaller = {"train": [*TRAIN, f"train.text={words}"], "fit": [*TRAIN, f"train.text={words}", "bank.m=3", "sparsity.support=2",
+               "fit.steps=6", "calib.tokens=512", "calib.length=64"], "eval": SPEED, "generate": [*SPEED, "--max-new-tokens", "4"],
+               "export": [], "report": []}
+    fewer = ["--set", *TRAIN, f"train.text={words}", "bank.m=3", "sparsity.support=2", "fit.steps=6", "calib.tokens=512",
+             "--steps", "6", "--tokens", "4", "--prefill", "16", "--repeats", "1", "--windows", "2"]
+    seen = set()
+    for line in "\n".join(readme_blocks("sh")).splitlines():
+        for command in line.split("&&"):
+            words_of = shlex.split(command, comments=True)
+            if words_of[:2] == ["python", "globe.py"]:
+                assert globe.main([*words_of[2:], *smaller[words_of[2]]]) == 0, line
+                seen.add(words_of[2])
+            elif words_of[:2] == ["python", "bench.py"]:
+                assert bench.main([*words_of[2:], *fewer]) == 0, line
+                seen.add("bench")
+            else:
+                assert not words_of or words_of[0] == "pip" or "pytest" in words_of, line
+    assert seen == set(smaller) | {"bench"}
+    block, = readme_blocks("python")
+    script = f"import sys; sys.path.insert(0, {str(HERE)!r})\n{block}"
+    got = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert got.returncode == 0 and "hits" in got.stdout, got.stderr
