@@ -142,16 +142,122 @@ def quality_texts(tokenizer, count: int = 12) -> tuple:
     return windows, "\n\n".join([tokenizer.decode(r) for r in rest] + [globe.builtin_text("train")[:len(prose)]])
 
 
-def svd_experts(ckpt: globe.Checkpoint, ratio: float) -> dict:
-    """Plain truncated SVD of every gate and up matrix at `ratio`: {(family, layer, expert): W^}; the simplest peer."""
-    D, out = ckpt.dims, {}
+# Peers, written from their papers: each gives ({(family, layer, expert): W^ (p, d)}, stored numbers) of gate and up.
+# L: {layer: (d, d)} is the Cholesky factor of the inputs' second moment, the same that GloBE's fit uses.
+def layer_weights(ckpt: globe.Checkpoint, family: str, layer: int) -> torch.Tensor:  # -> (E, p, d)
+    return torch.stack([ckpt.expert(family, layer, e).float() for e in range(ckpt.dims.experts)])
+
+
+def low_rank(W: torch.Tensor, rank: int, L: torch.Tensor | None) -> torch.Tensor:
+    """argmin over rank-`rank` matrices of ||(W - W^) L|| for W (E, p, d): truncated SVD of W L (SVD-LLM, eq. 4)."""
+    U, S, V = torch.linalg.svd(W if L is None else W @ L, full_matrices=False)
+    out = U[..., :rank] * S[:, None, :rank] @ V[:, :rank]
+    return out if L is None else torch.linalg.solve_triangular(L, out, upper=False, left=False)
+
+
+def peer_svd(ckpt: globe.Checkpoint, ratio: float, L: dict) -> tuple:
+    """Truncated SVD of every matrix; with L whitened, as in SVD-LLM (Wang et al. 2024)."""
+    D = ckpt.dims
     rank = max(1, int(ratio * D.p * D.d / (D.p + D.d)))
-    for f in ("gate", "up"):
-        for layer in D.layers:
-            U, S, V = torch.linalg.svd(torch.stack([ckpt.expert(f, layer, e).float() for e in range(D.experts)]), False)
-            for e, W in enumerate(U[..., :rank] * S[:, None, :rank] @ V[:, :rank]):
-                out[f, layer, e] = W
-    return out
+    out = {(f, l, e): W for l in D.layers for f in ("gate", "up")
+           for e, W in enumerate(low_rank(layer_weights(ckpt, f, l), rank, L.get(l)))}
+    return out, len(out) * rank * (D.p + D.d)
+
+
+def peer_layer_pca(ckpt: globe.Checkpoint, ratio: float, L: dict) -> tuple:
+    """One basis (r, d) per layer for all its gates and ups: the leading right singular directions of W L, stacked."""
+    D, out = ckpt.dims, {}
+    r = int(ratio * 2 * D.experts * D.p * D.d / (2 * D.experts * D.p + D.d))
+    for l in D.layers:
+        WL = torch.cat([layer_weights(ckpt, f, l) for f in ("gate", "up")]) @ L[l]
+        Q = torch.linalg.eigh((WL.mT @ WL).sum(0).double())[1][:, -r:].float()
+        W = torch.linalg.solve_triangular(L[l], WL @ Q @ Q.T, upper=False, left=False)
+        out |= {(f, l, e): W[i * D.experts + e] for i, f in enumerate(("gate", "up")) for e in range(D.experts)}
+    return out, len(D.layers) * r * (2 * D.experts * D.p + D.d)
+
+
+def peer_d2(ckpt: globe.Checkpoint, ratio: float, L: dict) -> tuple:
+    """The mean of a layer's experts plus a whitened low-rank delta for each (D2-MoE, Gu et al. 2025; plain mean)."""
+    D, out = ckpt.dims, {}
+    rank = int((ratio * D.experts - 1) * D.p * D.d / (D.experts * (D.p + D.d)))
+    for l in D.layers:
+        for f in ("gate", "up"):
+            W = layer_weights(ckpt, f, l)
+            delta = low_rank(W - W.mean(0), rank, L[l]) if rank > 0 else torch.zeros_like(W)
+            out |= {(f, l, e): w for e, w in enumerate(W.mean(0) + delta)}
+    return out, 2 * len(D.layers) * (D.p * D.d + max(0, rank) * D.experts * (D.p + D.d))
+
+
+def peer_slbf(ckpt: globe.Checkpoint, ratio: float, steps: int) -> tuple:
+    """Low-rank bases shared by a layer's experts, data-free: W_i = sum_j alpha_ij U_j V_j, two bases per expert, from each
+    expert's own SVD (so it starts at the plain SVD), then Adam on U, V and alpha."""
+    D, out, E = ckpt.dims, {}, ckpt.dims.experts
+    m = 2 * E
+    k = int((ratio * E * D.p * D.d - E * m) / (m * (D.p + D.d)))
+    for l in D.layers:
+        for f in ("gate", "up"):
+            W = layer_weights(ckpt, f, l)
+            scale = W.square().mean().sqrt()
+            U, S, V = torch.linalg.svd(W / scale, full_matrices=False)
+            root = S[:, : 2 * k].sqrt()
+            U = (U[..., :2 * k] * root[:, None]).reshape(E, D.p, 2, k).transpose(1, 2).reshape(m, D.p, k)
+            x = [U.contiguous(), (root[..., None] * V[:, :2 * k]).reshape(m, k, D.d).contiguous(),
+                 torch.eye(E).repeat_interleave(2, 1) + 1e-3]
+            best = fit_adam(x, lambda U, V, a: (a @ (U @ V).flatten(1)).view_as(W), W / scale, steps)
+            out |= {(f, l, e): scale * w for e, w in enumerate(best)}
+    return out, 2 * len(D.layers) * m * (k * (D.p + D.d) + E)
+
+
+def fit_adam(x: list, build, W: torch.Tensor, steps: int, lr: float = 2e-3) -> torch.Tensor:
+    """build(*x) after Adam on ||W - build(*x)||^2, or as it began where that is no worse."""
+    x = [t.clone().requires_grad_() for t in x]
+    opt, start = torch.optim.Adam(x, lr), build(*x).detach()
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        opt.zero_grad()
+        (W - build(*x)).square().mean().backward()
+        opt.step()
+    end = build(*x).detach()
+    return end if (W - end).norm() < (W - start).norm() else start
+
+
+@torch.no_grad()
+def pruned(ckpt: globe.Checkpoint, ratio: float, windows: torch.Tensor, device: torch.device) -> tuple:
+    """(model without its least useful experts, equivalent ratio): REAP (Lasby et al. 2025) at the whole model's equal size.
+
+    Saliency of an expert: mean over its tokens of router weight times the norm of its output. Dropping one expert saves
+    its gate, up and down, so the size of gate+up that the others are held to allows fewer drops; rounded in its favour.
+    """
+    from transformers import AutoModelForCausalLM
+    D, model, score, hooks = ckpt.dims, globe.load_dense(ckpt.dir, device, None), {}, []
+
+    def hook(layer):
+        def collect(module, args, kwargs):
+            x, index, weight = (*args, *kwargs.values())[:3]
+            total, count = score.setdefault(layer, (torch.zeros(D.experts), torch.zeros(D.experts)))
+            for e in index.unique().tolist():
+                token, slot = (index == e).nonzero(as_tuple=True)
+                h = module._apply_gate(torch.nn.functional.linear(x[token], module.gate_up_proj[e]))
+                out = torch.nn.functional.linear(h, module.down_proj[e]).norm(dim=-1)
+                total[e] += float((weight[token, slot] * out).sum())
+                count[e] += len(token)
+        return collect
+    for l, (_, _, m) in globe.experts_modules(model).items():
+        hooks.append(m.register_forward_pre_hook(hook(l), with_kwargs=True))
+    globe.nll(model, windows)
+    for h in hooks:
+        h.remove()
+    keep_n = math.ceil(D.experts - (1 - ratio) * 2 * D.experts / 3)
+    config = type(model.config)(**{**model.config.to_dict(), "num_experts": keep_n})
+    small = AutoModelForCausalLM.from_config(config, dtype=ckpt.dtype).eval()
+    state, like = model.state_dict(), small.state_dict()
+    for name, t in state.items():
+        if t.shape != like[name].shape:
+            total, count = score[int(name.split("layers.")[1].split(".")[0])]
+            keep = (total / count.clamp_min(1)).topk(keep_n).indices.sort().values
+            state[name] = t[keep]
+    small.load_state_dict(state)
+    return small.to(device), 1 - (D.experts - keep_n) * 3 / (2 * D.experts)
 
 
 @torch.no_grad()
@@ -172,39 +278,94 @@ def frobenius(ckpt: globe.Checkpoint, weights: dict) -> dict:
     return out
 
 
+CLOSED_FORM = ("svd", "svd-llm", "layer-pca", "d2")
+PEERS = (*CLOSED_FORM, "mobe", "slbf", "reap")
+
+
 def bench_quality(preset: str, args: argparse.Namespace) -> list:
-    """Perplexity change and error of GloBE and of a plain SVD at the same stored size."""
+    """Perplexity change of GloBE and its peers at the same stored size, on the same calibration and evaluation text."""
     ckpt, device, rows = checkpoint_of(preset, args), globe.pick_device(args.device), []
-    tokenizer = globe.load_tokenizer(ckpt.dir)
+    D, tokenizer = ckpt.dims, globe.load_tokenizer(ckpt.dir)
     windows, calibration = quality_texts(tokenizer, args.windows)
     model = globe.load_dense(ckpt.dir, device, None)
     dense = {k: globe.nll(model, w)[0] for k, w in windows.items()}
     say(f"{preset}: dense perplexity " + ", ".join(f"{k} {math.exp(v):.2f}" for k, v in dense.items()))
 
-    def add(variant: str, model, ratio: float, rel_frob: dict, seconds: float, **more) -> None:
+    def add(variant: str, model, ratio: float, rel_frob: dict, seconds: float, scope, support=None, **more) -> None:
         for text, w in windows.items():
             delta = globe.nll(model, w)[0] - dense[text]
-            rows.append({"suite": "quality", "preset": preset, "test": f"{ckpt.dims.experts}x{ckpt.dims.p}", "variant": variant,
-                         "text": text, "ratio": ratio, "value": delta, "unit": "nats", "delta_nats": delta,
-                         "rel_frob": rel_frob, "seconds": round(seconds, 1), **more})
-            say(f"  {variant:6s} ratio {ratio:.3f} {text:8s} delta {delta:+.4f} nats, error {rel_frob}")
+            rows.append({"suite": "quality", "preset": preset, "test": f"{D.experts}x{D.p}", "variant": variant, "text": text,
+                         "ratio": ratio, "value": delta, "unit": "nats", "delta_nats": delta, "rel_frob": rel_frob,
+                         "seconds": round(seconds, 1), "scope": scope, "support": support, **more})
+            say(f"  {variant:9s} ratio {ratio:.3f} {text:8s} delta {delta:+.4f} nats, error {rel_frob}, {seconds:.0f} s")
+
+    def fitted(variant: str, ratio: float, *settings: str) -> None:
+        nonlocal model
+        model = None  # one model in memory at a time
+        result = quiet(["fit", *settings, "--out", f"{scratch}/{variant}-{ratio}", f"model.path={ckpt.dir}", f"bank.ratio={ratio}",
+                        "bank.r=null", f"calib.load={scratch}/calibration.safetensors"])
+        factors = globe.load_factors(result["factors"])
+        add(variant, globe.assemble(ckpt, factors, device), result["ratio"], result["rel_frob"], result["seconds"],
+            factors.config["bank"]["scope"], result["support"], metric=factors.config["fit"]["metric"])
+        model = globe.load_dense(ckpt.dir, device, None)
+    configs = Path(globe.__file__).parent / "configs"
+    peers = [q for p in args.peers for q in {"closed": CLOSED_FORM, "all": PEERS, "none": ()}.get(p, (p,))]
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "calibration.txt"
         text.write_text(calibration, encoding="utf-8")
+        cfg = globe.load_config(str(configs / "smol.yaml") if preset == "smol-moe" else None, [*args.set, f"calib.text={text}"])
+        moments = globe.calibrate(ckpt, cfg, device)
+        globe.save_moments(Path(scratch) / "calibration.safetensors", moments, ckpt.fingerprint())
+        L = globe.metric_of(moments, "gate", cfg, torch.device("cpu"))
         for ratio in args.ratio:
-            begin = time.perf_counter()
-            weights = svd_experts(ckpt, ratio)
-            put_experts(model, weights, ckpt.dims.p)
-            add("svd", model, ratio, frobenius(ckpt, weights), time.perf_counter() - begin, scope="expert", support=None)
-            config = ["--config", str(Path(globe.__file__).parent / "configs" / "smol.yaml")] if preset == "smol-moe" else []
-            result = quiet(["fit", *config, "--out", f"{scratch}/{ratio}", f"model.path={ckpt.dir}", f"bank.ratio={ratio}",
-                            "bank.r=null", f"calib.text={text}", *args.set])
-            factors = globe.load_factors(result["factors"])
-            model = None
-            add("globe", globe.assemble(ckpt, factors, device), result["ratio"], result["rel_frob"], result["seconds"],
-                scope=factors.config["bank"]["scope"], support=result["support"], metric=factors.config["fit"]["metric"])
-            model = globe.load_dense(ckpt.dir, device, None)
+            for peer in peers:
+                begin = time.perf_counter()
+                if peer == "mobe":  # its own form, r fitted to the size instead of r = p
+                    fitted("mobe", ratio, "--config", str(configs / "mobe.yaml"), f"fit.steps={args.steps or 3000}")
+                elif peer == "reap":
+                    if preset == "tiny":  # smol-moe has no routing to prune by
+                        small, size = pruned(ckpt, ratio, globe.token_windows(tokenizer, calibration, cfg.calib.tokens, cfg.calib.length), device)
+                        add("reap", small, size, {}, time.perf_counter() - begin, "expert")
+                else:
+                    weights, stored = {"svd": lambda: peer_svd(ckpt, ratio, {}), "svd-llm": lambda: peer_svd(ckpt, ratio, L),
+                                       "layer-pca": lambda: peer_layer_pca(ckpt, ratio, L), "d2": lambda: peer_d2(ckpt, ratio, L),
+                                       "slbf": lambda: peer_slbf(ckpt, ratio, args.steps or 3000)}[peer]()
+                    seconds = time.perf_counter() - begin
+                    put_experts(model, weights, D.p)
+                    add(peer, model, stored / (2 * len(D.layers) * D.experts * D.p * D.d), frobenius(ckpt, weights), seconds,
+                        {"layer-pca": "layer", "d2": "layer", "slbf": "layer"}.get(peer, "expert"))
+            fitted("globe", ratio, *(["--config", str(configs / "smol.yaml")] if preset == "smol-moe" else []), *args.set)
+    say(globe.text_table(("method", "ratio", "scope", *windows, "seconds"),
+                         [(r["variant"], r["ratio"], r["scope"], *(q["delta_nats"] for q in group), r["seconds"])
+                          for group in grouped(rows, len(windows)) for r in group[:1]]))
+    if args.png:
+        plot_quality(rows, Path(args.png))
     return rows
+
+
+def grouped(rows: list, n: int) -> list:
+    return [rows[i:i + n] for i in range(0, len(rows), n)]
+
+
+def plot_quality(rows: list, path: Path) -> None:
+    """delta_nats against size, a panel per text, a marker per method; readable in greyscale."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    texts, variants = list(dict.fromkeys(r["text"] for r in rows)), list(dict.fromkeys(r["variant"] for r in rows))
+    fig, axes = plt.subplots(1, len(texts), figsize=(4.5 * len(texts), 4), sharey=True, squeeze=False)
+    for ax, text in zip(axes[0], texts):
+        for variant, marker, line in zip(variants, "osv^D*PX", ("-", ":", "--", "-.", ":", "--", "-.", "-")):
+            mine = sorted((r["ratio"], r["delta_nats"]) for r in rows if (r["text"], r["variant"]) == (text, variant))
+            ours = variant == "globe"
+            ax.plot(*zip(*mine), marker=marker, linestyle="-" if ours else line, color="black" if ours else "0.5", label=variant)
+        ax.set(title=text, xlabel="stored / dense size of gate and up", yscale="log")
+    axes[0][0].set_ylabel("increase of the loss (nats per token)")
+    axes[0][0].legend(fontsize=8)
+    fig.tight_layout()
+    with globe.written(path) as tmp:
+        fig.savefig(tmp, dpi=120, format="png")
+    plt.close(fig)
 
 
 def quiet(argv: list) -> dict:
@@ -274,7 +435,7 @@ def bench_fit(preset: str, args: argparse.Namespace) -> list:
     ckpt, rows = checkpoint_of(preset, args), []
     keys = globe.select_experts(ckpt.dims, globe.ModelConfig())
     for method in ("varpro", "am", "adam"):
-        cfg = globe.load_config(None, [*args.set, f"fit.method={method}", f"fit.steps={args.steps}"])
+        cfg = globe.load_config(None, [*args.set, f"fit.method={method}", f"fit.steps={args.steps or 60}"])
         experts = globe.Experts(lambda layer, e: ckpt.expert("gate", layer, e), keys, normalize="scale")
         begin = time.perf_counter()
         fitter = globe.Fitter(experts, cfg, globe.bank_shape(cfg, "gate", len(keys), 1, ckpt.dims))
@@ -282,10 +443,10 @@ def bench_fit(preset: str, args: argparse.Namespace) -> list:
         while not fitter.done:
             passes += fitter.step()["passes"]
         seconds = time.perf_counter() - begin
-        rows.append({"suite": "fit", "preset": preset, "test": f"{args.steps} steps", "variant": method, "value": round(seconds, 2),
+        rows.append({"suite": "fit", "preset": preset, "test": f"{args.steps or 60} steps", "variant": method, "value": round(seconds, 2),
                      "unit": "s", "ratio": None, "passes": passes, "rel_frob": math.sqrt(fitter.here.error)})
     begin = time.perf_counter()
-    error = frobenius(ckpt, svd_experts(ckpt, cfg.bank.ratio))["gate"]
+    error = frobenius(ckpt, peer_svd(ckpt, cfg.bank.ratio, {})[0])["gate"]
     rows.append({"suite": "fit", "preset": preset, "test": "closed form", "variant": "svd", "unit": "s", "ratio": None,
                  "value": round(time.perf_counter() - begin, 2), "passes": 1, "rel_frob": error})
     say(globe.text_table(("method", "seconds", "passes", "relative error"),
@@ -300,11 +461,14 @@ def main(argv=None) -> int:
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.8, 0.6], help="quality: stored / dense sizes")
     parser.add_argument("--experts", type=int, default=8, help="smol-moe: slices per layer (8 of 192, or 4 of 384)")
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="config of the fits and of the tiny model")
+    parser.add_argument("--peers", nargs="+", default=["closed"], choices=(*PEERS, "closed", "all", "none"),
+                        help="quality: which peers; closed: those in closed form (default); mobe and slbf take hours on smol-moe")
+    parser.add_argument("--png", metavar="FILE", help="quality: plot of the loss against the size")
     parser.add_argument("--windows", type=int, default=12, help="quality: evaluation windows of 512 tokens per text")
     parser.add_argument("--tokens", type=int, default=64, help="decode: new tokens")
     parser.add_argument("--prefill", type=int, default=256, help="decode: prompt tokens of the prefill test")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60, help="fit: steps of each method")
+    parser.add_argument("--steps", type=int, help="fit: steps of each method (default 60); quality: of mobe and slbf (default 3000)")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--json", metavar="FILE")

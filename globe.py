@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -151,7 +152,9 @@ class CalibConfig:
     text: str = "builtin"               # text file, directory of them, or builtin (the standard library's)
     tokens: int = 32768
     length: int = 512
-    batch: int = 4
+    batch: int = 4                      # windows that a layer sees at a time
+    save: str | None = None             # file to write the moments to
+    load: str | None = None             # ... and to take them from, in place of a calibration
 
 
 @dataclass
@@ -399,6 +402,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+@contextlib.contextmanager
+def threads_for(p: int, d: int) -> Iterator[None]:
+    """One CPU thread for work on small (p, d) matrices: measured on 96 x 96, a second thread made a fit 2 to 10 times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if p * d <= 2 ** 14 else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def free_memory(device: torch.device) -> int:
@@ -792,6 +806,9 @@ class Checkpoint:
         """The dtype that the experts are stored in."""
         return self.expert("gate", self.dims.layers[0], 0).dtype
 
+    def tensor(self, name: str) -> Tensor:
+        return self._shard(self.shard_of[name])[0].get_tensor(name)
+
     def expert(self, family: str, layer: int, expert: int) -> Tensor:
         """One matrix, (p, d), in the checkpoint's dtype."""
         s = self.slot(family, layer, expert)
@@ -994,9 +1011,10 @@ def token_windows(tokenizer, text: str, tokens: int, length: int) -> Tensor:
 @torch.no_grad()
 def second_moments(model: nn.Module, windows: Tensor, batch: int = 4, down: bool = False,
                    progress: Callable = lambda it: it) -> dict:
-    """E[x x^T] of the experts' input per layer, {layer: (d, d)}, on the CPU in float64; one pass over `windows`.
+    """{"inputs": {layer: E[x x^T] (d, d)}} of the experts' inputs, on the CPU in float64; one pass over `windows`.
 
-    With down=True also of the hidden activation of the routed experts: (inputs, {layer: (p, p)}).
+    model: a transformers model or its trunk. With down=True also "hidden": {layer: (p, p)}, of the hidden activations of
+    the routed experts, over all of a layer.
     """
     C, H, counts = {}, {}, {}
 
@@ -1018,13 +1036,37 @@ def second_moments(model: nn.Module, windows: Tensor, batch: int = 4, down: bool
     try:
         device = next(model.parameters()).device
         for part in progress(windows.split(batch)):
-            model.model(part.to(device))
+            getattr(model, "model", model)(part.to(device), use_cache=False)
     finally:
         for h in handles:
             h.remove()
     top_k = getattr(model.config, "num_experts_per_tok", 1)
     inputs = {l: c / counts[l] for l, c in C.items()}
-    return (inputs, {l: h / (counts[l] * top_k) for l, h in H.items()}) if down else inputs
+    return {"inputs": inputs} | ({"hidden": {l: h / (counts[l] * top_k) for l, h in H.items()}} if down else {})
+
+
+def save_moments(path: Path, moments: dict, fingerprint: str) -> None:
+    """Write {kind: {layer: (n, n)}} with the fingerprint of the checkpoint that they belong to, as safetensors."""
+    with written(path) as tmp:
+        save_file({f"{kind}.{l}": C.contiguous() for kind, layers in moments.items() for l, C in layers.items()}, tmp,
+                  metadata={"globe_moments": fingerprint})
+
+
+def load_moments(path: Path, fingerprint: str) -> dict:
+    """What save_moments wrote. UserError: no such file, not one of ours, or of another checkpoint."""
+    try:
+        with safe_open(path, "pt") as f:
+            found = (f.metadata() or {}).get("globe_moments")
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"calib.load: {path}: expected saved moments, found {e}") from None
+    if found != fingerprint:
+        raise UserError(f"calib.load: {path}: expected moments of the checkpoint with fingerprint {fingerprint}, found {found}")
+    out: dict = {}
+    for name, C in tensors.items():
+        kind, _, layer = name.rpartition(".")
+        out.setdefault(kind, {})[int(layer)] = C
+    return out
 
 
 def experts_modules(model: nn.Module) -> dict:
@@ -2129,13 +2171,14 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def _skeleton(config: dict, meta: dict, dtype: torch.dtype, cache: CacheConfig) -> nn.Module:
-    """The transformers model of config.json with GlobeExperts in place; parameters on the meta device."""
+def _skeleton(config: dict, dtype: torch.dtype, meta: dict | None = None, cache: CacheConfig | None = None) -> nn.Module:
+    """The transformers model of config.json, with GlobeExperts in place where meta says; parameters on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
-    install(model, meta, cache)
+    if meta:
+        install(model, meta, cache or CacheConfig())
     return model.eval()
 
 
@@ -2151,33 +2194,72 @@ def _finish(model: nn.Module, directory: Path, device: torch.device) -> nn.Modul
     return model.to(device)
 
 
-def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.device("cpu"),
-             dtype: torch.dtype | None = None, cache: CacheConfig | None = None) -> nn.Module:
-    """The patched model, straight from the source checkpoint and the factors: no dense form of a fitted matrix is
-    ever in memory. UserError where the factors were fitted to another checkpoint."""
-    check_fingerprint(factors, ckpt)
-    dtype = dtype or ckpt.dtype
-    model = _skeleton(ckpt.config, factors.meta(), dtype, cache or CacheConfig())
-    _assign_factors(model, factors, device, dtype)
+def fill(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, below: str = "") -> None:
+    """Put the source checkpoint's tensors in place of what is still on the meta device below the submodule `below`."""
+    part = model.get_submodule(below)
 
     def stack(f: str, layer: int, experts: Sequence[int]) -> Tensor:
         W = torch.stack([ckpt.expert(f, layer, e) for e in experts]).to(device, dtype)
         return W.transpose(1, 2).contiguous() if f == "down" else W
-    every = range(ckpt.dims.experts)
-    for layer, (parent, attr, module) in experts_modules(model).items():
-        if not isinstance(module, GlobeExperts):  # a layer that was not fitted
+    every, inside = range(ckpt.dims.experts), set(part.modules())
+    for layer, (_, _, module) in experts_modules(model).items():
+        if module not in inside:
+            continue
+        if not isinstance(module, GlobeExperts):  # dense, or a layer that was not fitted
             _assign(module, "gate_up_proj", torch.cat([stack(f, layer, every) for f in ("gate", "up")], 1))
             _assign(module, "down_proj", stack("down", layer, every))
             continue
         for f in FAMILIES:
             if hasattr(module, f"{f}_proj"):
                 _assign(module, f"{f}_proj", stack(f, layer, list(module.dense_row) if f in module.families else every))
-    for name, old in list(model.state_dict().items()):
+    for name, old in list(part.state_dict(prefix=f"{below}." if below else "").items()):
         source = next((n for n in (name, name.replace(".mlp.", ".block_sparse_moe.")) if n in ckpt.shard_of), None)
         if source and not (".experts." in name):
-            t = ckpt._shard(ckpt.shard_of[source])[0].get_tensor(source)
+            t = ckpt.tensor(source)
             _assign(model, name, t.to(device, dtype if old.is_meta else old.dtype))
+
+
+def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.device("cpu"),
+             dtype: torch.dtype | None = None, cache: CacheConfig | None = None) -> nn.Module:
+    """The patched model, straight from the source checkpoint and the factors: no dense form of a fitted matrix is
+    ever in memory. UserError where the factors were fitted to another checkpoint."""
+    check_fingerprint(factors, ckpt)
+    dtype = dtype or ckpt.dtype
+    model = _skeleton(ckpt.config, dtype, factors.meta(), cache)
+    _assign_factors(model, factors, device, dtype)
+    fill(model, ckpt, device, dtype)
     return _finish(model, ckpt.dir, device)
+
+
+def streamed(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: int = 4,
+             tick: Callable[[], Any] = lambda: None) -> nn.Module:
+    """The dense model's trunk (no head) with one decoder layer in memory at a time, for calibration: a layer is read when
+    the forward pass reaches it, runs the whole input in parts of `batch` windows, and is let go; tick() after each."""
+    model = _skeleton(ckpt.config, dtype).model
+    wrap = nn.ModuleDict({"model": model})  # tensor names begin with "model."
+    for name in [n for n, _ in model.named_children() if n != "layers"]:
+        fill(wrap, ckpt, device, dtype, f"model.{name}")
+    for i, layer in enumerate(model.layers):
+        layer.forward = _one_at_a_time(layer.forward, layer, batch, tick, functools.partial(
+            fill, wrap, ckpt, device, dtype, f"model.layers.{i}"))
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to(device) if buffer is not None else None
+    return model
+
+
+def _one_at_a_time(run: Callable, layer: nn.Module, batch: int, tick: Callable, read: Callable) -> Callable:
+    def forward(x: Tensor, *args, **kwargs):
+        part = lambda v, k: v[k:k + batch] if isinstance(v, Tensor) and v.ndim and len(v) == len(x) > 1 else v
+        read()
+        out = [run(x[k:k + batch], *(part(a, k) for a in args), **{n: part(v, k) for n, v in kwargs.items()})
+               for k in range(0, len(x), batch)]
+        for module in layer.modules():
+            for key, w in module._parameters.items():
+                module._parameters[key] = w if w is None else nn.Parameter(w.to("meta"), requires_grad=False)
+        tick()
+        return torch.cat(out) if isinstance(out[0], Tensor) else (torch.cat([o[0] for o in out]), *out[0][1:])
+    return forward
 
 
 def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
@@ -2196,7 +2278,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     if not files:
         raise UserError(f"{directory}: expected *.safetensors, found none")
     dtype = dtype or as_dtype(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-    model = _skeleton(config, meta, dtype, cache or CacheConfig())
+    model = _skeleton(config, dtype, meta, cache)
     device, state = torch.device(device), model.state_dict()
     for file in files:
         try:
@@ -2628,7 +2710,7 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
     if about:
         load_training(state, model, optimizer)
         scaler.load_state_dict(about["scaler"])
-    with held_interrupt() as stop:
+    with held_interrupt() as stop, threads_for(cfg.moe_intermediate_size, cfg.hidden_size):
         for step in range(done, total):
             if step == first_moe > 0:
                 model, optimizer = training_phase(cfg, True, model, device)
@@ -2842,17 +2924,27 @@ def bank_shape(cfg: Config, family: str, n: int, groups: int, D: Dims) -> tuple:
     return m, r
 
 
-def calibrated_metric(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
-    """{family: {layer: L}} from one pass of the dense model over the calibration text."""
-    windows = token_windows(load_tokenizer(ckpt.dir), read_text(cfg.calib.text, "calibration"), cfg.calib.tokens,
-                            cfg.calib.length)
-    model = load_dense(ckpt.dir, device, None)
-    families = families_of(cfg.model)
-    moments = second_moments(model, windows, cfg.calib.batch, "down" in families, bar("calibrate"))
-    inputs, hidden = moments if "down" in families else (moments, {})
-    L = {l: metric_factor(C, cfg.fit.ridge).to(device) for l, C in inputs.items()}
-    return {f: {l: metric_factor(C, cfg.fit.ridge).to(device) for l, C in hidden.items()} if f == "down" else L
-            for f in families}
+def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
+    """Moments of the dense model's activations on the calibration text, layer by layer; from calib.load where given."""
+    if cfg.calib.load:
+        return load_moments(Path(cfg.calib.load), ckpt.fingerprint())
+    windows = token_windows(load_tokenizer(ckpt.dir), read_text(cfg.calib.text, "calibration"), cfg.calib.tokens, cfg.calib.length)
+    at_once = max(1, free_memory(device) // 16 // (windows[0].numel() * ckpt.dims.d * 4))  # hidden states of all windows
+    passes = -(-len(windows) // at_once)
+    with tqdm(total=passes * ckpt.config["num_hidden_layers"], desc="calibrate", file=sys.stderr, leave=False) as line:
+        trunk = streamed(ckpt, device, ckpt.dtype, cfg.calib.batch, line.update)
+        moments = second_moments(trunk, windows, at_once, "down" in families_of(cfg.model))
+    if cfg.calib.save:
+        save_moments(Path(cfg.calib.save), moments, ckpt.fingerprint())
+    return moments
+
+
+def metric_of(moments: dict, family: str, cfg: Config, device: torch.device) -> dict:
+    """{layer: L} of a family's fit; UserError where loaded moments lack what it needs."""
+    kind = "hidden" if family == "down" else "inputs"
+    if kind not in moments:
+        raise UserError(f"calib.load: {cfg.calib.load}: expected moments of the {kind} (for {family}), found none")
+    return {l: metric_factor(C, cfg.fit.ridge).to(device) for l, C in moments[kind].items()}
 
 
 def cmd_fit(args: argparse.Namespace) -> dict:
@@ -2881,15 +2973,16 @@ def cmd_fit(args: argparse.Namespace) -> dict:
         say(f"  {f}: {groups} bank{'s' * (groups > 1)} of {m} bases of {r} x {D.d}, support at most {cfg.sparsity.support}")
     write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
     rewind_log(out, families)
-    metric = {}
+    moments = {}
     if cfg.fit.metric == "data":
-        metric = calibrated_metric(ckpt, cfg, device)
+        moments = calibrate(ckpt, cfg, device)
     else:
         say("no calibration (fit.metric=weights): every input direction counts the same")
     log, fitted = Log(out / "log.jsonl", cfg, out.name), {}
-    with held_interrupt() as stop:
+    with held_interrupt() as stop, threads_for(D.p, D.d):
         for f in families:
-            fitted[f] = fit_family(f, ckpt, keys, cfg, metric.get(f, {}), device, out, log, stop.is_set)
+            metric = metric_of(moments, f, cfg, device) if moments else {}
+            fitted[f] = fit_family(f, ckpt, keys, cfg, metric, device, out, log, stop.is_set)
             if fitted[f] is None:
                 raise KeyboardInterrupt(f"state saved; go on with: python globe.py fit --resume --out {out}")
     log.close()

@@ -29,6 +29,7 @@ with warnings.catch_warnings():  # one file, no conftest: the marks cannot be re
     warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
     slow, cuda = pytest.mark.slow, pytest.mark.cuda
 
+torch.set_num_threads(1)  # matrices here are small; on a busy machine a second thread costs more than it gives
 HERE = Path(globe.__file__).resolve().parent
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
 ACTIVATIONS = ("identity", "silu", "tanh")
@@ -1293,7 +1294,7 @@ def test_the_metric_is_the_second_moment_of_what_the_experts_see(checkpoints):
     model, seen = stock(checkpoints["qwen2_moe"]), {}
     for l, (_, _, module) in globe.experts_modules(model).items():
         module.register_forward_pre_hook(lambda m, args, l=l: seen.setdefault(l, []).append(args[0].reshape(-1, 32)))
-    inputs, hidden = globe.second_moments(model, IDS, batch=1, down=True)
+    inputs, hidden = globe.second_moments(model, IDS, batch=1, down=True).values()
     for l in (0, 1):
         x = torch.cat(seen[l]).double()
         torch.testing.assert_close(inputs[l], x.T @ x / len(x), atol=1e-5, rtol=1e-4)
@@ -1301,6 +1302,20 @@ def test_the_metric_is_the_second_moment_of_what_the_experts_see(checkpoints):
     L = globe.metric_factor(inputs[0], 0.1).double()
     C = inputs[0] / inputs[0].diagonal().mean()
     torch.testing.assert_close(L @ L.T, (C + 0.1 * torch.eye(32)) / 1.1, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ("qwen2_moe", "mixtral", "deepseek_v3"))
+def test_a_model_run_layer_by_layer_has_the_same_moments_and_is_never_whole(arch, checkpoints):
+    ckpt, cpu, whole = Checkpoint(checkpoints[arch]), torch.device("cpu"), []
+    windows = torch.cat([IDS, IDS.flip(0), IDS.roll(1, 1)])
+    want = globe.second_moments(stock(checkpoints[arch]), windows, batch=1, down=True)
+    trunk = globe.streamed(ckpt, cpu, torch.float32, batch=1,
+                           tick=lambda: whole.append(sum(not w.is_meta for w in trunk.layers.parameters())))
+    got = globe.second_moments(trunk, windows, batch=len(windows), down=True)
+    assert whole == [0] * ckpt.config["num_hidden_layers"]
+    for kind in want:
+        for l in want[kind]:
+            torch.testing.assert_close(got[kind][l], want[kind][l], atol=1e-6, rtol=1e-5)
 
 
 # ======================================================================================================
