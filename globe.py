@@ -2479,6 +2479,7 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors) -> list:
                            ("layer", "bases in an expert's mixture", "basis, by rank"),
                            ("||W - W^|| / ||W||", "experts", "experts that use it")):
         ax.set(title=t, xlabel=x, ylabel=y, ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
     save(fig, "factors.png")
     return paths
