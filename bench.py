@@ -316,7 +316,7 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
         cfg = globe.load_config(str(configs / "smol.yaml") if preset == "smol-moe" else None, [*args.set, f"calib.text={text}"])
         moments = globe.calibrate(ckpt, cfg, device)
         globe.save_moments(Path(scratch) / "calibration.safetensors", moments, ckpt.fingerprint())
-        L = globe.metric_of(moments, "gate", cfg, torch.device("cpu"))
+        L = {l: globe.metric_factor(C, cfg.fit.ridge) for l, C in moments["inputs"].items()}
         for ratio in args.ratio:
             for peer in peers:
                 begin = time.perf_counter()

@@ -12,8 +12,9 @@ Every expert's gate and up matrix (and, on request, its down matrix, transposed)
     phi               identity, silu or tanh
     B~_i     (r, d)   phi(sum_j alpha_ij B_j), the composed basis: built once per expert at run time, kept in
                       an LRU cache
-    L_l      (d, d)   Cholesky factor of layer l's input second moment; the fit minimises
-                      sum_i || (W_i - W^_i) L_l ||_F^2  (fit.metric: data), or the same with L = I (weights)
+    L_l      (d, d)   Cholesky factor of layer l's input second moment; S_i: weights of an expert's rows by what
+                      they move in the layer's output; the fit minimises
+                      sum_i || S_i^T (W_i - W^_i) L_l ||_F^2  (fit.metric: data), or with S = L = I (weights)
 
 One flow, no way back:
     checkpoint -> experts -> (calibrate) -> fit -> factors file -> patch | export -> eval, bench
@@ -852,22 +853,27 @@ def families_of(cfg: ModelConfig) -> tuple:
 class Experts:
     """The matrices of one family as the fit sees them: (n, p, d), shifted, scaled and in the metric, in batches.
 
-    keys: [(layer, expert)]; group: (n,) index of each one's bank. metric: {layer: L}; the fit then sees W L (or, with
-    left=True, for down, whose input is on the p side, L^T W). Kept in memory where they fit, else read on every pass.
+    keys: [(layer, expert)]; group: (n,) index of each one's bank. In the metric W_i becomes S_i^T W_i L: right {layer: L}
+    weighs the input side, left {(layer, expert): S} the output side, S (p, p) lower triangular or (p,), a diagonal. The
+    adapter takes S up in closed form. So does the bank L, where every bank belongs to one layer and phi is the identity
+    (absorb=True): the fit then works on B_j L. Kept in memory where they fit, else read on every pass.
     """
 
     def __init__(self, read: Callable[[int, int], Tensor], keys: Sequence[tuple], scope: str | int = "global",
                  device: torch.device = torch.device("cpu"), normalize: str = "none", batch: int = 0,
-                 metric: dict | None = None, left: bool = False):
-        self.read, self.keys, self.device, self.left = read, list(keys), device, left
+                 right: dict | None = None, left: dict | None = None, absorb: bool = False):
+        self.read, self.keys, self.device = read, list(keys), device
         group = self.groups_of(self.keys, scope)
         self.group = torch.tensor([group[l] for l, _ in self.keys])
         self.group_of_layer, self.groups = group, max(group.values()) + 1
         self.p, self.d = read(*self.keys[0]).shape
         self.shift, self.scale = self._moments(normalize)
-        self.metric = {l: self._level(l, L) for l, L in (metric or {}).items() if l in group}
+        self.right, self.left, self.level = right or {}, left or {}, {}
+        self.absorbed = absorb and self.groups == len(group) and bool(self.right)
         room, self.kept = free_memory(device), None
         self.batch = batch or max(1, min(64, int(room / 8 / (12 * 4 * self.p * self.d))))
+        if right or left:
+            self.level = {l: self._level(l) for l in group}
         if len(self.keys) * self.p * self.d * 4 < room / 4:
             self.kept = [self._load(k) for k in self.keys]
 
@@ -894,41 +900,54 @@ class Experts:
         std = math.sqrt(max(square / n - mean * mean, 0.0))
         return (mean, std or 1.0) if normalize != "none" else (0.0, 1.0)
 
-    def _level(self, layer: int, L: Tensor) -> Tensor:
-        """L scaled so that the layer's experts have unit energy per entry: layers count by relative error."""
-        some = [k for k in self.keys if k[0] == layer][:4]
-        energy = sum(float(self._load(k, L).square().mean()) for k in some) / len(some)
-        return L / math.sqrt(energy) if energy > 0 else L
+    def _level(self, layer: int) -> float:
+        """What brings the layer's experts to unit energy per entry in the metric: layers count by relative error."""
+        energy = [float(self._load(k).square().mean()) for k in self.keys if k[0] == layer]
+        return 1 / math.sqrt(sum(energy) / len(energy) or 1.0)
 
-    def _load(self, key: tuple, L: Tensor | None = None) -> Tensor:
-        W = ((self.read(*key).float() - self.shift) / self.scale).to(self.device)
-        L = self.metric.get(key[0]) if L is None else L
-        return W if L is None else L.T @ W if self.left else W @ L
+    def _load(self, key: tuple) -> Tensor:
+        W, S, L = ((self.read(*key).float() - self.shift) / self.scale).to(self.device), self.left.get(key), self.right.get(key[0])
+        if S is not None:
+            W = S[:, None] * W if S.ndim == 1 else S.T @ W
+        W = W if L is None else W @ L
+        return W * self.level.get(key[0], 1.0)
 
     def weights(self, ids: Tensor) -> Tensor:
         """(b, p, d) float32 on the device."""
         return torch.stack([self.kept[i] if self.kept else self._load(self.keys[i]) for i in ids.tolist()])
 
-    def batches(self) -> Iterator[tuple]:
-        """(ids (b,), group, L or None) in order; a batch never crosses groups nor, in a metric, layers."""
-        layer = torch.tensor([l for l, _ in self.keys])
+    def batches(self, stored: bool = False) -> Iterator[tuple]:
+        """(ids (b,), group, L or None) in order; a batch never crosses groups nor, with L, layers. L is None where the
+        bank has absorbed it, unless stored=True asks for what the bank as it is stored needs."""
+        layer, apart = torch.tensor([l for l, _ in self.keys]), bool(self.right) and (stored or not self.absorbed)
         for g in range(self.groups):
-            for l in layer[self.group == g].unique().tolist() if self.metric else [None]:
-                ids = ((self.group == g) & (layer == l) if self.metric else self.group == g).nonzero().flatten()
+            for l in layer[self.group == g].unique().tolist() if apart else [None]:
+                ids = ((self.group == g) & (layer == l) if apart else self.group == g).nonzero().flatten()
                 for part in ids.split(self.batch):
-                    yield part, g, None if self.left else self.metric.get(l)
+                    yield part, g, self.right.get(l) if apart else None
+
+    def bank(self, B: Tensor) -> Tensor:
+        """The bank (G, m, r, d) as it is stored: what it has absorbed of the metric is taken out again."""
+        if not self.absorbed:
+            return B
+        L = torch.stack([self.right[l] for l in self.group_of_layer]).to(B.dtype)
+        return torch.linalg.solve_triangular(L[:, None], B, upper=False, left=False)
 
     def adapters(self, ids: Tensor, A: Tensor) -> Tensor:
-        """A in the metric -> A of W itself (down only: L^T A was fitted)."""
-        if not (self.left and self.metric):
-            return A
-        L = torch.stack([self.metric[self.keys[i][0]] for i in ids.tolist()])
-        return torch.linalg.solve_triangular(L.mT, A, upper=True)
+        """A in the metric -> A of W itself."""
+        out = []
+        for i, a in zip(ids.tolist(), A):
+            S, a = self.left.get(self.keys[i]), a / self.level.get(self.keys[i][0], 1.0)
+            if S is not None:
+                a = a / S[:, None] if S.ndim == 1 else torch.linalg.solve_triangular(S.T, a, upper=True)
+            out.append(a)
+        return torch.stack(out)
 
 
 # ======================================================================================================
 # 4. Calibration: text, tokens, input statistics per layer
 # ======================================================================================================
+ROW_FLOOR = 0.01  # of a layer's mean row weight, added to every row: an expert that calibration never met still counts
 # Never trained or calibrated on: benchmarks use them as unseen domains.
 RESERVED = {"argparse.py", "tarfile.py", "LICENSE.txt"}
 # Tests and IDLE are absent from slim installs; encodings are tables; the rest is installed, built or platform dependent.
@@ -1009,27 +1028,38 @@ def token_windows(tokenizer, text: str, tokens: int, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def second_moments(model: nn.Module, windows: Tensor, batch: int = 4, down: bool = False,
-                   progress: Callable = lambda it: it) -> dict:
-    """{"inputs": {layer: E[x x^T] (d, d)}} of the experts' inputs, on the CPU in float64; one pass over `windows`.
+def activation_moments(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = lambda it: it) -> dict:
+    """What the fit's metric needs of the dense model's activations, {kind: {layer: Tensor}} in float64 on the CPU; one pass.
 
-    model: a transformers model or its trunk. With down=True also "hidden": {layer: (p, p)}, of the hidden activations of
-    the routed experts, over all of a layer.
+    model: a transformers model or its trunk. windows (N, length) token ids, `batch` of them at a time. Kinds:
+    inputs (d, d): E[x x^T] of the experts' inputs; hidden (p, p): E[h h^T] of the routed experts' hidden activations
+    h = act(g) u; gate and up (E, p): E[w^2 (dh/dg)^2] ||down_j||^2, and dh/du likewise: how far an error in row j of
+    expert e's gate or up matrix moves the layer's output, w being the router's weight.
     """
-    C, H, counts = {}, {}, {}
+    sums: dict = {"inputs": {}, "hidden": {}, "gate": {}, "up": {}}
+    counts: dict = {}
+
+    def add(kind: str, layer: int, value: Tensor) -> None:
+        sums[kind][layer] = sums[kind].get(layer, 0) + value.double().cpu()
 
     def hook(layer):
         def collect(module, args, kwargs):
-            x, index = (list(args) + [kwargs.get("top_k_index")])[:2]
+            x, index, weight = (*args, *kwargs.values())[:3]
             x = x.reshape(-1, x.shape[-1])
-            block = (x.float().T @ x.float()).double().cpu()
-            C[layer] = C.get(layer, 0) + block
             counts[layer] = counts.get(layer, 0) + len(x)
-            if down:
-                for e in index.unique().tolist():
-                    z = F.linear(x[(index == e).any(-1)], module.gate_up_proj[e])
-                    h = module._apply_gate(z).float()
-                    H[layer] = H.get(layer, 0) + (h.T @ h).double().cpu()
+            add("inputs", layer, x.float().T @ x.float())
+            rows = {f: torch.zeros(module.num_experts, module.intermediate_dim) for f in ("gate", "up")}
+            for e in index.unique().tolist():
+                if e >= module.num_experts:
+                    continue  # expert parallelism marks tokens of other ranks so
+                token, slot = (index == e).nonzero(as_tuple=True)
+                h, slopes = gate_slopes(module, F.linear(x[token], module.gate_up_proj[e]))
+                add("hidden", layer, h.T @ h)
+                w2, down2 = weight[token, slot].float().square(), module.down_proj[e].float().square().sum(0)
+                for f, slope in zip(rows, slopes):
+                    rows[f][e] = ((w2 @ slope.square()) * down2).cpu()
+            for f in rows:
+                add(f, layer, rows[f])
         return collect
 
     handles = [m.register_forward_pre_hook(hook(l), with_kwargs=True) for l, (_, _, m) in experts_modules(model).items()]
@@ -1040,9 +1070,16 @@ def second_moments(model: nn.Module, windows: Tensor, batch: int = 4, down: bool
     finally:
         for h in handles:
             h.remove()
-    top_k = getattr(model.config, "num_experts_per_tok", 1)
-    inputs = {l: c / counts[l] for l, c in C.items()}
-    return {"inputs": inputs} | ({"hidden": {l: h / (counts[l] * top_k) for l, h in H.items()}} if down else {})
+    return {kind: {l: v / counts[l] for l, v in layers.items()} for kind, layers in sums.items()}
+
+
+def gate_slopes(module: nn.Module, z: Tensor) -> tuple:
+    """h = act(g) u (t, p) of z = [g, u] (t, 2p) by the model's own gate, and its slopes dh/dg, dh/du, all float32."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        h = module._apply_gate(z)
+        slopes, = torch.autograd.grad(h.sum(), z)
+    return h.detach().float(), slopes.float().chunk(2, -1)
 
 
 def save_moments(path: Path, moments: dict, fingerprint: str) -> None:
@@ -1085,9 +1122,24 @@ def metric_factor(C: Tensor, ridge: float) -> Tensor:
 
     The shrinkage keeps directions that a narrow calibration text never visits from being given up.
     """
-    C = C / C.diagonal().mean()
+    C = C.double() / C.diagonal().mean()
     eye = torch.eye(len(C), dtype=C.dtype)
     return torch.linalg.cholesky((C + (ridge + 1e-9) * eye) / (1 + ridge)).float()
+
+
+def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, device: torch.device) -> dict:
+    """{"right": {layer: L}, "left": {(layer, expert): S}} of a family, for Experts. Slices of a shared expert, which sees
+    every token, have no row weights."""
+    if family == "down":
+        S = {l: metric_factor(C, ridge).to(device) for l, C in moments["hidden"].items()}
+        return {"right": {}, "left": {(l, e): S[l] for l, e in keys}}
+    layers = dict.fromkeys(l for l, _ in keys)
+    left = {}
+    for l, e in keys:
+        if e < len(moments[family][l]):
+            M = moments[family][l]
+            left[l, e] = (M[e] / M.mean() + ROW_FLOOR).sqrt().float().to(device)
+    return {"right": {l: metric_factor(moments["inputs"][l], ridge).to(device) for l in layers}, "left": left}
 
 
 # ======================================================================================================
@@ -1438,9 +1490,9 @@ class Fitter:
     def _mean_metric(self) -> Tensor | None:
         """(G, d, d) Cholesky factors of each group's mean L L^T: preconditions the bank from the right."""
         E = self.experts
-        if E.left or not E.metric or self.cfg.fit.method != "varpro":
+        if E.absorbed or not E.right or self.cfg.fit.method != "varpro":
             return None
-        C = torch.stack([torch.stack([L @ L.T for l, L in E.metric.items() if E.group_of_layer[l] == g]).mean(0)
+        C = torch.stack([torch.stack([E.right[l] @ E.right[l].T for l, k in E.group_of_layer.items() if k == g]).mean(0)
                          for g in range(E.groups)])
         return spd_factor(C, 1e-6).to(self.wide)
 
@@ -1661,11 +1713,11 @@ class Fitter:
         val = alpha.gather(1, order).float()
         idx = order.int().masked_fill(val == 0, 0).cpu()
         val = val.cpu()
-        bank = self.x["B"].to(self.store).cpu()
+        bank = E.bank(self.x["B"]).to(self.store).cpu()
         rows = {l: [i for i, k in enumerate(E.keys) if k[0] == l] for l in E.group_of_layer}
         A = {l: torch.empty(len(ids), E.p, bank.shape[2], dtype=self.store) for l, ids in rows.items()}
         place = {i: (l, j) for l, ids in rows.items() for j, i in enumerate(ids)}
-        for ids, g, L in E.batches():
+        for ids, g, L in E.batches(stored=True):
             X = compose(bank[g].float(), idx[ids], val[ids], self.cfg.bank.activation).to(E.device)
             X = X.to(self.store).float()  # what the runtime composes
             a = adapters(E.weights(ids), X if L is None else X @ L, self.cfg.fit.lambda_A)
@@ -2885,7 +2937,7 @@ def fit_family(family: str, ckpt: Checkpoint, keys: list, cfg: Config, metric: d
                log: Log, stop: Callable[[], bool]) -> tuple:
     """Fit one family with progress, log rows and saved state; returns (FamilyFactors, last row) or None if stopped."""
     experts = Experts(lambda l, e: ckpt.expert(family, l, e), keys, cfg.bank.scope, device, cfg.model.normalize,
-                      cfg.fit.batch, metric, left=family == "down")
+                      cfg.fit.batch, **metric, absorb=cfg.bank.activation == "identity")
     fitter = Fitter(experts, cfg, bank_shape(cfg, family, len(keys), experts.groups, ckpt.dims), ckpt.dtype)
     state = run / "state" / f"{family}.safetensors"
     if state.is_file():
@@ -2934,18 +2986,10 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     passes = -(-len(windows) // at_once)
     with tqdm(total=passes * ckpt.config["num_hidden_layers"], desc="calibrate", file=sys.stderr, leave=False) as line:
         trunk = streamed(ckpt, device, ckpt.dtype, cfg.calib.batch, line.update)
-        moments = second_moments(trunk, windows, at_once, "down" in families_of(cfg.model))
+        moments = activation_moments(trunk, windows, at_once)
     if cfg.calib.save:
         save_moments(Path(cfg.calib.save), moments, ckpt.fingerprint())
     return moments
-
-
-def metric_of(moments: dict, family: str, cfg: Config, device: torch.device) -> dict:
-    """{layer: L} of a family's fit; UserError where loaded moments lack what it needs."""
-    kind = "hidden" if family == "down" else "inputs"
-    if kind not in moments:
-        raise UserError(f"calib.load: {cfg.calib.load}: expected moments of the {kind} (for {family}), found none")
-    return {l: metric_factor(C, cfg.fit.ridge).to(device) for l, C in moments[kind].items()}
 
 
 def cmd_fit(args: argparse.Namespace) -> dict:
@@ -2982,7 +3026,7 @@ def cmd_fit(args: argparse.Namespace) -> dict:
     log, fitted = Log(out / "log.jsonl", cfg, out.name), {}
     with held_interrupt() as stop, threads_for(D.p, D.d):
         for f in families:
-            metric = metric_of(moments, f, cfg, device) if moments else {}
+            metric = metric_of(moments, f, keys, cfg.fit.ridge, device) if moments else {}
             fitted[f] = fit_family(f, ckpt, keys, cfg, metric, device, out, log, stop.is_set)
             if fitted[f] is None:
                 raise KeyboardInterrupt(f"state saved; go on with: python globe.py fit --resume --out {out}")

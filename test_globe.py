@@ -218,9 +218,10 @@ def test_the_gradients_of_the_objective_are_its_finite_differences(activation):
     W = torch.randn(n, p, d, generator=gen())
     for metric in ("weights", "data", "down"):
         size = p if metric == "down" else d
-        L = None if metric == "weights" else {l: spd_root(size, l) for l in range(2)}
-        experts = Experts(lambda l, e: W[3 * l + e], [(l, e) for l in range(2) for e in range(3)], "global", metric=L,
-                          left=metric == "down", normalize="scale")
+        L, keys = {l: spd_root(size, l) for l in range(2)}, [(l, e) for l in range(2) for e in range(3)]
+        sides = {"weights": {}, "data": {"right": L, "left": {k: 0.5 + torch.rand(p, generator=gen(k[1])) for k in keys}},
+                 "down": {"left": {k: L[k[0]] for k in keys}}}[metric] if metric != "weights" else {}
+        experts = Experts(lambda l, e: W[3 * l + e], keys, "global", normalize="scale", **sides)
         for method, sort in (("varpro", "entmax15"), ("am", "signed"), ("adam", "entmax15"), ("adam", "signed")):
             cfg = load_config(None, [f"bank.activation={activation}", f"fit.method={method}", "fit.dtype=float64", "sparsity.l1=0.01",
                                      "fit.lambda_B=0.1", "fit.spectral=0.02", f"fit.lambda_A={1e-3 if method == 'adam' else 1e-7}"])
@@ -467,10 +468,29 @@ def test_normalisation_is_undone_on_the_way_out():
         assert (f.shift != 0) == (how == "zscore") and (f.scale != 1) == (how != "none")
         back = torch.stack([f.weight(l, e) for l, e in KEYS])
         assert (back - W).norm() < 2e-3 * W.norm(), how
-    metric = {l: spd_root(6, l) for l in range(4)}
-    experts = Experts(lambda l, e: W[8 * l + e], KEYS, "global", normalize="zscore", metric=metric, left=True)
-    f = Fitter(experts, load_config(None, ["fit.steps=1", "bank.m=4", "fit.lambda_A=1e-7"]), (4, 10)).factors()
-    assert (torch.stack([f.weight(l, e) for l, e in KEYS]) - W).norm() < 2e-3 * W.norm()
+    square, rows = {k: spd_root(6, k[0]) for k in KEYS}, {k: torch.rand(6, generator=gen(k[1])) + 0.3 for k in KEYS}
+    right = {l: spd_root(10, l) for l in range(4)}
+    for scope, sides in (("global", {"left": square}), ("global", {"left": rows, "right": right}),
+                         ("layer", {"left": rows, "right": right, "absorb": True})):
+        experts = Experts(lambda l, e: W[8 * l + e], KEYS, scope, normalize="zscore", **sides)
+        f = Fitter(experts, load_config(None, ["fit.steps=1", "bank.m=4", "fit.lambda_A=1e-7"]), (4, 10)).factors()
+        assert (torch.stack([f.weight(l, e) for l, e in KEYS]) - W).norm() < 2e-3 * W.norm(), scope
+
+
+def test_a_bank_that_absorbs_the_metric_gives_the_same_fit():
+    W, right = torch.randn(N, 6, 10, generator=gen()), {l: spd_root(10, l) for l in range(4)}
+    cfg, errors = load_config(None, ["fit.steps=60", "bank.m=3", "sparsity.support=3", "bank.init=experts"]), []
+    for absorb in (False, True):
+        experts = Experts(lambda l, e: W[8 * l + e], KEYS, "layer", right=right, absorb=absorb)
+        assert experts.absorbed == absorb
+        fitter = Fitter(experts, cfg, (3, 4))
+        while not fitter.done:
+            fitter.step()
+        f = fitter.factors()
+        R = torch.stack([(f.weight(l, e) - W[8 * l + e]) @ right[l] * experts.level[l] for l, e in KEYS])
+        errors.append(float(R.square().sum()) / N / 60)
+        assert errors[-1] == pytest.approx(fitter.here.error, rel=1e-3)
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)  # other coordinates, so perhaps another local minimum
 
 
 def test_a_fit_in_the_metric_is_better_in_it_than_a_fit_of_the_weights():
@@ -479,7 +499,7 @@ def test_a_fit_in_the_metric_is_better_in_it_than_a_fit_of_the_weights():
     metric = {l: globe.metric_factor(torch.diag(scale.square()).double(), 1e-3) for l in range(4)}
     cfg, errors = load_config(None, ["bank.m=5", "bank.r=4", "fit.steps=40"]), []
     for m in (metric, {}):
-        fitter = Fitter(Experts(lambda l, e: W[8 * l + e], KEYS, metric=m), cfg, (5, 4))
+        fitter = Fitter(Experts(lambda l, e: W[8 * l + e], KEYS, right=m), cfg, (5, 4))
         while not fitter.done:
             fitter.step()
         f = fitter.factors()
@@ -1294,7 +1314,7 @@ def test_the_metric_is_the_second_moment_of_what_the_experts_see(checkpoints):
     model, seen = stock(checkpoints["qwen2_moe"]), {}
     for l, (_, _, module) in globe.experts_modules(model).items():
         module.register_forward_pre_hook(lambda m, args, l=l: seen.setdefault(l, []).append(args[0].reshape(-1, 32)))
-    inputs, hidden = globe.second_moments(model, IDS, batch=1, down=True).values()
+    inputs, hidden, *_ = globe.activation_moments(model, IDS, batch=1).values()
     for l in (0, 1):
         x = torch.cat(seen[l]).double()
         torch.testing.assert_close(inputs[l], x.T @ x / len(x), atol=1e-5, rtol=1e-4)
@@ -1304,14 +1324,35 @@ def test_the_metric_is_the_second_moment_of_what_the_experts_see(checkpoints):
     torch.testing.assert_close(L @ L.T, (C + 0.1 * torch.eye(32)) / 1.1, atol=1e-5, rtol=1e-4)
 
 
+def test_row_weights_are_what_a_row_moves_in_the_layers_output(checkpoints):
+    """Against the outputs of the experts module itself with one row of one expert perturbed."""
+    model, seen = stock(checkpoints["qwen2_moe"]).double(), {}
+    model.set_experts_implementation("eager")  # the others know no float64
+    _, _, experts = globe.experts_modules(model)[1]
+    hook = experts.register_forward_pre_hook(lambda m, args: seen.setdefault("args", args))
+    moments = globe.activation_moments(model, IDS, batch=2)
+    hook.remove()
+    x, index, weight = seen["args"]
+    p, h = experts.intermediate_dim, 1e-5
+    for f, row, e, j in (("gate", 3, 1, 3), ("up", p + 5, 2, 5)):
+        e = int(index.flatten().mode().values) if f == "gate" else e
+        base, kept = experts(x, index, weight), experts.gate_up_proj.data.clone()
+        moved = torch.zeros(len(x), dtype=x.dtype)
+        for t in range(len(x)):  # a change of the row that moves token t's pre-activation by h
+            experts.gate_up_proj.data[e, row] += h * x[t] / (x[t] @ x[t])
+            moved[t] = ((experts(x[t:t + 1], index[t:t + 1], weight[t:t + 1]) - base[t]) / h).square().sum()
+            experts.gate_up_proj.data.copy_(kept)
+        assert float(moments[f][1][e, j]) == pytest.approx(float(moved.mean()), rel=2e-3) and moved.sum() > 0
+
+
 @pytest.mark.parametrize("arch", ("qwen2_moe", "mixtral", "deepseek_v3"))
 def test_a_model_run_layer_by_layer_has_the_same_moments_and_is_never_whole(arch, checkpoints):
     ckpt, cpu, whole = Checkpoint(checkpoints[arch]), torch.device("cpu"), []
     windows = torch.cat([IDS, IDS.flip(0), IDS.roll(1, 1)])
-    want = globe.second_moments(stock(checkpoints[arch]), windows, batch=1, down=True)
+    want = globe.activation_moments(stock(checkpoints[arch]), windows, batch=1)
     trunk = globe.streamed(ckpt, cpu, torch.float32, batch=1,
                            tick=lambda: whole.append(sum(not w.is_meta for w in trunk.layers.parameters())))
-    got = globe.second_moments(trunk, windows, batch=len(windows), down=True)
+    got = globe.activation_moments(trunk, windows, batch=len(windows))
     assert whole == [0] * ckpt.config["num_hidden_layers"]
     for kind in want:
         for l in want[kind]:
