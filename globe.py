@@ -84,10 +84,11 @@ class ModelConfig:
 
 @dataclass
 class BankConfig:
-    m: int | dict = 16                  # bases per bank; one number, or {gate: 16, up: 24}
+    m: int | dict = 32                  # bases per bank; one number, or {gate: 16, up: 24} (bank.share: gate's)
     r: int | float | None = None        # rows of a basis; a float is a fraction of p
     ratio: float | None = 0.7           # where r is not given: the r for this stored / dense size
     scope: str | int = "global"         # global | layer | N (groups of N neighbouring layers)
+    share: bool = True                  # gate and up draw from one bank of m bases (where both are compressed)
     activation: str = "identity"        # phi: identity | silu | tanh
     init: str = "auto"                  # experts | svd | dictionary | random | auto (short trials of experts and random)
 
@@ -130,7 +131,7 @@ class HomotopyConfig:
 class FitConfig:
     method: str = "varpro"              # varpro (A eliminated) | am (alternating minimisation) | adam (joint)
     metric: str = "data"                # data (weighted by the layer's input covariance) | weights
-    ridge: float = 0.1                  # shrinkage of the covariance, relative to its mean diagonal
+    ridge: float = 0.03                 # shrinkage of the covariance, relative to its mean diagonal
     steps: int = 150
     batch: int = 0                      # experts per batch; 0: from the memory at hand
     lr: float = 0.05
@@ -1138,7 +1139,7 @@ def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, d
     for l, e in keys:
         if e < len(moments[family][l]):
             M = moments[family][l]
-            left[l, e] = (M[e] / M.mean() + ROW_FLOOR).sqrt().float().to(device)
+            left[l, e] = (M[e] + ROW_FLOOR * M.mean()).sqrt().float().to(device)
     return {"right": {l: metric_factor(moments["inputs"][l], ridge).to(device) for l in layers}, "left": left}
 
 
@@ -1541,7 +1542,7 @@ class Fitter:
     def _precondition(self, q: dict) -> dict:
         """An estimate of the inverse Hessian times q: (sum alpha^2 A^T A)^-1 on the left of each basis's part, the mean
         metric's inverse on its right, a constant for the logits."""
-        B = torch.cholesky_solve(q["B"], self.curvature) / 2
+        B = self.curvature @ q["B"] / 2
         if self.root is not None:
             B = torch.cholesky_solve(B.mT, self.root[:, None].expand(-1, B.shape[1], -1, -1)).mT
         return {"B": B, "z": q["z"] * (3 * len(self.experts) * (self.T ** 2 if self.kind != "signed" else 1))}
@@ -1551,7 +1552,8 @@ class Fitter:
         M = self.here.curvature
         level = M.diagonal(dim1=-1, dim2=-2).mean(-1).mean()
         eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-        self.curvature = spd_factor(M + 1e-3 * level * eye, 3e-2)  # a basis that nobody uses has M = 0
+        # a basis that nobody uses has M = 0; the inverse itself, since a product is faster than a solve on a CPU
+        self.curvature = torch.cholesky_inverse(spd_factor(M + 1e-3 * level * eye, 3e-2))
         q, steps = self.here.grad, []
         for s, y in reversed(self.pairs):
             a = _dot(s, q) / _dot(s, y)
@@ -1741,6 +1743,7 @@ class FamilyFactors:
     activation: str
     shift: float = 0.0
     scale: float = 1.0
+    owner: str | None = None            # the family whose bank this is, where it is another's
 
     def composed(self, layer: int, rows: Sequence[int] | None = None) -> Tensor:
         """B~ (b, r, d) of the layer's experts (or those rows)."""
@@ -1757,9 +1760,16 @@ class FamilyFactors:
         return torch.cat([(v != 0).sum(-1) for v in self.val.values()])
 
     def numbers(self) -> int:
-        """Everything stored: bank, adapters, mixtures with their indices, shift and scale."""
-        parts = [*self.bank, *self.A.values(), *self.idx.values(), *self.val.values()]
+        """Everything stored: bank (with its owner), adapters, mixtures with their indices, shift and scale."""
+        parts = [*(() if self.owner else self.bank), *self.A.values(), *self.idx.values(), *self.val.values()]
         return sum(t.numel() for t in parts) + 2
+
+    def split(self, names: Sequence[str]) -> dict:
+        """{family: factors} of several families that were fitted as one: a layer's rows are the first's, then the next's."""
+        def part(rows: dict, i: int) -> dict:
+            return {l: t.chunk(len(names))[i].contiguous() for l, t in rows.items()}
+        return {name: dataclasses.replace(self, A=part(self.A, i), idx=part(self.idx, i), val=part(self.val, i),
+                                          owner=names[0] if i else None) for i, name in enumerate(names)}
 
 
 @dataclass
@@ -1790,7 +1800,7 @@ class Factors:
             m, r, _ = f.bank[0].shape
             fam[name] = {"m": m, "r": r, "s": next(iter(f.val.values())).shape[1], "groups": len(f.bank),
                          "group": {str(l): g for l, g in f.group.items()}, "activation": f.activation,
-                         "shift": f.shift, "scale": f.scale}
+                         "shift": f.shift, "scale": f.scale, "bank": f.owner or name}
         return {"format_version": FORMAT_VERSION, "globe_version": __version__, "model_type": self.model_type,
                 "fingerprint": self.fingerprint, "dims": dataclasses.asdict(self.dims), "families": fam,
                 "experts": {str(l): e for l, e in self.experts.items()}, "config": self.config}
@@ -1800,7 +1810,7 @@ def save_factors(factors: Factors, path: Path) -> None:
     """Write factors.safetensors: written whole or not at all."""
     tensors = {}
     for name, f in factors.families.items():
-        tensors |= {f"bank.{name}.{g}": b for g, b in enumerate(f.bank)}
+        tensors |= {f"bank.{name}.{g}": b for g, b in enumerate(f.bank) if not f.owner}
         for l in f.A:
             tensors |= {f"layers.{l}.{name}.A": f.A[l], f"layers.{l}.{name}.idx": f.idx[l], f"layers.{l}.{name}.val": f.val[l]}
     with written(path) as tmp:
@@ -1822,6 +1832,8 @@ def check_meta(meta: dict, where: str) -> dict:
         fine = bool(meta["families"]) and all(isinstance(e, int) for es in meta["experts"].values() for e in es)
         for name, f in meta["families"].items():
             fine &= name in FAMILIES and f["activation"] in CHOICES["bank.activation"]
+            owner = meta["families"][f["bank"]]
+            fine &= owner["bank"] == f["bank"] and all(owner[k] == f[k] for k in ("m", "r", "groups", "group"))
             fine &= all(isinstance(f[k], int) and f[k] > 0 for k in ("m", "r", "s", "groups"))
             fine &= all(0 <= f["group"][l] < f["groups"] for l in meta["experts"])
             fine &= math.isfinite(f["shift"]) and math.isfinite(f["scale"])
@@ -1867,9 +1879,11 @@ def load_factors(path: Path | str) -> Factors:
             if not (0 <= int(idx[l].min()) and int(idx[l].max()) < f["m"]):
                 raise UserError(f"{path}: layers.{l}.{name}.idx: expected indices in [0, {f['m']}), found "
                                 f"{int(idx[l].min())}..{int(idx[l].max())}")
-        bank = [take(f"bank.{name}.{g}", (f["m"], f["r"], dims.d)) for g in range(f["groups"])]
+        bank = [take(f"bank.{name}.{g}", (f["m"], f["r"], dims.d)) for g in range(f["groups"])] if f["bank"] == name else []
         families[name] = FamilyFactors(bank, A, idx, val, {int(l): g for l, g in f["group"].items()}, f["activation"],
-                                       f["shift"], f["scale"])
+                                       f["shift"], f["scale"], None if f["bank"] == name else f["bank"])
+    for f in families.values():
+        f.bank = families[f.owner].bank if f.owner else f.bank
     if tensors:
         raise UserError(f"{path}: {sorted(tensors)[0]}: not expected (and {len(tensors) - 1} more)")
     return Factors(families, {int(l): e for l, e in meta["experts"].items()}, dims, meta["model_type"],
@@ -1918,12 +1932,12 @@ class ExpertCache:
 
 
 class GlobeBank(nn.Module):
-    """The banks of a model: one parameter `{family}_{group}` (m, r, d) each, shared by every layer."""
+    """The banks of a model: one parameter `{family}_{group}` (m, r, d) each, of the family that owns it; for every layer."""
 
     def __init__(self, meta: dict):
         super().__init__()
         for name, f in ({} if meta.get("composed") else meta["families"]).items():
-            for g in range(f["groups"]):
+            for g in range(f["groups"] if f["bank"] == name else 0):
                 shape = (f["m"], f["r"], meta["dims"]["d"])
                 setattr(self, f"{name}_{g}", nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
 
@@ -1994,7 +2008,7 @@ class GlobeExperts(nn.Module):
         if self.composed:
             return getattr(self, f"{f}_basis")[i]
         F_ = self.families[f]
-        bank = getattr(self._bank[0], f"{f}_{F_['group'][str(self.layer)]}")
+        bank = getattr(self._bank[0], f"{F_['bank']}_{F_['group'][str(self.layer)]}")
         return compose(bank, getattr(self, f"{f}_idx")[i:i + 1], getattr(self, f"{f}_val")[i:i + 1], F_["activation"])[0]
 
     def _build(self, e: int) -> dict:
@@ -2114,7 +2128,7 @@ def factor_tensors(factors: Factors, composed: bool = False) -> Iterator[tuple]:
     """(name in a patched model, tensor) of everything that the factors hold."""
     for name, f in factors.families.items():
         if not composed:
-            yield from ((f"globe_bank.{name}_{g}", b) for g, b in enumerate(f.bank))
+            yield from ((f"globe_bank.{name}_{g}", b) for g, b in enumerate(f.bank) if not f.owner)
         for l in f.A:
             base = f"layers.{l}.{{experts}}.{name}_"
             yield base + "A", f.A[l]
@@ -2508,10 +2522,10 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors) -> list:
         plt.close(fig)
         paths.append(run / name)
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    for f in factors.families:
+    for f, style in zip(dict.fromkeys(r.get("family") for r in rows), ("-", "--", ":")):
         mine = [r for r in rows if r.get("family") == f]
         for ax, key in zip(axes, ("rel_frob", "support", "T")):
-            ax.plot([r["step"] for r in mine], [r[key] for r in mine], styles[f], color="black", label=f)
+            ax.plot([r["step"] for r in mine], [r[key] for r in mine], style, color="black", label=f)
     for ax, title, unit in zip(axes, ("Relative error in the fit's metric", "Median support", "Temperature T"),
                                ("relative error", "bases", "T")):
         ax.set(title=title, xlabel="step", ylabel=unit)
@@ -2933,12 +2947,26 @@ def fresh(path: Path, overwrite: bool, source: Path | None = None) -> Path:
     return path
 
 
-def fit_family(family: str, ckpt: Checkpoint, keys: list, cfg: Config, metric: dict, device: torch.device, run: Path,
-               log: Log, stop: Callable[[], bool]) -> tuple:
-    """Fit one family with progress, log rows and saved state; returns (FamilyFactors, last row) or None if stopped."""
-    experts = Experts(lambda l, e: ckpt.expert(family, l, e), keys, cfg.bank.scope, device, cfg.model.normalize,
-                      cfg.fit.batch, **metric, absorb=cfg.bank.activation == "identity")
-    fitter = Fitter(experts, cfg, bank_shape(cfg, family, len(keys), experts.groups, ckpt.dims), ckpt.dtype)
+def fit_jobs(cfg: Config) -> list:
+    """Tuples of families that are fitted as one: gate and up on their common bank (bank.share), the others alone."""
+    families = families_of(cfg.model)
+    if cfg.bank.share and {"gate", "up"} <= set(families):
+        return [("gate", "up"), *((f,) for f in families if f == "down")]
+    return [(f,) for f in families]
+
+
+def fit_family(names: tuple, ckpt: Checkpoint, keys: list, cfg: Config, moments: dict, device: torch.device, run: Path,
+               log: Log, stop: Callable[[], bool]) -> dict | None:
+    """Fit the families `names` on one bank, with progress, log rows and saved state; {family: factors}, None if stopped."""
+    family, width, sides = "+".join(names), ckpt.dims.experts + ckpt.dims.shared, {}
+    if moments:  # expert e of the i-th family is expert e + i * width of the fit
+        parts = [metric_of(moments, f, keys, cfg.fit.ridge, device) for f in names]
+        sides = {"right": parts[0]["right"], "left": {(l, e + i * width): S for i, part in enumerate(parts)
+                                                      for (l, e), S in part["left"].items()}}
+    experts = Experts(lambda l, e: ckpt.expert(names[e // width], l, e % width), [(l, e + i * width) for i in range(len(names))
+                      for l, e in keys], cfg.bank.scope, device, cfg.model.normalize, cfg.fit.batch, **sides,
+                      absorb=cfg.bank.activation == "identity")
+    fitter = Fitter(experts, cfg, bank_shape(cfg, names[0], len(experts), experts.groups, ckpt.dims), ckpt.dtype)
     state = run / "state" / f"{family}.safetensors"
     if state.is_file():
         fitter.load_state(load_file(state))
@@ -2957,7 +2985,7 @@ def fit_family(family: str, ckpt: Checkpoint, keys: list, cfg: Config, metric: d
                     save_file(fitter.state(), tmp)
             if stop():
                 return None
-    return fitter.factors()
+    return fitter.factors().split(names)
 
 
 def bank_shape(cfg: Config, family: str, n: int, groups: int, D: Dims) -> tuple:
@@ -3006,7 +3034,8 @@ def cmd_fit(args: argparse.Namespace) -> dict:
     ckpt = open_model(cfg, device)
     D, families, keys = ckpt.dims, families_of(cfg.model), select_experts(ckpt.dims, cfg.model)
     groups = len(set(Experts.groups_of(keys, cfg.bank.scope).values()))
-    shapes = {f: bank_shape(cfg, f, len(keys), groups, D) for f in families}
+    jobs = fit_jobs(cfg)
+    shapes = {"+".join(job): bank_shape(cfg, job[0], len(job) * len(keys), groups, D) for job in jobs}
     if out is None:
         out = new_run(cfg)
     elif not args.resume:
@@ -3017,7 +3046,7 @@ def cmd_fit(args: argparse.Namespace) -> dict:
     for f, (m, r) in shapes.items():
         say(f"  {f}: {groups} bank{'s' * (groups > 1)} of {m} bases of {r} x {D.d}, support at most {cfg.sparsity.support}")
     write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
-    rewind_log(out, families)
+    rewind_log(out, list(shapes))
     moments = {}
     if cfg.fit.metric == "data":
         moments = calibrate(ckpt, cfg, device)
@@ -3025,11 +3054,11 @@ def cmd_fit(args: argparse.Namespace) -> dict:
         say("no calibration (fit.metric=weights): every input direction counts the same")
     log, fitted = Log(out / "log.jsonl", cfg, out.name), {}
     with held_interrupt() as stop, threads_for(D.p, D.d):
-        for f in families:
-            metric = metric_of(moments, f, keys, cfg.fit.ridge, device) if moments else {}
-            fitted[f] = fit_family(f, ckpt, keys, cfg, metric, device, out, log, stop.is_set)
-            if fitted[f] is None:
+        for job in jobs:
+            factors = fit_family(job, ckpt, keys, cfg, moments, device, out, log, stop.is_set)
+            if factors is None:
                 raise KeyboardInterrupt(f"state saved; go on with: python globe.py fit --resume --out {out}")
+            fitted |= factors
     log.close()
     kept = {k: v for k, v in config_dict(cfg).items() if k not in ("log", "train", "eval")}
     kept["calib"]["text"] = Path(cfg.calib.text).name
@@ -3039,7 +3068,8 @@ def cmd_fit(args: argparse.Namespace) -> dict:
     save_factors(factors, out / "factors.safetensors")
     errors = reconstruction(ckpt, factors)
     say(text_table(("family", "relative Frobenius error", "median support", "m", "r"),
-                   [(f, errors[f]["all"], float(factors.families[f].support().float().median()), *shapes[f]) for f in families]))
+                   [(f, errors[f]["all"], float(fam.support().float().median()), *fam.bank[0].shape[:2])
+                    for f, fam in factors.families.items()]))
     return {"factors": str(out), "ratio": factors.ratio(), "model_ratio": factors.model_ratio(ckpt.num_parameters()),
             "rel_frob": {f: errors[f]["all"] for f in families},
             "support": {f: float(factors.families[f].support().float().median()) for f in families},
