@@ -29,18 +29,22 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import sysconfig
 import threading
 import time
 import types
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -443,8 +447,107 @@ def train_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 # ======================================================================================================
-# 2. Operators: one entry point each; the torch form is also the oracle of any native twin
+# 2. Operators: one entry point each; the torch form is the fallback and the oracle of the native one in csrc/
 # ======================================================================================================
+KERNELS_VERSION = 1  # of the schemas in csrc/; a library of another version is refused
+
+
+@functools.cache
+def kernels() -> str:
+    """Load the native operators at first use; says which are in use: "native avx512, ..." or "torch, ...".
+
+    GLOBE_KERNELS: auto (installed with the package; else built from csrc/ into the user's cache, where there is a
+    compiler; else torch, with a warning), jit (built from csrc/), off. RuntimeError where a library that is there does
+    not load or a build fails: it is not passed over in silence. UserError for another value, or jit and nothing to build.
+    """
+    mode, csrc, ops = os.environ.get("GLOBE_KERNELS", "auto"), Path(__file__).resolve().parent / "csrc", torch.ops.globe
+    if mode not in ("auto", "jit", "off"):
+        raise UserError(f"GLOBE_KERNELS: expected auto, jit or off, found {mode!r}")
+    if mode == "off":
+        return "torch, GLOBE_KERNELS=off"
+    how = "loaded by another copy of globe.py"
+    if not hasattr(ops, "about"):
+        wheel = importlib.util.find_spec("globe_ops") if mode == "auto" else None
+        compiler = shutil.which(os.environ.get("CXX", "c++"))
+        missing = "no csrc/ beside globe.py" if not csrc.is_dir() else None if compiler else "no C++ compiler"
+        if not wheel and missing:
+            if mode == "jit":
+                raise UserError(f"GLOBE_KERNELS=jit: {missing}")
+            warnings.warn(f"globe: torch's operators are used, which are slower: {missing}", stacklevel=2)
+            return f"torch, {missing}"
+        path = Path(wheel.origin) if wheel else build_kernels(csrc, compiler)
+        torch.ops.load_library(path)
+        how = f"{'installed' if wheel else 'built'}: {path}"
+        _register_kernels()
+    version, isa = ops.about().split()
+    if int(version) != KERNELS_VERSION:
+        raise RuntimeError(f"native operators: expected version {KERNELS_VERSION}, found {version} ({how}); "
+                           "reinstall, or set GLOBE_KERNELS=jit or off")
+    return f"native {isa}, {how}"
+
+
+def build_kernels(csrc: Path, compiler: str) -> Path:
+    """Compile csrc/ into the user's cache, unless it is there; returns the library. RuntimeError with the compiler's words.
+
+    torch's stable ABI: the library outlives updates of torch, so its name is a hash of sources and flags alone. Processes
+    that start at once build the same file twice, each under its own name until it is whole.
+    """
+    home = Path(torch.__file__).parent
+    nvcc = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")) if torch.version.cuda else None
+    flags = ["-std=c++17", "-O3", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += ["-Xcompiler", "-fPIC", "-DUSE_CUDA", "-arch=native"] if nvcc else ["-fPIC"]
+    files = sorted(p for p in csrc.iterdir() if p.suffix in (".h", ".cpp") + (".cu",) * bool(nvcc))
+    key = hashlib.sha256(b"".join([*(p.read_bytes() for p in files), repr((flags, os.uname().machine)).encode()])).hexdigest()[:16]
+    path = user_cache() / "kernels" / f"globe_ops-{key}.so"
+    if not path.is_file():
+        libraries = ["-L", str(home / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
+        with written(path) as tmp:
+            command = [nvcc or compiler, *flags, "-I", str(home / "include"), *(str(p) for p in files if p.suffix != ".h"), *libraries]
+            done = subprocess.run([*command, "-o", str(tmp)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"native operators: the build failed ({' '.join(command)}):\n{done.stderr[-2000:]}\n"
+                                   "GLOBE_KERNELS=off does without")
+    return path
+
+
+def _register_kernels() -> None:
+    """Tell autograd and torch.compile about the operators: shapes without data, and backwards."""
+    ops, like = torch.ops.globe, torch.empty_like
+    for name, fake in {
+        "compose": lambda bank, idx, val, activation: bank.new_empty(idx.shape[0], *bank.shape[1:]),
+        "compose_out": lambda bank, idx, val, activation, out: None,
+        "compose_backward": lambda grad, bank, idx, val, activation: (like(bank), like(val)),
+        "simplex": lambda x, alpha: (like(x), x.new_empty(x.shape[:-1], dtype=torch.int64)),
+        "simplex_backward": lambda grad, p, alpha: like(p),
+    }.items():
+        torch.library.register_fake(f"globe::{name}", fake)
+
+    def keep_compose(ctx, inputs, output):
+        ctx.activation = inputs[3]
+        ctx.save_for_backward(*inputs[:3])
+
+    def compose_backward(ctx, grad):
+        bank, idx, val = ctx.saved_tensors
+        dbank, dval = ops.compose_backward(grad.contiguous(), bank, idx, val, ctx.activation)
+        return dbank, None, dval, None
+
+    def keep_simplex(ctx, inputs, output):
+        ctx.alpha = inputs[1]
+        ctx.save_for_backward(output[0])
+
+    def simplex_backward(ctx, grad, _):
+        p, = ctx.saved_tensors
+        return ops.simplex_backward(grad.contiguous(), p, ctx.alpha), None
+    torch.library.register_autograd("globe::compose", compose_backward, setup_context=keep_compose)
+    torch.library.register_autograd("globe::simplex", simplex_backward, setup_context=keep_simplex)
+
+
+@torch.compiler.assume_constant_result
+def _native(op: str, device: str) -> bool:
+    """Whether the native form of an operator serves a kind of device; under torch.compile, settled while tracing."""
+    return kernels().startswith("native") and torch._C._dispatch_has_kernel_for_dispatch_key(f"globe::{op}", device.upper())
+
+
 def _threshold_sparsemax(z: Tensor) -> Tensor:
     """tau (..., 1) with sum max(z - tau, 0) = 1 over the last dim, exact by sorting."""
     s = z.sort(-1, descending=True).values
@@ -492,30 +595,39 @@ class _SimplexMap(torch.autograd.Function):
         return g * (grad - (g * grad).sum(-1, keepdim=True) / g.sum(-1, keepdim=True)), None
 
 
-def _simplex_map(x: Tensor, dim: int, alpha: float) -> Tensor:
+def _simplex_map(x: Tensor, dim: int, alpha: float, return_support: bool):
     if not x.is_floating_point():
         raise TypeError(f"expected a floating-point tensor, found {x.dtype}")
     if x.shape[dim] == 0:
         raise ValueError(f"expected at least one entry in dim {dim}, found shape {tuple(x.shape)}")
-    return _SimplexMap.apply(x.movedim(dim, -1), alpha).movedim(-1, dim)
+    x = x.movedim(dim, -1)
+    if _native("simplex", x.device.type):
+        p, size = torch.ops.globe.simplex(x.contiguous(), alpha)
+    else:
+        p = _SimplexMap.apply(x, alpha)
+        size = (p > 0).sum(-1) if return_support else None
+    return (p.movedim(-1, dim), size) if return_support else p.movedim(-1, dim)
 
 
-def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
-    """Euclidean projection of x onto the simplex along `dim`, exact (sorting), differentiable.
+def sparsemax(x: Tensor, dim: int = -1, return_support: bool = False):
+    """Euclidean projection of x onto the simplex along `dim`, exact, differentiable.
 
-    x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype.
-    Martins and Astudillo 2016, Algorithm 1 and Proposition 2.
+    x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype; with
+    return_support also the number of positive entries (int64, x's shape without `dim`). TypeError for another dtype,
+    ValueError for an empty dim. Martins and Astudillo 2016, Algorithm 1 and Proposition 2 (torch: sorting; native:
+    Newton's method on the threshold's piecewise linear equation, which ends at its root).
     """
-    return _simplex_map(x, dim, 2.0)
+    return _simplex_map(x, dim, 2.0, return_support)
 
 
-def entmax15(x: Tensor, dim: int = -1) -> Tensor:
-    """1.5-entmax of x along `dim`, exact (sorting), differentiable; sparser than softmax, smoother than sparsemax.
+def entmax15(x: Tensor, dim: int = -1, return_support: bool = False):
+    """1.5-entmax of x along `dim`, exact, differentiable; sparser than softmax, smoother than sparsemax.
 
-    x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype.
-    Peters, Niculae and Martins 2019, Algorithm 2.
+    x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype; with
+    return_support also the number of positive entries (int64, x's shape without `dim`). TypeError for another dtype,
+    ValueError for an empty dim. Peters, Niculae and Martins 2019, Algorithm 2 (torch: sorting; native: Newton's method).
     """
-    return _simplex_map(x, dim, 1.5)
+    return _simplex_map(x, dim, 1.5, return_support)
 
 
 def phi(z: Tensor, activation: str) -> Tensor:
@@ -523,12 +635,13 @@ def phi(z: Tensor, activation: str) -> Tensor:
 
 
 def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence[Tensor],
-            activation: str = "identity") -> Tensor:
+            activation: str = "identity", out: Tensor | None = None) -> Tensor:
     """Composed bases B~_i = phi(sum_j val_ij bank[idx_ij]).
 
     bank (m, r, d), idx (E, s) integers in [0, m), val (E, s) -> (E, r, d) in the bank's dtype, summed in float32 or
     better. A padded entry has val 0; ragged supports are sequences of E one-dimensional tensors. Differentiable in
-    bank and val. Raises IndexError for an index outside the bank, ValueError for shapes that do not fit.
+    bank and val, unless written into `out` (contiguous, of the result's shape and dtype). Raises IndexError for an
+    index outside the bank, ValueError for shapes that do not fit.
     """
     if not isinstance(idx, Tensor):
         idx = nn.utils.rnn.pad_sequence(list(idx), batch_first=True)
@@ -537,10 +650,17 @@ def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence
         raise ValueError(f"compose: expected bank (m, r, d), idx and val (E, s), found {tuple(bank.shape)}, "
                          f"{tuple(idx.shape)}, {tuple(val.shape)}")
     m, r, d = bank.shape
-    if idx.numel() and not (0 <= int(idx.min()) and int(idx.max()) < m):
+    if out is not None and (out.shape != (idx.shape[0], r, d) or out.dtype != bank.dtype or not out.is_contiguous()):
+        raise ValueError(f"compose: out: expected a contiguous {(idx.shape[0], r, d)} of {bank.dtype}, found {tuple(out.shape)} "
+                         f"of {out.dtype}")
+    # while compiling, data cannot be looked at: the native operator checks when it runs
+    if not torch.compiler.is_compiling() and idx.numel() and not (0 <= int(idx.min()) and int(idx.max()) < m):
         raise IndexError(f"compose: indices in [0, {m}) expected, found {int(idx.min())}..{int(idx.max())}")
     wide = torch.promote_types(bank.dtype, torch.float32)
     E, s = idx.shape
+    if _native("compose", bank.device.type):
+        args = bank.contiguous(), idx.long().contiguous(), val.to(wide).contiguous(), activation
+        return torch.ops.globe.compose(*args) if out is None else torch.ops.globe.compose_out(*args, out) or out
     if E * s >= m and E > 1:  # many experts: one product over the dense mixture reads the bank once
         w = torch.zeros(E, m, dtype=wide, device=bank.device).index_put(
             (torch.arange(E, device=idx.device)[:, None].expand(E, s), idx.long()), val.to(wide), accumulate=True)
@@ -553,7 +673,8 @@ def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence
                 z = z + a[k] * bank[j[k]]
             rows.append(z)
         z = torch.stack(rows) if rows else bank.new_zeros(0, r, d, dtype=wide)
-    return phi(z, activation).to(bank.dtype)
+    y = phi(z, activation).to(bank.dtype)
+    return y if out is None else out.copy_(y)
 
 
 # ======================================================================================================
@@ -3107,7 +3228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as e:
         return int(e.code or 0)
     if args.version:
-        print(json.dumps({"globe": __version__, "torch": torch.__version__, "operators": "torch"}))
+        print(json.dumps({"globe": __version__, "torch": torch.__version__, "operators": kernels()}))
         return 0
     if not args.command:
         build_parser().print_help(sys.stderr)

@@ -34,6 +34,8 @@ HERE = Path(globe.__file__).resolve().parent
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
 ACTIVATIONS = ("identity", "silu", "tanh")
 METHODS = ("varpro", "am", "adam")
+KERNELS = globe.user_cache() / "kernels"
+KERNELS.mkdir(parents=True, exist_ok=True)
 
 
 @pytest.fixture(params=[pytest.param(d, marks=cuda if d == "cuda" else ()) for d in DEVICES])
@@ -46,6 +48,8 @@ def own_world(tmp_path, monkeypatch):
     """Every test stands in its own empty directory, with its own cache of default models."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GLOBE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "kernels").symlink_to(KERNELS)  # built once, not once a test
 
 
 def gen(seed: int = 0) -> torch.Generator:
