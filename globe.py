@@ -519,6 +519,7 @@ def _register_kernels() -> None:
         "compose_backward": lambda grad, bank, idx, val, activation: (like(bank), like(val)),
         "simplex": lambda x, alpha: (like(x), x.new_empty(x.shape[:-1], dtype=torch.int64)),
         "simplex_backward": lambda grad, p, alpha: like(p),
+        "experts_decode": lambda x, *rest: like(x),
     }.items():
         torch.library.register_fake(f"globe::{name}", fake)
 
@@ -670,7 +671,7 @@ def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence
         for j, a in zip(idx.long(), val.to(wide)):
             z = torch.zeros(r, d, dtype=wide, device=bank.device)
             for k in range(s):
-                z = z + a[k] * bank[j[k]]
+                z = z + a[k] * bank[j[k]].to(wide)  # widened first: a number does not widen a half tensor
             rows.append(z)
         z = torch.stack(rows) if rows else bank.new_zeros(0, r, d, dtype=wide)
     y = phi(z, activation).to(bank.dtype)
@@ -1916,29 +1917,37 @@ class ExpertCache:
     def __init__(self, slots: int):
         self.slots, self.slot_of, self.slabs = slots, OrderedDict(), None  # slot_of: least recently used first
         self.hits = self.misses = 0
+        self.free, self.table = [], None  # table: slots and rows as a tensor, made when the native decode asks
 
-    def get(self, key: int, build: Callable[[int], dict]) -> dict:
+    def get(self, key: int, build: Callable[[int, dict], dict]) -> dict:
+        """The item of `key`; build(key, slot) makes it, in the slot's tensors (family: tensor) where it can."""
         if key in self.slot_of:
             self.hits += 1
             self.slot_of.move_to_end(key)
             i = self.slot_of[key]
             return {f: slab[i] for f, slab in self.slabs.items()}
         self.misses += 1
-        item = build(key)
         if not self.slots:
-            return item
+            return build(key, {})
         if self.slabs is None:
-            self.slabs = {f: t.new_empty(self.slots, *t.shape) for f, t in item.items()}
-        i = len(self.slot_of) if len(self.slot_of) < self.slots else self.slot_of.popitem(last=False)[1]
-        self.slot_of[key] = i
-        return {f: self.slabs[f][i].copy_(t) for f, t in item.items()}
+            self.slabs = {f: t.new_empty(self.slots, *t.shape) for f, t in build(key, {}).items()}
+            self.free = list(range(self.slots))[::-1]
+        self.table = None
+        if not self.free:
+            self.free.append(self.slot_of.popitem(last=False)[1])
+        slot = {f: slab[self.free[-1]] for f, slab in self.slabs.items()}
+        for f, t in build(key, slot).items():
+            if t is not slot[f]:
+                slot[f].copy_(t)
+        self.slot_of[key] = self.free.pop()  # only now: a build that failed leaves its slot free
+        return slot
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.slabs or {}).values())
 
     def clear(self) -> None:
         self.slot_of.clear()
-        self.slabs = None
+        self.slabs = self.table = None
         self.hits = self.misses = 0
 
 
@@ -1951,6 +1960,10 @@ class GlobeBank(nn.Module):
             for g in range(f["groups"]):
                 shape = (f["m"], f["r"], meta["dims"]["d"])
                 setattr(self, f"{name}_{g}", nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+
+
+NATIVE_ACTS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "ReLU": "relu"}  # of experts_decode
+DECODE_TOKENS = 8  # up to so many tokens experts_decode is the faster form: every weight is read once for all of them
 
 
 class GlobeExperts(nn.Module):
@@ -1987,6 +2000,8 @@ class GlobeExperts(nn.Module):
         if "act_fn" in old._modules:
             self.act_fn = old.act_fn
         self._gate = types.MethodType(type(old)._apply_gate, self)
+        plain = type(old)._apply_gate.__name__ == "_default_apply_gate"  # act(gate) * up
+        self.native_act = NATIVE_ACTS.get(type(getattr(self, "act_fn", None)).__name__) if plain else None
         self.hold = {f: "weight" if F_["r"] * (D.p + D.d) >= D.p * D.d else "basis" for f, F_ in self.families.items()}
         self.cache_dtype = as_dtype(cache.dtype)
         self.set_cache(cache)
@@ -2015,19 +2030,22 @@ class GlobeExperts(nn.Module):
         self.cache.clear()  # slots follow the module to its new device and dtype
         return super()._apply(fn, recurse)
 
-    def _basis(self, f: str, i: int) -> Tensor:
+    def _basis(self, f: str, i: int, out: Tensor | None = None) -> Tensor:
         if self.composed:
             return getattr(self, f"{f}_basis")[i]
         F_ = self.families[f]
         bank = getattr(self._bank[0], f"{f}_{F_['group'][str(self.layer)]}")
-        return compose(bank, getattr(self, f"{f}_idx")[i:i + 1], getattr(self, f"{f}_val")[i:i + 1], F_["activation"])[0]
+        out = out if out is not None and out.dtype == bank.dtype else None
+        y = compose(bank, getattr(self, f"{f}_idx")[i:i + 1], getattr(self, f"{f}_val")[i:i + 1], F_["activation"],
+                    out=None if out is None else out[None])
+        return y[0] if out is None else out
 
-    def _build(self, e: int) -> dict:
-        """What the cache holds of expert e, per family: B~ (r, d) or W^ (p, d)."""
+    def _build(self, e: int, slot: dict) -> dict:
+        """What the cache holds of expert e, per family: B~ (r, d) or W^ (p, d); a basis is composed in its slot."""
         item = {}
         for f in self.families:
             i = self.fitted[e]
-            X = self._basis(f, i)
+            X = self._basis(f, i, slot.get(f) if self.hold[f] == "basis" else None)
             if self.hold[f] == "weight":
                 X = self.families[f]["shift"] + self.families[f]["scale"] * (getattr(self, f"{f}_A")[i] @ X)
             item[f] = X.to(self.cache_dtype) if self.cache_dtype else X
@@ -2037,7 +2055,7 @@ class GlobeExperts(nn.Module):
         if e not in self.fitted:
             return {}
         trains = torch.is_grad_enabled() and any(p.requires_grad for n, p in self.named_parameters() if not n.endswith("proj"))
-        return self._build(e) if trains else self.cache.get(e, self._build)
+        return self._build(e, {}) if trains else self.cache.get(e, self._build)
 
     def project(self, f: str, x: Tensor, e: int, item: dict) -> Tensor:
         """x (t, d) -> x W^T (t, p) for gate and up; h (t, p) -> h W_down^T (t, d) for down."""
@@ -2057,8 +2075,39 @@ class GlobeExperts(nn.Module):
         """act(gate x) * up x (t, p), by the model's own gate."""
         return self._gate(torch.cat([self.project("gate", x, e, item), self.project("up", x, e, item)], -1))
 
+    def _decode(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
+        """The layer by the native operator, straight from the cache's slots; None where it does not serve."""
+        cache, E = self.cache, self.num_experts
+        if (not 0 < len(x) <= DECODE_TOKENS or not cache.slots or self.dense_row or not self.native_act or torch.is_grad_enabled()
+                or not _native("experts_decode", x.device.type)):
+            return None
+        if x.device.type == "cpu":
+            ids = {e for e in index.reshape(-1).tolist() if e < E}
+            if len(ids) > cache.slots:
+                return None
+            for e in sorted(ids, key=lambda e: e not in cache.slot_of):  # hits first: a miss then evicts none of these
+                self.item(e)
+        elif len(cache.slot_of) < len(self.fitted):
+            return None  # elsewhere the host does not know the indices, and waiting to see them costs more
+        else:
+            cache.hits += index.numel()
+        families = [(cache.slabs[f], getattr(self, f"{f}_A") if self.hold[f] == "basis" else None) if f in self.families
+                    else (getattr(self, f"{f}_proj"), None) for f in FAMILIES]
+        if any(t is not None and t.dtype != x.dtype for pair in families for t in pair):
+            return None
+        if cache.table is None:
+            cache.table = torch.tensor([[cache.slot_of.get(e, -1) for e in range(E)], [self.fitted[e] for e in range(E)]], device=x.device)
+        scale, shift = ([float(self.families.get(f, {}).get(k, default)) for f in FAMILIES] for k, default in (("scale", 1), ("shift", 0)))
+        weights = weights if weights.dtype == torch.float32 else weights.to(x.dtype)
+        return torch.ops.globe.experts_decode(
+            x.contiguous(), index.long().contiguous(), weights.contiguous(), *cache.table, *(t for pair in families for t in pair),
+            [int(f in self.families) for f in FAMILIES], scale, shift, self.native_act)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, d), top_k_index (T, k) int, top_k_weights (T, k) -> (T, d)."""
+        y = self._decode(hidden_states, top_k_index, top_k_weights)
+        if y is not None:
+            return y
         k = top_k_index.shape[-1]
         flat, order = top_k_index.reshape(-1).sort(stable=True)
         experts, counts = flat.unique_consecutive(return_counts=True)

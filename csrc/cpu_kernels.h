@@ -186,7 +186,13 @@ INLINE vd lanewise(vd x, double (*f)(double)) {
 INLINE vd tanh_(vd x) { return lanewise(x, std::tanh); }
 INLINE vd sigmoid(vd x) { return 1.0 / (1.0 + lanewise(-x, std::exp)); }
 template <class V> INLINE V activate(V z, Act act) {
-  return act == Act::silu ? z * sigmoid(z) : act == Act::tanh ? tanh_(z) : z;
+  switch (act) {
+    case Act::silu: return z * sigmoid(z);
+    case Act::tanh: return tanh_(z);
+    case Act::gelu_tanh: return z * (1 + tanh_(0.797884561f * z * (1 + 0.044715f * z * z))) / 2;
+    case Act::relu: return z > 0 ? z : V{};
+    default: return z;
+  }
 }
 template <class V> INLINE V slope(V z, Act act) {  // the activation's derivative at z
   if (act == Act::silu) {
@@ -503,6 +509,205 @@ void simplex_backward(Type type, const void* grad, const void* p, void* dx, int6
     case Type::bf16: return simplex_backward_as<BFloat16>(grad, p, dx, rows, n, e);
     case Type::f16: return simplex_backward_as<Half>(grad, p, dx, rows, n, e);
     case Type::f64: return simplex_backward_as<double>(grad, p, dx, rows, n, e);
+  }
+}
+
+// ---- experts_decode ------------------------------------------------------------------------------------
+// A few tokens: every weight is read once and used at most T times, so all that counts is to read the weights in order,
+// with all threads, and nothing else. Activations are kept in float, in the order in which `load` delivers the weights.
+
+template <class T, int N> INLINE void dot(const T* w, const float* const* x, int64_t n, float* y) {
+  Pair<float> s[N == 1 ? 4 : N] = {};
+  int64_t i = 0;
+  if (N == 1)  // one token: four chains, or the sums would wait for each other
+    for (; i + 4 * step<T> <= n; i += 4 * step<T>) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        __builtin_prefetch((const char*)(w + i + u * step<T>) + 2048, 0, 2);
+        auto b = load(w + i + u * step<T>), a = load(x[0] + i + u * step<T>);
+        s[u].a += a.a * b.a, s[u].b += a.b * b.b;
+      }
+    }
+  for (; i < n; i += step<T>) {
+    auto b = i + step<T> <= n ? load(w + i) : load_part(w + i, n - i);
+#pragma GCC unroll 4
+    for (int t = 0; t < N; ++t) {
+      auto a = load(x[t] + i);
+      s[t].a += a.a * b.a, s[t].b += a.b * b.b;
+    }
+  }
+  if (N == 1) {
+    y[0] = total<float>(((s[0].a + s[0].b) + (s[1].a + s[1].b)) + ((s[2].a + s[2].b) + (s[3].a + s[3].b)));
+  } else {
+    for (int t = 0; t < N; ++t) y[t] = total<float>(s[t].a + s[t].b);
+  }
+}
+// take(row, t, <W[row], x[t]>) for rows [begin, end) of W (., n)
+template <class T, class F> INLINE void dots(const T* W, int64_t n, int64_t begin, int64_t end, const float* const* x, int64_t tokens, const F& take) {
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t t = 0; t < tokens; t += 4) {
+      float y[4];
+      const T* w = W + row * n;
+      switch (std::min<int64_t>(4, tokens - t)) {
+        case 1: dot<T, 1>(w, x + t, n, y); break;
+        case 2: dot<T, 2>(w, x + t, n, y); break;
+        case 3: dot<T, 3>(w, x + t, n, y); break;
+        default: dot<T, 4>(w, x + t, n, y);
+      }
+      for (int64_t i = t; i < std::min(t + 4, tokens); ++i) take(row, i, y[i - t]);
+    }
+}
+// y += a * w, y in float and in load's order
+template <class T> INLINE void axpy(float* y, float a, const T* w, int64_t n) {
+  for (int64_t i = 0; i < n; i += step<T>) {
+    auto b = i + step<T> <= n ? load(w + i) : load_part(w + i, n - i);
+    auto s = load(y + i);
+    store(y + i, {s.a + a * b.a, s.b + a * b.b});
+  }
+}
+
+struct Grid {  // arrays of `rows` padded rows, zero where nothing was written
+  int64_t cols;
+  std::vector<float> data;
+  template <class T> static Grid of(int64_t rows, int64_t n) {
+    const int64_t cols = (n + step<T> - 1) / step<T> * step<T>;
+    return {cols, std::vector<float>(rows * cols)};
+  }
+  float* operator[](int64_t i) { return data.data() + i * cols; }
+};
+
+template <class T> void decode_as(const Decode& a) {
+  const char* op = "globe::experts_decode";
+  struct Routed { int64_t e, token; float weight; };
+  std::vector<Routed> routed;  // by expert: an expert's weights are read once for all its tokens
+  for (int64_t i = 0; i < a.T * a.k; ++i) {
+    const int64_t e = a.index[i];
+    check(0 <= e && e <= a.E, op, ": expert in [0, ", a.E, "] expected, found ", e);  // E: another rank's, skipped
+    if (e < a.E) routed.push_back({e, i / a.k, a.weights_wide ? ((const float*)a.weights)[i] : float(((const T*)a.weights)[i])});
+  }
+  std::stable_sort(routed.begin(), routed.end(), [](const Routed& l, const Routed& r) { return l.e < r.e; });
+  const int64_t P = routed.size();
+  std::vector<int64_t> group;  // first of each expert's run in `routed`, and the end
+  for (int64_t i = 0; i < P; ++i)
+    if (!i || routed[i].e != routed[i - 1].e) group.push_back(i);
+  const int64_t G = group.size();
+  group.push_back(P);
+  auto weight = [&](const Family& f, int64_t g, int64_t rows, int64_t cols) {
+    const int64_t e = routed[group[g]].e, i = f.cached ? a.slot[e] : e;
+    check(0 <= i && i < f.W_n, op, ": expert ", e, ": slot in [0, ", f.W_n, ") expected, found ", i);
+    return (const T*)f.W + i * rows * cols;
+  };
+  auto adapter = [&](const Family& f, int64_t g) {
+    const int64_t e = routed[group[g]].e, i = a.row[e];
+    check(0 <= i && i < f.A_n, op, ": expert ", e, ": adapter in [0, ", f.A_n, ") expected, found ", i);
+    return (const T*)f.A + i * a.p * f.q;
+  };
+  const Family* in[2] = {&a.gate, &a.up};
+  std::vector<const T*> W[2], A[2], D, DA;
+  for (int64_t g = 0; g < G; ++g) {
+    for (int f = 0; f < 2; ++f) {
+      W[f].push_back(weight(*in[f], g, in[f]->q, a.d));
+      A[f].push_back(in[f]->A ? adapter(*in[f], g) : nullptr);
+    }
+    D.push_back(weight(a.down, g, a.down.q, a.down.cached ? a.d : a.p));
+    DA.push_back(a.down.A ? adapter(a.down, g) : nullptr);
+  }
+  Grid x = Grid::of<T>(a.T, a.d);
+  std::vector<float> sum(a.T);
+  for (int64_t t = 0; t < a.T; ++t)
+    for (int64_t i = 0; i < a.d; ++i) {
+      const float v = float(((const T*)a.x)[t * a.d + i]);
+      x[t][place<T>(i)] = v, sum[t] += v;
+    }
+  std::vector<const float*> xs(P);
+  for (int64_t i = 0; i < P; ++i) xs[i] = x[routed[i].token];
+
+  // B~ x, of gate and up
+  Grid h[2] = {Grid::of<T>(P, a.gate.A ? a.gate.q : 0), Grid::of<T>(P, a.up.A ? a.up.q : 0)};
+  std::vector<const float*> hs[2];
+  for (int f = 0; f < 2; ++f) {
+    if (!in[f]->A) { hs[f] = xs; continue; }
+    for (int64_t i = 0; i < P; ++i) hs[f].push_back(h[f][i]);
+  }
+  const int64_t q0 = a.gate.A ? a.gate.q : 0, q1 = a.up.A ? a.up.q : 0, q = q0 + q1;
+  parallel(G * q, a.d / 8, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t g = begin / q, f = begin % q >= q0, row = begin % q - (f ? q0 : 0), n = std::min(end - begin, (f ? q1 : q0) - row);
+      dots(W[f][g], a.d, row, row + n, &xs[group[g]], group[g + 1] - group[g],
+           [&](int64_t r, int64_t t, float y) { h[f][group[g] + t][place<T>(r)] = y; });
+      begin += n;
+    }
+  });
+
+  // act(gate) * up
+  Grid y[2] = {Grid::of<float>(P, a.p), Grid::of<float>(P, a.p)}, z = Grid::of<T>(P, a.p);
+  parallel(G * a.p, std::max(a.d, q0) / 4, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t g = begin / a.p, row = begin % a.p, n = std::min(end - begin, a.p - row), tokens = group[g + 1] - group[g];
+      for (int f = 0; f < 2; ++f)
+        dots(in[f]->A ? A[f][g] : W[f][g], in[f]->A ? in[f]->q : a.d, row, row + n, &hs[f][group[g]], tokens,
+             [&](int64_t r, int64_t t, float v) { y[f][group[g] + t][r] = in[f]->A ? in[f]->scale * v + in[f]->shift * sum[routed[group[g] + t].token] : v; });
+      for (int64_t i = group[g]; i < group[g + 1]; ++i)
+        for (int64_t r = row; r < row + n; r += step<float>) {
+          const int64_t k = std::min(step<float>, row + n - r);
+          auto gate = load_part(y[0][i] + r, k), up = load_part(y[1][i] + r, k);
+          float v[step<float>];
+          store(v, {activate(gate.a, a.act) * up.a, activate(gate.b, a.act) * up.b});
+          for (int64_t l = 0; l < k; ++l) z[i][place<T>(r + l)] = v[l];
+        }
+      begin += n;
+    }
+  });
+  std::vector<const float*> zs(P);
+  for (int64_t i = 0; i < P; ++i) zs[i] = z[i];
+
+  T* out = (T*)a.out;
+  if (!a.down.cached) {  // each thread has its own rows of every expert's down, so its own columns of the result
+    parallel(a.d, a.p * std::max<int64_t>(G, 1) / 8, [&](int64_t begin, int64_t end) {
+      std::vector<float> part(a.T * (end - begin));
+      for (int64_t g = 0; g < G; ++g)
+        dots(D[g], a.p, begin, end, &zs[group[g]], group[g + 1] - group[g], [&](int64_t r, int64_t t, float v) {
+          part[routed[group[g] + t].token * (end - begin) + r - begin] += routed[group[g] + t].weight * v;
+        });
+      for (int64_t t = 0; t < a.T; ++t)
+        for (int64_t r = begin; r < end; ++r) out[t * a.d + r] = T(part[t * (end - begin) + r - begin]);
+    });
+    return;
+  }
+  // Composed down is held transposed: sums of rows. Each chunk of rows has sums of its own, added up in order afterwards.
+  const int64_t chunks = threads();
+  auto rows_sum = [&](int64_t rows, int64_t n, Grid& parts, int64_t each, auto&& body) {
+    parallel(chunks, 1 << 20, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin)
+        for (int64_t i = G * rows * begin / chunks; i < G * rows * (begin + 1) / chunks; ++i) body(i / rows, i % rows, begin * each);
+    });
+    for (int64_t c = 1; c < chunks; ++c)
+      for (int64_t i = 0; i < each * parts.cols; ++i) parts[0][i] += parts[c * each][i];
+  };
+  Grid u = Grid::of<T>(chunks * P, a.down.A ? a.down.q : 0);
+  if (a.down.A)
+    rows_sum(a.p, a.down.q, u, P, [&](int64_t g, int64_t r, int64_t first) {
+      for (int64_t i = group[g]; i < group[g + 1]; ++i) axpy(u[first + i], z[i][place<T>(r)], DA[g] + r * a.down.q, a.down.q);
+    });
+  Grid total_ = Grid::of<T>(chunks * a.T, a.d);
+  const float scale = a.down.A ? a.down.scale : 1.0f;
+  rows_sum(a.down.q, a.d, total_, a.T, [&](int64_t g, int64_t r, int64_t first) {
+    for (int64_t i = group[g]; i < group[g + 1]; ++i)
+      axpy(total_[first + routed[i].token], routed[i].weight * scale * (a.down.A ? u[i] : z[i])[place<T>(r)], D[g] + r * a.d, a.d);
+  });
+  std::vector<float> shift(a.T);
+  if (a.down.A && a.down.shift != 0)
+    for (int64_t i = 0; i < P; ++i)
+      for (int64_t r = 0; r < a.p; ++r) shift[routed[i].token] += routed[i].weight * a.down.shift * z[i][place<T>(r)];
+  for (int64_t t = 0; t < a.T; ++t)
+    for (int64_t r = 0; r < a.d; ++r) out[t * a.d + r] = T(total_[t][place<T>(r)] + shift[t]);
+}
+
+void decode(const Decode& a) {
+  switch (a.type) {
+    case Type::bf16: return decode_as<BFloat16>(a);
+    case Type::f16: return decode_as<Half>(a);
+    default: return decode_as<float>(a);
   }
 }
 

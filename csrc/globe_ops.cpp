@@ -138,6 +138,16 @@ static Tensor simplex_backward(Tensor grad, Tensor p, double alpha) {
   return dx;
 }
 
+static Tensor experts_decode(Tensor x, Tensor index, Tensor weights, Tensor slot, Tensor row, Tensor gate, std::optional<Tensor> gate_A,
+                             Tensor up, std::optional<Tensor> up_A, Tensor down, std::optional<Tensor> down_A,
+                             std::vector<int64_t> cached, std::vector<double> scale, std::vector<double> shift, std::string act) {
+  Decode a = decode_args(x, index, weights, slot, row, gate, gate_A, up, up_A, down, down_A, cached, scale, shift, act);
+  Tensor out = torch::stable::empty_like(x);
+  a.out = out.mutable_data_ptr();
+  RUN(decode, a);
+  return out;
+}
+
 }  // namespace globe
 
 STABLE_TORCH_LIBRARY(globe, m) {
@@ -147,6 +157,8 @@ STABLE_TORCH_LIBRARY(globe, m) {
   m.def("compose_backward(Tensor grad, Tensor bank, Tensor idx, Tensor val, str activation) -> (Tensor, Tensor)");
   m.def("simplex(Tensor x, float alpha) -> (Tensor, Tensor)");
   m.def("simplex_backward(Tensor grad, Tensor p, float alpha) -> Tensor");
+  m.def("experts_decode(Tensor x, Tensor index, Tensor weights, Tensor slot, Tensor row, Tensor gate, Tensor? gate_A, Tensor up, "
+        "Tensor? up_A, Tensor down, Tensor? down_A, int[] cached, float[] scale, float[] shift, str activation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(globe, CompositeExplicitAutograd, m) { m.impl("about", TORCH_BOX(&globe::about)); }
@@ -157,4 +169,5 @@ STABLE_TORCH_LIBRARY_IMPL(globe, CPU, m) {
   m.impl("compose_backward", TORCH_BOX(&globe::compose_backward));
   m.impl("simplex", TORCH_BOX(&globe::simplex));
   m.impl("simplex_backward", TORCH_BOX(&globe::simplex_backward));
+  m.impl("experts_decode", TORCH_BOX(&globe::experts_decode));
 }
