@@ -27,7 +27,7 @@ def extension() -> dict:
     # without CUDA in torch itself a library that calls it could not be loaded
     cuda = want == "1" and ("GLOBE_CUDA" in os.environ or cpp_extension.torch.version.cuda is not None)
     define = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
-    flags = {"cxx": ["-O3", "-std=c++17", *define], "nvcc": ["-O3", "-std=c++17", "-DUSE_CUDA", *define]}
+    flags = {"cxx": ["-O3", "-g0", "-std=c++17", *define], "nvcc": ["-O3", "-std=c++17", "-DUSE_CUDA", *define]}
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     sources = ["csrc/globe_ops.cpp"] + ["csrc/globe_ops.cu"] * cuda
     module = make("globe_ops", sources, depends=["csrc/globe_ops.h", "csrc/cpu_kernels.h"], extra_compile_args=flags, py_limited_api=True)
