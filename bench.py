@@ -241,7 +241,7 @@ def race(suite: str, test: str, variants: dict, want, traffic: float, tol: float
     for name, run in variants.items():
         with torch.set_grad_enabled(suite == "sparsemax"):
             got = run(0)
-        error = max(float((g.double() - w.double()).abs().max()) for g, w in zip(got, want))
+        error = max(float((g.detach().double() - w.detach().double()).abs().max()) for g, w in zip(got, want))
         if not error <= tol:
             raise RuntimeError(f"{suite} {test}: {name} is off by {error}, more than {tol}")
     seconds = {name: [] for name in variants}

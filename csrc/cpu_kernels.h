@@ -166,6 +166,24 @@ INLINE vf tanh_(vf x) {
   vf y = 1.0f - 2.0f * reciprocal(exp(x + x) + 1.0f);
   return u < 0.09f ? small : y;
 }
+// For results that are rounded to a half type: relative error 1e-4, in 60 % of the time.
+INLINE vf rough_sigmoid(vf x) {
+#if VB == 64
+  vf y = _mm512_max_ps(splat(-115.0f), _mm512_min_ps(splat(115.0f), x * -1.44269504f));  // of a NaN: the second argument
+#else
+  vf y = x * -1.44269504f;
+  y = y > 115.0f ? splat(115.0f) : y;
+  y = y < -115.0f ? splat(-115.0f) : y;
+#endif
+  vf m = y + 12582912.0f, f = y - (m - 12582912.0f);
+  vf p = 1.0f + f * (0.693147181f + f * (0.240226507f + f * (0.0555041087f + f * 0.00961812911f)));
+  p = 1.0f + (vf)((vu)p + ((vu)m << 23));  // m's low bits are the exponent
+#if VB == 64
+  return _mm512_rcp14_ps(p);
+#else
+  return reciprocal(p);
+#endif
+}
 INLINE vf sigmoid(vf x) { return reciprocal(1.0f + exp(-x)); }
 #if VB == 64
 INLINE vf root_(vf x) { return _mm512_sqrt_ps(x); }
@@ -240,7 +258,12 @@ template <class T> INLINE Pair<typename Wide<T>::w> mix_part(const T* base, cons
 template <class T> INLINE void put(T* out, const Pair<typename Wide<T>::w>* z, int64_t n, Act act, bool around) {
   Pair<typename Wide<T>::w> y[R];
 #pragma GCC unroll 8
-  for (int u = 0; u < R; ++u) y[u] = {activate(z[u].a, act), activate(z[u].b, act)};
+  for (int u = 0; u < R; ++u)
+    if constexpr (sizeof(T) == 2)
+      y[u] = act == Act::silu ? Pair<float>{z[u].a * rough_sigmoid(z[u].a), z[u].b * rough_sigmoid(z[u].b)}
+                              : Pair<float>{activate(z[u].a, act), activate(z[u].b, act)};
+    else
+      y[u] = {activate(z[u].a, act), activate(z[u].b, act)};
   if (n == block<T>) {
 #pragma GCC unroll 8
     for (int u = 0; u < R; ++u) around ? stream(out + u * step<T>, y[u]) : store(out + u * step<T>, y[u]);
