@@ -1576,6 +1576,23 @@ def test_processes_that_build_at_once_both_end_with_the_library(tmp_path):
     assert len(list((tmp_path / "fresh" / "kernels").iterdir())) == 1
 
 
+@slow
+@native
+def test_a_wheel_built_with_one_torch_loads_under_another(tmp_path):
+    other = os.environ.get("GLOBE_OTHER_PYTHON")  # an interpreter whose torch is another release, from 2.10 on
+    if not other:
+        pytest.skip("GLOBE_OTHER_PYTHON names no interpreter with another torch")
+    shutil.copytree(HERE, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "runs", "build"))
+    for command in ((sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", "wheels", "./source"),
+                    (other, "-m", "pip", "install", "--no-deps", "--target", "site", "--no-index", "--find-links", "wheels", "globe-moe")):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    code = ("import torch, globe; print(torch.__version__); x = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)\n"
+            "assert 'installed' in globe.kernels() and torch.autograd.gradcheck(globe.entmax15, (x,)), globe.kernels()")
+    done = subprocess.run([other, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
+    assert done.returncode == 0 and done.stdout.strip() != torch.__version__, done.stdout + done.stderr
+
+
 def test_cuda_sources_compile(tmp_path):
     nvcc = shutil.which("nvcc")
     if not nvcc:

@@ -282,9 +282,9 @@ template <class T> void compose_each(const Compose& c, const Support<typename Wi
       const int64_t n = std::min(block<T>, end - pos);
       const T* base = (const T*)c.bank + pos;
       Pair<typename Wide<T>::w> z[R] = {};
-      if (n == block<T>) mix<T, R>(base, &S.far[j], &S.a[j], s, z);
+      if (n == block<T>) mix<T, R>(base, S.far.data() + j, S.a.data() + j, s, z);
       else for (int64_t u = 0; u * step<T> < n; ++u)
-        z[u] = mix_part(base + u * step<T>, &S.far[j], &S.a[j], s, std::min(step<T>, n - u * step<T>));
+        z[u] = mix_part(base + u * step<T>, S.far.data() + j, S.a.data() + j, s, std::min(step<T>, n - u * step<T>));
       put((T*)c.out + e * c.n + pos, z, n, c.act, around);
     }
   }
@@ -321,7 +321,7 @@ template <class T> void compose_shared(const Compose& c, const Support<typename 
         const int64_t now = k * c.E + e, steps = K * c.E, pos = lo + k * B;
         if (more) copy(next, lo + K * B, slices * now / steps, slices * (now + 1) / steps);
         Pair<W> z[R];
-        mix<T, R>(tile + k * U * B, &S.near[S.start[e]], &S.a[S.start[e]], S.start[e + 1] - S.start[e], z);
+        mix<T, R>(tile + k * U * B, S.near.data() + S.start[e], S.a.data() + S.start[e], S.start[e + 1] - S.start[e], z);
         put((T*)c.out + e * c.n + pos, z, std::min(B, end - pos), c.act, around);
       }
     std::swap(tile, next);
@@ -344,7 +344,7 @@ template <class T> void compose_backward_range(const Compose& c, const Support<t
         const T* grad = (const T*)c.grad + e * c.n + pos;
         auto g = whole ? load(grad) : load_part(grad, n);
         if (c.act != Act::identity) {
-          auto z = mix_part((const T*)c.bank + pos, &S.far[first], &S.a[first], s, n);
+          auto z = mix_part((const T*)c.bank + pos, S.far.data() + first, S.a.data() + first, s, n);
           g.a *= slope(z.a, c.act), g.b *= slope(z.b, c.act);
         }
         for (int64_t j = first; j < first + s; ++j) {
@@ -399,7 +399,7 @@ template <class T> void compose_as(const Compose& c) {
   const int64_t chunks = std::clamp<int64_t>(tiles, 1, threads());
   std::vector<W> dval(chunks * J);  // one row per chunk, so that the sum does not depend on timing
   parallel(chunks, 1 << 20, [&](int64_t a, int64_t b) {
-    for (; a < b; ++a) compose_backward_range<T>(c, S, tiles * a / chunks * t, std::min(tiles * (a + 1) / chunks * t, c.n), &dval[a * J]);
+    for (; a < b; ++a) compose_backward_range<T>(c, S, tiles * a / chunks * t, std::min(tiles * (a + 1) / chunks * t, c.n), dval.data() + a * J);
   });
   for (int64_t j = 0; j < J; ++j) {
     W sum = 0;
