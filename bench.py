@@ -1,12 +1,15 @@
 """Speed, memory and quality of GloBE against peers; the last line of stdout is one JSON document.
 
     python bench.py                                    decode on tiny: tokens/s and memory
+    python bench.py compose sparsemax decode           the operators and one layer at Qwen1.5-MoE's shapes, and tiny
     python bench.py quality --preset tiny smol-moe --ratio 0.8 0.6
     python bench.py fit --preset tiny
     python bench.py all --json out.json
 
 Peers run in the same process, turn by turn with ours; a figure is the median of the repeats. `ratio` is the speed-up
-over the best peer (decode, fit), or stored / dense size (quality).
+over the best peer (compose, sparsemax, decode), or stored / dense size (quality). In the operator suites `native` is ours,
+`gbps` the bytes that must move over the time, and `share_of_bandwidth` that over what this machine copies or reads in the
+same run.
 """
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ import torch
 import globe
 from globe import UserError, say
 
-SUITES = ("decode", "fit", "quality")
-PRESETS = {"decode": ("tiny",), "fit": ("tiny",), "quality": ("tiny", "smol-moe")}
+SUITES = ("compose", "sparsemax", "decode", "fit", "quality")
+PRESETS = {"compose": (), "sparsemax": (), "decode": ("tiny", "qwen15-layer"), "fit": ("tiny",), "quality": ("tiny", "smol-moe")}
 SMOL_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -377,6 +380,159 @@ def quiet(argv: list) -> dict:
     return json.loads(out.getvalue().splitlines()[-1])
 
 
+# ---- operators ---------------------------------------------------------------------------------------
+D, P, M, S, E, TOP_K = 2048, 1408, 128, 12, 60, 4  # Qwen1.5-MoE-A2.7B; a bank of 128 bases, supports of 12
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes/s that this machine moves, measured now: the better of torch's copy and of a read of 512 MiB."""
+    a = torch.ones(2 ** 27, device=device)
+    b, turns = torch.empty_like(a), range(5)
+    copy = 2 * a.nbytes / min(timed(lambda: b.copy_(a), device) for _ in turns)
+    return max(copy, a.nbytes / min(timed(a.amax, device) for _ in turns))
+
+
+def race(suite: str, test: str, variants: dict, want, traffic: float, tol: float, args: argparse.Namespace, device: torch.device, **more) -> list:
+    """Rows of one operator: each variant's result for input 0 is asserted against `want`, then all are timed turn by turn.
+
+    variants: {name: function of the turn, a rotating index, so that no input is still in a cache}; "native" is ours, "twin"
+    our torch form, the others are peers. traffic: bytes that must move. `value` is milliseconds, `ratio` the best peer's
+    time over this variant's.
+    """
+    for name, run in variants.items():
+        with torch.set_grad_enabled(suite == "sparsemax"):
+            got = run(0)
+        error = max(float((g.detach().double() - w.detach().double()).abs().max()) for g, w in zip(got, want))
+        if not error <= tol:
+            raise RuntimeError(f"{suite} {test}: {name} is off by {error}, more than {tol}")
+    seconds = {name: [] for name in variants}
+    for turn in range(2 * args.repeats + 2):
+        for name, run in variants.items():
+            globe.synchronize(device)
+            begin = time.perf_counter()
+            with torch.set_grad_enabled(suite == "sparsemax"):
+                run(turn)
+            globe.synchronize(device)
+            seconds[name].append(time.perf_counter() - begin)
+    middle = {name: statistics.median(s[2:]) for name, s in seconds.items()}
+    best, top = min((v for k, v in middle.items() if k not in ("native", "twin")), default=math.nan), bandwidth(device)
+    rows = [{"suite": suite, "test": test, "variant": name, "value": round(1e3 * t, 4), "unit": "ms", "ratio": round(best / t, 2),
+             "bytes": int(traffic), "gbps": round(traffic / t / 1e9, 2), "share_of_bandwidth": round(traffic / t / top, 3), **more}
+            for name, t in middle.items()]
+    say(globe.text_table(("test", "variant", "ms", "x best peer", "GB/s", "of bandwidth"),
+                         [(test, r["variant"], r["value"], r["ratio"], r["gbps"], r["share_of_bandwidth"]) for r in rows]))
+    return rows
+
+
+def need_native(op: str, device: torch.device) -> None:
+    if not globe._native(op, device.type):
+        raise UserError(f"{op}: no native operator on {device} ({globe.kernels()})")
+
+
+def bench_compose(preset: str, args: argparse.Namespace) -> list:
+    """One pass over 60 experts, and one expert (a cache miss), against torch's best ways; silu."""
+    device, dtype, rows, g = globe.pick_device(args.device), globe.as_dtype(args.dtype) or torch.bfloat16, [], torch.Generator().manual_seed(0)
+    need_native("compose", device)
+    for r in (768, 1408):
+        bank = torch.empty(M, r, D, dtype=dtype, device=device)
+        for b in bank:
+            b.copy_(torch.randn(r, D, generator=g))
+        idx = torch.stack([torch.randperm(M, generator=g)[:S] for _ in range(E)]).to(device)
+        val = torch.rand(E, S, generator=g).to(device)
+        weights = torch.zeros(E, M, device=device).scatter_(1, idx, val).to(dtype)
+        picks, out = [(i, v) for i, v in zip(idx.tolist(), val.tolist())], torch.empty(E, r, D, dtype=dtype, device=device)
+
+        def adds(turn: int, wide: torch.dtype):
+            js, alphas = picks[turn % E]
+            z = (bank[js[0]] * alphas[0]).to(wide)
+            for j, a in zip(js[1:], alphas[1:]):
+                z.add_(bank[j], alpha=a)
+            return torch.nn.functional.silu(z, inplace=True).to(dtype)[None]
+        want = torch.nn.functional.silu(torch.einsum("s,srd->rd", val[0], bank[idx[0]].float()))[None]
+        size, item = r * D, bank.element_size()
+        rows += race("compose", f"60 experts, r {r}", {
+            "native": lambda turn: globe.compose(bank, idx, val, "silu", out=out),
+            "dense product": lambda turn: torch.nn.functional.silu(torch.mm(weights, bank.view(M, -1), out=out.view(E, -1)), inplace=True).view(E, r, D)[:1],
+        }, want, (len(idx.unique()) + E) * size * item, 0.2, args, device, dtype=str(dtype))
+        rows += race("compose", f"1 expert, r {r}", {
+            "native": lambda turn: globe.compose(bank, idx[turn % E:turn % E + 1], val[turn % E:turn % E + 1], "silu", out=out[:1]),
+            "scaled adds": lambda turn: adds(turn, dtype), "scaled adds, float32": lambda turn: adds(turn, torch.float32),
+            "dense product": lambda turn: torch.nn.functional.silu(weights[turn % E] @ bank.view(M, -1)).view(1, r, D),
+        }, want, (S + 1) * size * item, 0.2, args, device, dtype=str(dtype))
+    return rows
+
+
+def bench_sparsemax(preset: str, args: argparse.Namespace) -> list:
+    """sparsemax and entmax-1.5, forward and backward, against the `entmax` package and our torch form."""
+    device, rows, g = globe.pick_device(args.device), [], torch.Generator().manual_seed(0)
+    need_native("simplex", device)
+    if not importlib.util.find_spec("entmax"):
+        say("sparsemax: the peer is the package entmax, which is not installed: no ratio")
+    for shape in ((1440, 128), (24, 60, 256)):
+        x, grad = (torch.randn(shape, generator=g).to(device) for _ in range(2))
+        for name in ("sparsemax", "entmax15"):
+            def both(f, x=x):
+                leaf = x.detach().requires_grad_()
+                y = f(leaf, dim=-1)
+                y.backward(grad)
+                return y, leaf.grad
+
+            def twin(leaf, dim):
+                return globe._SimplexMap.apply(leaf, 2.0 if name == "sparsemax" else 1.5)
+            variants = {"native": lambda turn: both(getattr(globe, name)), "twin": lambda turn: both(twin)}
+            if importlib.util.find_spec("entmax"):
+                import entmax
+                variants["entmax"] = lambda turn: both(getattr(entmax, name))
+            rows += race("sparsemax", f"{name} {tuple(shape)}", variants, both(twin, x.double()), 5 * x.nbytes, 1e-4, args, device)
+    return rows
+
+
+def bench_layer(args: argparse.Namespace) -> list:
+    """One token through one Qwen1.5-MoE layer, all of it cached: experts_decode against transformers' experts."""
+    from transformers import Qwen2MoeConfig
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
+    device, dtype, rows, g = globe.pick_device(args.device), globe.as_dtype(args.dtype) or torch.bfloat16, [], torch.Generator().manual_seed(0)
+    need_native("experts_decode", device)
+    config = Qwen2MoeConfig(hidden_size=D, moe_intermediate_size=P, num_experts=E, num_experts_per_tok=TOP_K)
+    with torch.device("meta"):
+        dense = Qwen2MoeExperts(config)
+    dense = dense.to(dtype).to_empty(device=device)
+
+    def new(*shape: int) -> torch.Tensor:
+        t = torch.empty(shape, dtype=dtype, device=device)
+        for part in t:
+            part.copy_(torch.randn(shape[1:], generator=g) / shape[-1] ** 0.5)
+        return t
+    down, table, shift = new(E, D, P), torch.arange(E, device=device), [0.0] * 3
+    dense.down_proj.data.copy_(down)
+    for r in (768, 1408):
+        A = [new(E, P, r) for _ in "gu"] if r < P else [None, None]
+        held = [new(E, r, D) for _ in "gu"]
+        for i, (a, w) in enumerate(zip(A, held)):  # the peers hold the same weights, multiplied out
+            for e in range(E):
+                dense.gate_up_proj.data[e, i * P:(i + 1) * P] = w[e] if a is None else a[e] @ w[e]
+        x, turns = torch.randn(1, D, generator=g).to(device, dtype), 16
+        index = [torch.randperm(E, generator=g)[None, :TOP_K].to(device) for _ in range(turns)]
+        weights = torch.full((1, TOP_K), 0.25, device=device)
+        want = torch.zeros(1, D, device=device)
+        for e in index[0][0].tolist():
+            gate, up = (w[e].float() @ x[0].float() if a is None else a[e].float() @ (w[e].float() @ x[0].float()) for a, w in zip(A, held))
+            want += 0.25 * (down[e].float() @ (torch.nn.functional.silu(gate) * up))
+
+        def stock(how: str):
+            def run(turn: int):
+                dense.config._experts_implementation = how
+                return dense(x, index[turn % turns], weights.to(dtype))
+            return run
+        variants = {"native": lambda turn: torch.ops.globe.experts_decode(x, index[turn % turns], weights, table, table, held[0], A[0], held[1], A[1],
+                                                                          down, None, [1, 1, 0], [1.0] * 3, shift, "silu")}
+        variants |= {how: stock(how) for how in ("eager", "grouped_mm", "batched_mm")}
+        traffic = TOP_K * (2 * (r * D + (P * r if r < P else 0)) + D * P) * down.element_size()
+        rows += race("decode", f"one token, r {r}" if r < P else "one token, weights held", variants, want, traffic, 0.05, args, device,
+                     preset="qwen15-layer", dtype=str(dtype))
+    return rows
+
+
 # ---- decode ------------------------------------------------------------------------------------------
 def tensor_gib(model: torch.nn.Module) -> float:
     """GiB that parameters, buffers and caches take."""
@@ -395,7 +551,12 @@ def timed(run, device: torch.device) -> float:
 
 @torch.no_grad()
 def bench_decode(preset: str, args: argparse.Namespace) -> list:
-    """Tokens/s of prefill and greedy decode: the dense model (each experts implementation), and GloBE's cache modes."""
+    """Tokens/s of prefill and greedy decode: the dense model (each experts implementation), and GloBE's cache modes.
+
+    Preset qwen15-layer: the operator alone, on one layer of true size.
+    """
+    if preset == "qwen15-layer":
+        return bench_layer(args)
     ckpt, device, models = checkpoint_of(preset, args), globe.pick_device(args.device), {}
     dtype = globe.as_dtype(args.dtype) or ckpt.dtype
     with tempfile.TemporaryDirectory() as scratch:
@@ -457,7 +618,8 @@ def bench_fit(preset: str, args: argparse.Namespace) -> list:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} or all; default: decode")
-    parser.add_argument("--preset", nargs="+", default=["tiny"], help="tiny, smol-moe (quality only; needs SMOL_DIR or the hub)")
+    parser.add_argument("--preset", nargs="+", help="tiny; qwen15-layer (decode only); smol-moe (quality only; needs "
+                        "SMOL_DIR or the hub). Default: tiny, and for decode, asked for by name, qwen15-layer too")
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.8, 0.6], help="quality: stored / dense sizes")
     parser.add_argument("--experts", type=int, default=8, help="smol-moe: slices per layer (8 of 192, or 4 of 384)")
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="config of the fits and of the tiny model")
@@ -479,16 +641,17 @@ def main(argv=None) -> int:
     try:
         suites = SUITES if "all" in args.suites else args.suites or ["decode"]
         known = {p for s in PRESETS.values() for p in s}
-        for what, given, good in (("suite", suites, SUITES), ("--preset", args.preset, known)):
+        for what, given, good in (("suite", suites, SUITES), ("--preset", args.preset or [], known)):
             odd = [g for g in given if g not in good]
             if odd:
                 raise UserError(f"{what}: expected {', '.join(sorted(good))}, found {odd[0]!r}")
         rows = []
+        presets = args.preset or ["tiny", "qwen15-layer"][:1 + bool(args.suites)]
         for suite in suites:
-            for preset in args.preset:
-                if preset in PRESETS[suite]:
-                    say(f"\n{suite}, {preset}")
-                    rows += {"decode": bench_decode, "fit": bench_fit, "quality": bench_quality}[suite](preset, args)
+            for preset in presets if PRESETS[suite] else [None]:
+                if preset is None or preset in PRESETS[suite]:
+                    say(f"\n{suite}, {preset}" if preset else f"\n{suite}")
+                    rows += {"compose": bench_compose, "sparsemax": bench_sparsemax, "decode": bench_decode, "fit": bench_fit, "quality": bench_quality}[suite](preset, args)
                     gc.collect()
         device = globe.pick_device(args.device)
     except UserError as e:

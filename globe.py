@@ -32,17 +32,20 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import sysconfig
 import threading
 import time
 import types
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -459,8 +462,108 @@ def train_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 # ======================================================================================================
-# 2. Operators: one entry point each; the torch form is also the oracle of any native twin
+# 2. Operators: one entry point each; the torch form is the fallback and the oracle of the native one in csrc/
 # ======================================================================================================
+KERNELS_VERSION = 1  # of the schemas in csrc/; a library of another version is refused
+
+
+@functools.cache
+def kernels() -> str:
+    """Load the native operators at first use; says which are in use: "native avx512, ..." or "torch, ...".
+
+    GLOBE_KERNELS: auto (installed with the package; else built from csrc/ into the user's cache, where there is a
+    compiler; else torch, with a warning), jit (built from csrc/), off. RuntimeError where a library that is there does
+    not load or a build fails: it is not passed over in silence. UserError for another value, or jit and nothing to build.
+    """
+    mode, csrc, ops = os.environ.get("GLOBE_KERNELS", "auto"), Path(__file__).resolve().parent / "csrc", torch.ops.globe
+    if mode not in ("auto", "jit", "off"):
+        raise UserError(f"GLOBE_KERNELS: expected auto, jit or off, found {mode!r}")
+    if mode == "off":
+        return "torch, GLOBE_KERNELS=off"
+    how = "loaded by another copy of globe.py"
+    if not hasattr(ops, "about"):
+        wheel = importlib.util.find_spec("globe_ops") if mode == "auto" else None
+        compiler = shutil.which(os.environ.get("CXX", "c++"))
+        missing = "no csrc/ beside globe.py" if not csrc.is_dir() else None if compiler else "no C++ compiler"
+        if not wheel and missing:
+            if mode == "jit":
+                raise UserError(f"GLOBE_KERNELS=jit: {missing}")
+            warnings.warn(f"globe: torch's operators are used, which are slower: {missing}", stacklevel=2)
+            return f"torch, {missing}"
+        path = Path(wheel.origin) if wheel else build_kernels(csrc, compiler)
+        torch.ops.load_library(path)
+        how = f"{'installed' if wheel else 'built'}: {path}"
+        _register_kernels()
+    version, isa = ops.about().split()
+    if int(version) != KERNELS_VERSION:
+        raise RuntimeError(f"native operators: expected version {KERNELS_VERSION}, found {version} ({how}); "
+                           "reinstall, or set GLOBE_KERNELS=jit or off")
+    return f"native {isa}, {how}"
+
+
+def build_kernels(csrc: Path, compiler: str) -> Path:
+    """Compile csrc/ into the user's cache, unless it is there; returns the library. RuntimeError with the compiler's words.
+
+    torch's stable ABI: the library outlives updates of torch, so its name is a hash of sources and flags alone. Processes
+    that start at once build the same file twice, each under its own name until it is whole.
+    """
+    home = Path(torch.__file__).parent
+    nvcc = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")) if torch.version.cuda else None
+    flags = ["-std=c++17", "-O3", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += ["-Xcompiler", "-fPIC", "-DUSE_CUDA", "-arch=native"] if nvcc else ["-fPIC"]
+    files = sorted(p for p in csrc.iterdir() if p.suffix in (".h", ".cpp") + (".cu",) * bool(nvcc))
+    key = hashlib.sha256(b"".join([*(p.read_bytes() for p in files), repr((flags, os.uname().machine)).encode()])).hexdigest()[:16]
+    path = user_cache() / "kernels" / f"globe_ops-{key}.so"
+    if not path.is_file():
+        libraries = ["-L", str(home / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
+        with written(path) as tmp:
+            command = [nvcc or compiler, *flags, "-I", str(home / "include"), *(str(p) for p in files if p.suffix != ".h"), *libraries]
+            done = subprocess.run([*command, "-o", str(tmp)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"native operators: the build failed ({' '.join(command)}):\n{done.stderr[-2000:]}\n"
+                                   "GLOBE_KERNELS=off does without")
+    return path
+
+
+def _register_kernels() -> None:
+    """Tell autograd and torch.compile about the operators: shapes without data, and backwards."""
+    ops, like = torch.ops.globe, torch.empty_like
+    for name, fake in {
+        "compose": lambda bank, idx, val, activation: bank.new_empty(idx.shape[0], *bank.shape[1:]),
+        "compose_out": lambda bank, idx, val, activation, out: None,
+        "compose_backward": lambda grad, bank, idx, val, activation: (like(bank), like(val)),
+        "simplex": lambda x, alpha: (like(x), x.new_empty(x.shape[:-1], dtype=torch.int64)),
+        "simplex_backward": lambda grad, p, alpha: like(p),
+        "experts_decode": lambda x, *rest: like(x),
+    }.items():
+        torch.library.register_fake(f"globe::{name}", fake)
+
+    def keep_compose(ctx, inputs, output):
+        ctx.activation = inputs[3]
+        ctx.save_for_backward(*inputs[:3])
+
+    def compose_backward(ctx, grad):
+        bank, idx, val = ctx.saved_tensors
+        dbank, dval = ops.compose_backward(grad.contiguous(), bank, idx, val, ctx.activation)
+        return dbank, None, dval, None
+
+    def keep_simplex(ctx, inputs, output):
+        ctx.alpha = inputs[1]
+        ctx.save_for_backward(output[0])
+
+    def simplex_backward(ctx, grad, _):
+        p, = ctx.saved_tensors
+        return ops.simplex_backward(grad.contiguous(), p, ctx.alpha), None
+    torch.library.register_autograd("globe::compose", compose_backward, setup_context=keep_compose)
+    torch.library.register_autograd("globe::simplex", simplex_backward, setup_context=keep_simplex)
+
+
+@torch.compiler.assume_constant_result
+def _native(op: str, device: str) -> bool:
+    """Whether the native form of an operator serves a kind of device; under torch.compile, settled while tracing."""
+    return kernels().startswith("native") and torch._C._dispatch_has_kernel_for_dispatch_key(f"globe::{op}", device.upper())
+
+
 def _threshold_sparsemax(z: Tensor) -> Tensor:
     """tau (..., 1) with sum max(z - tau, 0) = 1 over the last dim, exact by sorting."""
     s = z.sort(-1, descending=True).values
@@ -508,30 +611,39 @@ class _SimplexMap(torch.autograd.Function):
         return g * (grad - (g * grad).sum(-1, keepdim=True) / g.sum(-1, keepdim=True)), None
 
 
-def _simplex_map(x: Tensor, dim: int, alpha: float) -> Tensor:
+def _simplex_map(x: Tensor, dim: int, alpha: float, return_support: bool):
     if not x.is_floating_point():
         raise TypeError(f"expected a floating-point tensor, found {x.dtype}")
     if x.shape[dim] == 0:
         raise ValueError(f"expected at least one entry in dim {dim}, found shape {tuple(x.shape)}")
-    return _SimplexMap.apply(x.movedim(dim, -1), alpha).movedim(-1, dim)
+    x = x.movedim(dim, -1)
+    if _native("simplex", x.device.type):
+        p, size = torch.ops.globe.simplex(x.contiguous(), alpha)
+    else:
+        p = _SimplexMap.apply(x, alpha)
+        size = (p > 0).sum(-1) if return_support else None
+    return (p.movedim(-1, dim), size) if return_support else p.movedim(-1, dim)
 
 
-def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
-    """Euclidean projection of x onto the simplex along `dim`, exact (sorting), differentiable.
+def sparsemax(x: Tensor, dim: int = -1, return_support: bool = False):
+    """Euclidean projection of x onto the simplex along `dim`, exact, differentiable.
 
-    x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype.
-    Martins and Astudillo 2016, Algorithm 1 and Proposition 2.
+    x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype; with
+    return_support also the number of positive entries (int64, x's shape without `dim`). TypeError for another dtype,
+    ValueError for an empty dim. Martins and Astudillo 2016, Algorithm 1 and Proposition 2 (torch: sorting; native:
+    Newton's method on the threshold's piecewise linear equation, which ends at its root).
     """
-    return _simplex_map(x, dim, 2.0)
+    return _simplex_map(x, dim, 2.0, return_support)
 
 
-def entmax15(x: Tensor, dim: int = -1) -> Tensor:
-    """1.5-entmax of x along `dim`, exact (sorting), differentiable; sparser than softmax, smoother than sparsemax.
+def entmax15(x: Tensor, dim: int = -1, return_support: bool = False):
+    """1.5-entmax of x along `dim`, exact, differentiable; sparser than softmax, smoother than sparsemax.
 
-    x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype.
-    Peters, Niculae and Martins 2019, Algorithm 2.
+    x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype; with
+    return_support also the number of positive entries (int64, x's shape without `dim`). TypeError for another dtype,
+    ValueError for an empty dim. Peters, Niculae and Martins 2019, Algorithm 2 (torch: sorting; native: Newton's method).
     """
-    return _simplex_map(x, dim, 1.5)
+    return _simplex_map(x, dim, 1.5, return_support)
 
 
 def phi(z: Tensor, activation: str) -> Tensor:
@@ -539,12 +651,13 @@ def phi(z: Tensor, activation: str) -> Tensor:
 
 
 def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence[Tensor],
-            activation: str = "identity") -> Tensor:
+            activation: str = "identity", out: Tensor | None = None) -> Tensor:
     """Composed bases B~_i = phi(sum_j val_ij bank[idx_ij]).
 
     bank (m, r, d), idx (E, s) integers in [0, m), val (E, s) -> (E, r, d) in the bank's dtype, summed in float32 or
     better. A padded entry has val 0; ragged supports are sequences of E one-dimensional tensors. Differentiable in
-    bank and val. Raises IndexError for an index outside the bank, ValueError for shapes that do not fit.
+    bank and val, unless written into `out` (contiguous, of the result's shape and dtype). Raises IndexError for an
+    index outside the bank, ValueError for shapes that do not fit.
     """
     if not isinstance(idx, Tensor):
         idx = nn.utils.rnn.pad_sequence(list(idx), batch_first=True)
@@ -553,10 +666,17 @@ def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence
         raise ValueError(f"compose: expected bank (m, r, d), idx and val (E, s), found {tuple(bank.shape)}, "
                          f"{tuple(idx.shape)}, {tuple(val.shape)}")
     m, r, d = bank.shape
-    if idx.numel() and not (0 <= int(idx.min()) and int(idx.max()) < m):
+    if out is not None and (out.shape != (idx.shape[0], r, d) or out.dtype != bank.dtype or not out.is_contiguous()):
+        raise ValueError(f"compose: out: expected a contiguous {(idx.shape[0], r, d)} of {bank.dtype}, found {tuple(out.shape)} "
+                         f"of {out.dtype}")
+    # while compiling, data cannot be looked at: the native operator checks when it runs
+    if not torch.compiler.is_compiling() and idx.numel() and not (0 <= int(idx.min()) and int(idx.max()) < m):
         raise IndexError(f"compose: indices in [0, {m}) expected, found {int(idx.min())}..{int(idx.max())}")
     wide = torch.promote_types(bank.dtype, torch.float32)
     E, s = idx.shape
+    if _native("compose", bank.device.type):
+        args = bank.contiguous(), idx.long().contiguous(), val.to(wide).contiguous(), activation
+        return torch.ops.globe.compose(*args) if out is None else torch.ops.globe.compose_out(*args, out) or out
     if E * s >= m and E > 1:  # many experts: one product over the dense mixture reads the bank once
         w = torch.zeros(E, m, dtype=wide, device=bank.device).index_put(
             (torch.arange(E, device=idx.device)[:, None].expand(E, s), idx.long()), val.to(wide), accumulate=True)
@@ -566,10 +686,11 @@ def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence
         for j, a in zip(idx.long(), val.to(wide)):
             z = torch.zeros(r, d, dtype=wide, device=bank.device)
             for k in range(s):
-                z = z + a[k] * bank[j[k]]
+                z = z + a[k] * bank[j[k]].to(wide)  # widened first: a number does not widen a half tensor
             rows.append(z)
         z = torch.stack(rows) if rows else bank.new_zeros(0, r, d, dtype=wide)
-    return phi(z, activation).to(bank.dtype)
+    y = phi(z, activation).to(bank.dtype)
+    return y if out is None else out.copy_(y)
 
 
 # ======================================================================================================
@@ -1905,29 +2026,37 @@ class ExpertCache:
     def __init__(self, slots: int):
         self.slots, self.slot_of, self.slabs = slots, OrderedDict(), None  # slot_of: least recently used first
         self.hits = self.misses = 0
+        self.free, self.table = [], None  # table: slots and rows as a tensor, made when the native decode asks
 
-    def get(self, key: int, build: Callable[[int], dict]) -> dict:
+    def get(self, key: int, build: Callable[[int, dict], dict]) -> dict:
+        """The item of `key`; build(key, slot) makes it, in the slot's tensors (family: tensor) where it can."""
         if key in self.slot_of:
             self.hits += 1
             self.slot_of.move_to_end(key)
             i = self.slot_of[key]
             return {f: slab[i] for f, slab in self.slabs.items()}
         self.misses += 1
-        item = build(key)
         if not self.slots:
-            return item
+            return build(key, {})
         if self.slabs is None:
-            self.slabs = {f: t.new_empty(self.slots, *t.shape) for f, t in item.items()}
-        i = len(self.slot_of) if len(self.slot_of) < self.slots else self.slot_of.popitem(last=False)[1]
-        self.slot_of[key] = i
-        return {f: self.slabs[f][i].copy_(t) for f, t in item.items()}
+            self.slabs = {f: t.new_empty(self.slots, *t.shape) for f, t in build(key, {}).items()}
+            self.free = list(range(self.slots))[::-1]
+        self.table = None
+        if not self.free:
+            self.free.append(self.slot_of.popitem(last=False)[1])
+        slot = {f: slab[self.free[-1]] for f, slab in self.slabs.items()}
+        for f, t in build(key, slot).items():
+            if t is not slot[f]:
+                slot[f].copy_(t)
+        self.slot_of[key] = self.free.pop()  # only now: a build that failed leaves its slot free
+        return slot
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.slabs or {}).values())
 
     def clear(self) -> None:
         self.slot_of.clear()
-        self.slabs = None
+        self.slabs = self.table = None
         self.hits = self.misses = 0
 
 
@@ -1940,6 +2069,10 @@ class GlobeBank(nn.Module):
             for g in range(f["groups"] if f["bank"] == name else 0):
                 shape = (f["m"], f["r"], meta["dims"]["d"])
                 setattr(self, f"{name}_{g}", nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+
+
+NATIVE_ACTS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "ReLU": "relu"}  # of experts_decode
+DECODE_TOKENS = 8  # up to so many tokens experts_decode is the faster form: every weight is read once for all of them
 
 
 class GlobeExperts(nn.Module):
@@ -1976,6 +2109,8 @@ class GlobeExperts(nn.Module):
         if "act_fn" in old._modules:
             self.act_fn = old.act_fn
         self._gate = types.MethodType(type(old)._apply_gate, self)
+        plain = type(old)._apply_gate.__name__ == "_default_apply_gate"  # act(gate) * up
+        self.native_act = NATIVE_ACTS.get(type(getattr(self, "act_fn", None)).__name__) if plain else None
         self.hold = {f: "weight" if F_["r"] * (D.p + D.d) >= D.p * D.d else "basis" for f, F_ in self.families.items()}
         self.cache_dtype = as_dtype(cache.dtype)
         self.set_cache(cache)
@@ -2004,19 +2139,22 @@ class GlobeExperts(nn.Module):
         self.cache.clear()  # slots follow the module to its new device and dtype
         return super()._apply(fn, recurse)
 
-    def _basis(self, f: str, i: int) -> Tensor:
+    def _basis(self, f: str, i: int, out: Tensor | None = None) -> Tensor:
         if self.composed:
             return getattr(self, f"{f}_basis")[i]
         F_ = self.families[f]
         bank = getattr(self._bank[0], f"{F_['bank']}_{F_['group'][str(self.layer)]}")
-        return compose(bank, getattr(self, f"{f}_idx")[i:i + 1], getattr(self, f"{f}_val")[i:i + 1], F_["activation"])[0]
+        out = out if out is not None and out.dtype == bank.dtype else None
+        y = compose(bank, getattr(self, f"{f}_idx")[i:i + 1], getattr(self, f"{f}_val")[i:i + 1], F_["activation"],
+                    out=None if out is None else out[None])
+        return y[0] if out is None else out
 
-    def _build(self, e: int) -> dict:
-        """What the cache holds of expert e, per family: B~ (r, d) or W^ (p, d)."""
+    def _build(self, e: int, slot: dict) -> dict:
+        """What the cache holds of expert e, per family: B~ (r, d) or W^ (p, d); a basis is composed in its slot."""
         item = {}
         for f in self.families:
             i = self.fitted[e]
-            X = self._basis(f, i)
+            X = self._basis(f, i, slot.get(f) if self.hold[f] == "basis" else None)
             if self.hold[f] == "weight":
                 X = self.families[f]["shift"] + self.families[f]["scale"] * (getattr(self, f"{f}_A")[i] @ X)
             item[f] = X.to(self.cache_dtype) if self.cache_dtype else X
@@ -2026,7 +2164,7 @@ class GlobeExperts(nn.Module):
         if e not in self.fitted:
             return {}
         trains = torch.is_grad_enabled() and any(p.requires_grad for n, p in self.named_parameters() if not n.endswith("proj"))
-        return self._build(e) if trains else self.cache.get(e, self._build)
+        return self._build(e, {}) if trains else self.cache.get(e, self._build)
 
     def project(self, f: str, x: Tensor, e: int, item: dict) -> Tensor:
         """x (t, d) -> x W^T (t, p) for gate and up; h (t, p) -> h W_down^T (t, d) for down."""
@@ -2046,8 +2184,39 @@ class GlobeExperts(nn.Module):
         """act(gate x) * up x (t, p), by the model's own gate."""
         return self._gate(torch.cat([self.project("gate", x, e, item), self.project("up", x, e, item)], -1))
 
+    def _decode(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
+        """The layer by the native operator, straight from the cache's slots; None where it does not serve."""
+        cache, E = self.cache, self.num_experts
+        if (not 0 < len(x) <= DECODE_TOKENS or not cache.slots or self.dense_row or not self.native_act or torch.is_grad_enabled()
+                or not _native("experts_decode", x.device.type)):
+            return None
+        if x.device.type == "cpu":
+            ids = {e for e in index.reshape(-1).tolist() if e < E}
+            if len(ids) > cache.slots:
+                return None
+            for e in sorted(ids, key=lambda e: e not in cache.slot_of):  # hits first: a miss then evicts none of these
+                self.item(e)
+        elif len(cache.slot_of) < len(self.fitted):
+            return None  # elsewhere the host does not know the indices, and waiting to see them costs more
+        else:
+            cache.hits += index.numel()
+        families = [(cache.slabs[f], getattr(self, f"{f}_A") if self.hold[f] == "basis" else None) if f in self.families
+                    else (getattr(self, f"{f}_proj"), None) for f in FAMILIES]
+        if any(t is not None and t.dtype != x.dtype for pair in families for t in pair):
+            return None
+        if cache.table is None:
+            cache.table = torch.tensor([[cache.slot_of.get(e, -1) for e in range(E)], [self.fitted[e] for e in range(E)]], device=x.device)
+        scale, shift = ([float(self.families.get(f, {}).get(k, default)) for f in FAMILIES] for k, default in (("scale", 1), ("shift", 0)))
+        weights = weights if weights.dtype == torch.float32 else weights.to(x.dtype)
+        return torch.ops.globe.experts_decode(
+            x.contiguous(), index.long().contiguous(), weights.contiguous(), *cache.table, *(t for pair in families for t in pair),
+            [int(f in self.families) for f in FAMILIES], scale, shift, self.native_act)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, d), top_k_index (T, k) int, top_k_weights (T, k) -> (T, d)."""
+        y = self._decode(hidden_states, top_k_index, top_k_weights)
+        if y is not None:
+            return y
         k = top_k_index.shape[-1]
         flat, order = top_k_index.reshape(-1).sort(stable=True)
         experts, counts = flat.unique_consecutive(return_counts=True)
@@ -3277,7 +3446,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as e:
         return int(e.code or 0)
     if args.version:
-        print(json.dumps({"globe": __version__, "torch": torch.__version__, "operators": "torch"}))
+        print(json.dumps({"globe": __version__, "torch": torch.__version__, "operators": kernels()}))
         return 0
     if not args.command:
         build_parser().print_help(sys.stderr)

@@ -1,10 +1,40 @@
-"""`pip install .` gives the module `globe` and the command `globe`; no compiler is needed."""
+"""`pip install .` gives the module `globe`, the command `globe`, and the native operators where torch can be imported.
+
+pip's build isolation has no torch: the package is then pure Python, and the operators are built at first use where csrc/
+is beside globe.py. With them: `pip install --no-build-isolation .`; GLOBE_CUDA=0/1 overrides whether CUDA is built, which
+else depends on CUDA_HOME. The library keeps to torch's stable ABI: one wheel serves every torch from 2.10 and Python from 3.10.
+"""
+import os
 import re
 from pathlib import Path
 
 from setuptools import setup
 
 here = Path(__file__).parent
+
+
+def extension() -> dict:
+    """setup()'s arguments for csrc/, or none where torch is not there to build with."""
+    try:
+        from torch.utils import cpp_extension
+    except ImportError:
+        return {}
+    want = os.environ.get("GLOBE_CUDA", "1" if cpp_extension.CUDA_HOME else "0")
+    if want not in ("0", "1"):
+        raise SystemExit(f"GLOBE_CUDA: expected 0 or 1, found {want!r}")
+    if want == "1" and not cpp_extension.CUDA_HOME:
+        raise SystemExit("GLOBE_CUDA=1: no CUDA toolkit found; set CUDA_HOME")
+    # without CUDA in torch itself a library that calls it could not be loaded
+    cuda = want == "1" and ("GLOBE_CUDA" in os.environ or cpp_extension.torch.version.cuda is not None)
+    define = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+    flags = {"cxx": ["-O3", "-g0", "-std=c++17", *define], "nvcc": ["-O3", "-std=c++17", "-DUSE_CUDA", *define]}
+    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    sources = ["csrc/globe_ops.cpp"] + ["csrc/globe_ops.cu"] * cuda
+    module = make("globe_ops", sources, depends=["csrc/globe_ops.h", "csrc/cpu_kernels.h"], extra_compile_args=flags, py_limited_api=True)
+    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=False)},
+            "options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
+
+
 setup(
     name="globe-moe",
     version=re.search(r'^__version__ = "(.+)"', (here / "globe.py").read_text(encoding="utf-8"), re.M)[1],
@@ -18,4 +48,5 @@ setup(
     install_requires=["torch>=2.10", "safetensors", "transformers>=5", "numpy", "tqdm", "PyYAML"],
     extras_require={"test": ["pytest", "matplotlib"], "plots": ["matplotlib"], "gguf": ["gguf", "accelerate"]},
     entry_points={"console_scripts": ["globe=globe:main"]},
+    **extension(),
 )

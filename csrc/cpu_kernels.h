@@ -1,0 +1,739 @@
+// The CPU kernels, written once in the compilers' vector types and compiled once per instruction set: globe_ops.cpp
+// includes this file with ISA naming the namespace, LEVEL the vectors' width, and the set's target options switched on.
+//
+// Sums are in float32 (double for double). All kernels are bound by memory, not by arithmetic, so the inner loops read
+// whole cache lines in order and convert on the fly. Half types come in blocks of two vectors (Pair); for bfloat16 the
+// two hold the even and the odd elements, since these are one shift and one mask away from float32, no shuffle needed.
+#if LEVEL == 2
+#define VB 64
+#elif LEVEL == 1
+#define VB 32
+#else
+#define VB 16  // SSE2 and NEON, through the compiler
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+namespace ISA {
+
+// ---- vectors -----------------------------------------------------------------------------------------
+typedef float vf __attribute__((vector_size(VB)));
+typedef double vd __attribute__((vector_size(VB)));
+typedef uint32_t vu __attribute__((vector_size(VB)));
+typedef int32_t vi __attribute__((vector_size(VB)));
+typedef vu vu_mem __attribute__((aligned(1), may_alias));
+typedef vf vf_mem __attribute__((aligned(1), may_alias));
+typedef vd vd_mem __attribute__((aligned(1), may_alias));
+
+template <class W> struct Vec;
+template <> struct Vec<float> { typedef vf v; typedef vf_mem mem; typedef vi mask; };
+template <> struct Vec<double> { typedef vd v; typedef vd_mem mem; };
+template <class T> struct Wide { typedef float w; };
+template <> struct Wide<double> { typedef double w; };
+
+template <class W> struct Pair { typename Vec<W>::v a, b; };
+template <class W> constexpr int64_t lanes = VB / sizeof(W);
+template <class T> constexpr int64_t step = 2 * lanes<typename Wide<T>::w>;  // elements in a Pair
+
+template <class W> INLINE typename Vec<W>::v splat(W x) { return x - typename Vec<W>::v{}; }
+INLINE vf as_float(vu u) { return (vf)u; }
+
+// Position in an arranged block of element i, for those who write single elements of what `load` will meet.
+template <class T> INLINE int64_t place(int64_t i) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    constexpr int64_t inner = step<T> - 1;
+    return (i & ~inner) | ((i & 1) * lanes<float>) | ((i & inner) >> 1);
+  }
+  return i;
+}
+
+template <class T> INLINE Pair<T> load(const T* p) {  // float and double
+  typedef typename Vec<T>::mem mem;
+  return {*(const mem*)p, *(const mem*)(p + lanes<T>)};
+}
+INLINE Pair<float> load(const BFloat16* p) {
+  vu u = *(const vu_mem*)p;
+  return {as_float(u << 16), as_float(u & 0xffff0000u)};
+}
+INLINE Pair<float> load(const Half* p) {
+#if VB == 64
+  return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)), _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + 16)))};
+#elif VB == 32
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+#else
+  Pair<float> x;
+  for (int i = 0; i < lanes<float>; ++i) x.a[i] = float(p[i]), x.b[i] = float(p[i + lanes<float>]);
+  return x;
+#endif
+}
+
+// Two vectors of wide numbers that already stand in a Pair's order.
+template <class T> INLINE Pair<typename Wide<T>::w> arranged(const typename Wide<T>::w* p) { return load(p); }
+
+INLINE vu round_bf16(vf x) {  // to nearest even; in the upper half of each lane; NaN stays NaN
+  vu u = (vu)x;
+  vu r = u + 0x7fffu + ((u >> 16) & 1u);
+  return x == x ? r : u | 0x400000u;
+}
+template <class T> INLINE void store(T* p, Pair<T> x) {  // float and double
+  typedef typename Vec<T>::mem mem;
+  *(mem*)p = x.a, *(mem*)(p + lanes<T>) = x.b;
+}
+INLINE vu pack(const BFloat16*, Pair<float> x) { return (round_bf16(x.a) >> 16) | (round_bf16(x.b) & 0xffff0000u); }
+INLINE void store(BFloat16* p, Pair<float> x) { *(vu_mem*)p = pack(p, x); }
+INLINE void store(Half* p, Pair<float> x) {
+#if VB == 64
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.a, 0));
+  _mm256_storeu_si256((__m256i*)(p + 16), _mm512_cvtps_ph(x.b, 0));
+#elif VB == 32
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, 0));
+  _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(x.b, 0));
+#else
+  for (int i = 0; i < lanes<float>; ++i) p[i] = Half(x.a[i]), p[i + lanes<float>] = Half(x.b[i]);
+#endif
+}
+
+// The last, partial block: through a padded copy, so that nothing outside the array is touched.
+template <class T> INLINE Pair<typename Wide<T>::w> load_part(const T* p, int64_t n, T pad = T(0)) {
+  T t[step<T>];
+  for (int64_t i = 0; i < step<T>; ++i) t[i] = pad;
+  std::memcpy(t, p, n * sizeof(T));
+  return load(t);
+}
+template <class T> INLINE void store_part(T* p, Pair<typename Wide<T>::w> x, int64_t n) {
+  T t[step<T>];
+  store(t, x);
+  std::memcpy(p, t, n * sizeof(T));
+}
+// Around the caches, for results larger than them: saves reading each line before it is overwritten.
+template <class T> INLINE void stream(T* p, Pair<typename Wide<T>::w> x) {
+#if VB >= 32
+  alignas(VB) T t[step<T>];
+  store(t, x);
+  for (size_t i = 0; i < sizeof(t) / VB; ++i)
+#if VB == 64
+    _mm512_stream_si512((__m512i*)p + i, ((__m512i*)t)[i]);
+#else
+    _mm256_stream_si256((__m256i*)p + i, ((__m256i*)t)[i]);
+#endif
+#else
+  store(p, x);
+#endif
+}
+INLINE void fence() {
+#if VB >= 32
+  _mm_sfence();
+#endif
+}
+
+template <class W> INLINE W total(typename Vec<W>::v x) {
+#if VB == 64
+  if constexpr (std::is_same_v<W, float>) return _mm512_reduce_add_ps(x);
+#endif
+  W s = 0;
+  for (int i = 0; i < lanes<W>; ++i) s += x[i];
+  return s;
+}
+template <class W> INLINE W largest(typename Vec<W>::v x) {
+  W s = x[0];
+  for (int i = 1; i < lanes<W>; ++i) s = x[i] > s ? x[i] : s;
+  return s;
+}
+
+// ---- activations -------------------------------------------------------------------------------------
+INLINE vf exp(vf x) {  // 2^n e^r, |r| <= ln(2) / 2; relative error below 2e-7; |x| cut at 80
+  x = x > 80.0f ? splat(80.0f) : x;  // written so that a NaN stays
+  x = x < -80.0f ? splat(-80.0f) : x;
+  vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vf y = 1.0f + r * (1.0f + r * (0.5f + r * (1.6666667e-1f + r * (4.1666668e-2f + r * (8.3333310e-3f + r * (1.3888889e-3f + r * 1.984127e-4f))))));
+  return y * (vf)((vu)(n + 12583039.0f) << 23);  // the low bits of n + 127 + 1.5 * 2^23 are the exponent
+}
+INLINE vf reciprocal(vf x) {  // a guess and a Newton step: half the time of a division; x in [1, 1e35]
+#if VB == 64
+  vf y = _mm512_rcp14_ps(x);
+  return y * (2.0f - x * y);
+#elif VB == 32
+  vf y = _mm256_rcp_ps(x);
+  y = y * (2.0f - x * y);
+  return y * (2.0f - x * y);
+#else
+  return 1.0f / x;
+#endif
+}
+INLINE vf tanh_(vf x) {
+  vf u = x * x;  // near 0 the quotient would lose digits: the series
+  vf small = x + x * u * (-0.33333333f + u * (0.13333333f + u * (-0.053968254f + u * (0.021869488f + u * -0.0088632355f))));
+  vf y = 1.0f - 2.0f * reciprocal(exp(x + x) + 1.0f);
+  return u < 0.09f ? small : y;
+}
+// For results that are rounded to a half type: relative error 1e-4, in 60 % of the time.
+INLINE vf rough_sigmoid(vf x) {
+#if VB == 64
+  vf y = _mm512_max_ps(splat(-115.0f), _mm512_min_ps(splat(115.0f), x * -1.44269504f));  // of a NaN: the second argument
+#else
+  vf y = x * -1.44269504f;
+  y = y > 115.0f ? splat(115.0f) : y;
+  y = y < -115.0f ? splat(-115.0f) : y;
+#endif
+  vf m = y + 12582912.0f, f = y - (m - 12582912.0f);
+  vf p = 1.0f + f * (0.693147181f + f * (0.240226507f + f * (0.0555041087f + f * 0.00961812911f)));
+  p = 1.0f + (vf)((vu)p + ((vu)m << 23));  // m's low bits are the exponent
+#if VB == 64
+  return _mm512_rcp14_ps(p);
+#else
+  return reciprocal(p);
+#endif
+}
+INLINE vf sigmoid(vf x) { return reciprocal(1.0f + exp(-x)); }
+#if VB == 64
+INLINE vf root_(vf x) { return _mm512_sqrt_ps(x); }
+INLINE vd root_(vd x) { return _mm512_sqrt_pd(x); }
+#elif VB == 32
+INLINE vf root_(vf x) { return _mm256_sqrt_ps(x); }
+INLINE vd root_(vd x) { return _mm256_sqrt_pd(x); }
+#else
+template <class V> INLINE V root_(V x) {
+  for (size_t i = 0; i < VB / sizeof(x[0]); ++i) x[i] = std::sqrt(x[i]);
+  return x;
+}
+#endif
+INLINE vd lanewise(vd x, double (*f)(double)) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = f(x[i]);
+  return x;
+}
+INLINE vd tanh_(vd x) { return lanewise(x, std::tanh); }
+INLINE vd sigmoid(vd x) { return 1.0 / (1.0 + lanewise(-x, std::exp)); }
+template <class V> INLINE V activate(V z, Act act) {
+  switch (act) {
+    case Act::silu: return z * sigmoid(z);
+    case Act::tanh: return tanh_(z);
+    case Act::gelu_tanh: return z * (1 + tanh_(0.797884561f * z * (1 + 0.044715f * z * z))) / 2;
+    case Act::relu: return z > 0 ? z : V{};
+    default: return z;
+  }
+}
+template <class V> INLINE V slope(V z, Act act) {  // the activation's derivative at z
+  if (act == Act::silu) {
+    V g = sigmoid(z);
+    return g * (1 + z * (1 - g));
+  }
+  V t = tanh_(z);
+  return act == Act::tanh ? 1 - t * t : 1 - V{};
+}
+
+// ---- compose -----------------------------------------------------------------------------------------
+// The experts' supports, zeros left out. An entry's base stands at `far` in the bank, at `near` in a packed tile.
+template <class W> struct Support {
+  std::vector<int64_t> start, far, near, used;
+  std::vector<W> a;
+  std::vector<int64_t> at;  // base -> its place in `used`, or -1
+};
+
+constexpr int R = 4;                                    // Pairs that one pass over a support keeps in registers
+template <class T> constexpr int64_t block = R * step<T>;
+constexpr int64_t K = 8;                                // blocks in a tile
+
+template <class T, int N> INLINE void mix(const T* base, const int64_t* offset, const typename Wide<T>::w* a, int64_t s, Pair<typename Wide<T>::w>* z) {
+  typedef typename Wide<T>::w W;
+#pragma GCC unroll 8
+  for (int u = 0; u < N; ++u) z[u] = Pair<W>{};
+  for (int64_t j = 0; j < s; ++j) {
+    const T* p = base + offset[j];
+    auto w = splat<W>(a[j]);
+#pragma GCC unroll 8
+    for (int u = 0; u < N; ++u) {
+      auto b = load(p + u * step<T>);
+      z[u].a += w * b.a, z[u].b += w * b.b;
+    }
+  }
+}
+template <class T> INLINE Pair<typename Wide<T>::w> mix_part(const T* base, const int64_t* offset, const typename Wide<T>::w* a, int64_t s, int64_t n) {
+  Pair<typename Wide<T>::w> z{};
+  for (int64_t j = 0; j < s; ++j) {
+    auto b = load_part(base + offset[j], n);
+    z.a += a[j] * b.a, z.b += a[j] * b.b;
+  }
+  return z;
+}
+template <class T> INLINE void put(T* out, const Pair<typename Wide<T>::w>* z, int64_t n, Act act, bool around) {
+  Pair<typename Wide<T>::w> y[R];
+#pragma GCC unroll 8
+  for (int u = 0; u < R; ++u)
+    if constexpr (sizeof(T) == 2)
+      y[u] = act == Act::silu ? Pair<float>{z[u].a * rough_sigmoid(z[u].a), z[u].b * rough_sigmoid(z[u].b)}
+                              : Pair<float>{activate(z[u].a, act), activate(z[u].b, act)};
+    else
+      y[u] = {activate(z[u].a, act), activate(z[u].b, act)};
+  if (n == block<T>) {
+#pragma GCC unroll 8
+    for (int u = 0; u < R; ++u) around ? stream(out + u * step<T>, y[u]) : store(out + u * step<T>, y[u]);
+  } else {
+    T t[block<T>];
+    for (int u = 0; u < R; ++u) store(t + u * step<T>, y[u]);
+    std::memcpy(out, t, n * sizeof(T));
+  }
+}
+
+// One expert, or experts that share nothing: each reads its bases straight from the bank.
+template <class T> void compose_each(const Compose& c, const Support<typename Wide<T>::w>& S, int64_t begin, int64_t end, bool around) {
+  for (int64_t e = 0; e < c.E; ++e) {
+    const int64_t j = S.start[e], s = S.start[e + 1] - j;
+    for (int64_t pos = begin; pos < end; pos += block<T>) {
+      const int64_t n = std::min(block<T>, end - pos);
+      const T* base = (const T*)c.bank + pos;
+      Pair<typename Wide<T>::w> z[R] = {};
+      if (n == block<T>) mix<T, R>(base, S.far.data() + j, S.a.data() + j, s, z);
+      else for (int64_t u = 0; u * step<T> < n; ++u)
+        z[u] = mix_part(base + u * step<T>, S.far.data() + j, S.a.data() + j, s, std::min(step<T>, n - u * step<T>));
+      put((T*)c.out + e * c.n + pos, z, n, c.act, around);
+    }
+  }
+}
+
+// Many experts: the bank crosses the memory bus once. A tile (K blocks of every base in use) is copied side by side into
+// a buffer, where all experts pass over it: in the bank the bases stand a large power of two apart, so the same lines of
+// all of them would fight for the same few places of a cache. The next tile is copied, a slice a step, meanwhile.
+template <class T> void compose_shared(const Compose& c, const Support<typename Wide<T>::w>& S, int64_t begin, int64_t end, bool around) {
+  typedef typename Wide<T>::w W;
+  constexpr int64_t B = block<T>, ahead = 16;  // slices (of a block) to prefetch before they are copied
+  const int64_t U = S.used.size(), slices = U * K;
+  std::vector<T> room(2 * slices * B + 64);
+  T* tile = (T*)(((uintptr_t)room.data() + 63) / 64 * 64);
+  T* next = tile + slices * B;
+  auto copy = [&](T* to, int64_t lo, int64_t from, int64_t until) {  // slices in memory order: base by base
+    for (int64_t i = from; i < until; ++i) {
+      const int64_t u = i / K, k = i % K, n = std::min(B, end - lo - k * B);
+      if (i + ahead < slices) {
+        const char* p = (const char*)((const T*)c.bank + S.used[(i + ahead) / K] * c.n + lo + (i + ahead) % K * B);
+        for (int64_t line = 0; line < B * int64_t(sizeof(T)); line += 64) __builtin_prefetch(p + line);
+      }
+      const T* p = (const T*)c.bank + S.used[u] * c.n + lo + k * B;
+      T* q = to + (k * U + u) * B;
+      if (n >= B) std::memcpy(q, p, B * sizeof(T));
+      else if (n > 0) std::memcpy(q, p, n * sizeof(T));  // what follows is stale and never stored
+    }
+  };
+  copy(tile, begin, 0, slices);
+  for (int64_t lo = begin; lo < end; lo += K * B) {
+    const bool more = lo + K * B < end;
+    for (int64_t k = 0; k < K && lo + k * B < end; ++k)
+      for (int64_t e = 0; e < c.E; ++e) {
+        const int64_t now = k * c.E + e, steps = K * c.E, pos = lo + k * B;
+        if (more) copy(next, lo + K * B, slices * now / steps, slices * (now + 1) / steps);
+        Pair<W> z[R];
+        mix<T, R>(tile + k * U * B, S.near.data() + S.start[e], S.a.data() + S.start[e], S.start[e + 1] - S.start[e], z);
+        put((T*)c.out + e * c.n + pos, z, std::min(B, end - pos), c.act, around);
+      }
+    std::swap(tile, next);
+  }
+}
+
+// One pass over bank and grad: g = grad * phi'(z); dval_ej = <g, B_j>; dB_j = sum_e val_ej g, summed in a tile of float.
+template <class T> void compose_backward_range(const Compose& c, const Support<typename Wide<T>::w>& S, int64_t begin, int64_t end, typename Wide<T>::w* dval) {
+  typedef typename Wide<T>::w W;
+  const int64_t U = S.used.size(), t = block<T>;
+  std::vector<W> sums(U * t);
+  for (int64_t lo = begin; lo < end; lo += t) {
+    const int64_t hi = std::min(lo + t, end);
+    std::fill(sums.begin(), sums.end(), W(0));
+    for (int64_t e = 0; e < c.E; ++e) {
+      const int64_t first = S.start[e], s = S.start[e + 1] - first;
+      for (int64_t pos = lo; pos < hi; pos += step<T>) {
+        const int64_t n = std::min(step<T>, hi - pos);
+        const bool whole = n == step<T>;
+        const T* grad = (const T*)c.grad + e * c.n + pos;
+        auto g = whole ? load(grad) : load_part(grad, n);
+        if (c.act != Act::identity) {
+          auto z = mix_part((const T*)c.bank + pos, S.far.data() + first, S.a.data() + first, s, n);
+          g.a *= slope(z.a, c.act), g.b *= slope(z.b, c.act);
+        }
+        for (int64_t j = first; j < first + s; ++j) {
+          const T* p = (const T*)c.bank + S.far[j] + pos;
+          auto b = whole ? load(p) : load_part(p, n);
+          dval[j] += total<W>(g.a * b.a + g.b * b.b);
+          W* sum = &sums[S.near[j] + pos - lo];
+          auto old = load(sum);
+          store(sum, {old.a + S.a[j] * g.a, old.b + S.a[j] * g.b});
+        }
+      }
+    }
+    for (int64_t u = 0; u < U; ++u)
+      for (int64_t pos = lo; pos < hi; pos += step<T>)
+        store_part((T*)c.dbank + S.used[u] * c.n + pos, arranged<T>(&sums[u * t + pos - lo]), std::min(step<T>, hi - pos));
+  }
+}
+
+template <class T> Support<typename Wide<T>::w> support_of(const Compose& c) {
+  typedef typename Wide<T>::w W;
+  Support<W> S;
+  S.at.assign(c.m, -1);
+  S.start.push_back(0);
+  for (int64_t e = 0; e < c.E; ++e) {
+    for (int64_t i = e * c.s; i < (e + 1) * c.s; ++i) {
+      const int64_t j = c.idx[i];
+      const W a = ((const W*)c.val)[i];
+      check(0 <= j && j < c.m, "globe::compose: index in [0, ", c.m, ") expected, found ", j);
+      if (a == 0 && !c.dval) continue;  // the backward needs every entry: a zero has a gradient
+      if (S.at[j] < 0) S.at[j] = S.used.size(), S.used.push_back(j);
+      S.far.push_back(j * c.n), S.near.push_back(S.at[j] * block<T>), S.a.push_back(a);
+    }
+    S.start.push_back(S.a.size());
+  }
+  return S;
+}
+
+template <class T> void compose_as(const Compose& c) {
+  typedef typename Wide<T>::w W;
+  const auto S = support_of<T>(c);
+  const int64_t t = K * block<T>, tiles = (c.n + t - 1) / t, J = S.a.size();
+  if (!c.dval) {
+    const bool around = c.E * c.n * int64_t(sizeof(T)) > (int64_t(16) << 20) && (uintptr_t)c.out % VB == 0 && c.n * sizeof(T) % VB == 0;
+    parallel(tiles, t * (J + c.E) / 16, [&](int64_t a, int64_t b) {
+      if (J > int64_t(S.used.size())) compose_shared<T>(c, S, a * t, std::min(b * t, c.n), around);
+      else compose_each<T>(c, S, a * t, std::min(b * t, c.n), around);
+      if (around) fence();
+    });
+    return;
+  }
+  std::memset(c.dbank, 0, c.m * c.n * sizeof(T));
+  const int64_t chunks = std::clamp<int64_t>(tiles, 1, threads());
+  std::vector<W> dval(chunks * J);  // one row per chunk, so that the sum does not depend on timing
+  parallel(chunks, 1 << 20, [&](int64_t a, int64_t b) {
+    for (; a < b; ++a) compose_backward_range<T>(c, S, tiles * a / chunks * t, std::min(tiles * (a + 1) / chunks * t, c.n), dval.data() + a * J);
+  });
+  for (int64_t j = 0; j < J; ++j) {
+    W sum = 0;
+    for (int64_t i = 0; i < chunks; ++i) sum += dval[i * J + j];
+    ((W*)c.dval)[j] = sum;
+  }
+}
+
+void compose(const Compose& c) {
+  switch (c.type) {
+    case Type::f32: return compose_as<float>(c);
+    case Type::bf16: return compose_as<BFloat16>(c);
+    case Type::f16: return compose_as<Half>(c);
+    case Type::f64: return compose_as<double>(c);
+  }
+}
+
+// ---- sparsemax and entmax-1.5 --------------------------------------------------------------------------
+// The threshold tau solves f(tau) = sum max(z - tau, 0)^e = 1, e = 1 or 2. f is convex and falling, so Newton's steps from
+// the left never overshoot: they end, after a few passes over a row in cache, where tau no longer grows. For e = 1 a step
+// is exactly "mean over the current support", which is finite. No sorting, and ties need no care.
+template <class W> INLINE W threshold(const W* z, int64_t n, int64_t len, int e) {  // z: shifted to maximum 0, padded with -inf
+  typedef typename Vec<W>::v V;
+  V zero = {}, sum = {};
+  for (int64_t i = 0; i < len; i += lanes<W>) sum += *(const V*)(z + i) > W(-4) ? *(const V*)(z + i) : splat<W>(W(-4));
+  // two bounds from below: the largest alone in the support, and (Jensen) the whole row in it
+  W tau = std::max(W(-1), (total<W>(sum) + 4 * (len - n)) / n - (e == 1 ? W(1) / n : W(1) / std::sqrt(W(n))));
+  for (int round = 0; round < 100; ++round) {
+    V f = zero, g = zero, t = splat<W>(tau);
+    for (int64_t i = 0; i < len; i += lanes<W>) {
+      V y = *(const V*)(z + i) - t;
+      y = y > 0 ? y : zero;
+      if (e == 1) f += y, g += y > 0 ? 1 - zero : zero;
+      else f += y * y, g += 2 * y;
+    }
+    W next = tau + (total<W>(f) - 1) / total<W>(g);
+    if (!(next > tau)) break;
+    tau = next;
+  }
+  return tau;
+}
+
+template <class T, int e> void simplex_rows(const T* x, T* p, int64_t* size, int64_t n, int64_t begin, int64_t end) {
+  typedef typename Wide<T>::w W;
+  typedef typename Vec<W>::v V;
+  const W inf = std::numeric_limits<W>::infinity();
+  const int64_t len = (n + step<T> - 1) / step<T> * step<T>;
+  std::vector<W> room(len + lanes<W>);
+  W* z = (W*)(((uintptr_t)room.data() + VB - 1) / VB * VB);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* in = x + row * n;
+    T* out = p + row * n;
+    V top = splat<W>(-inf), odd = {};
+    for (int64_t i = 0; i < len; i += step<T>) {
+      auto v = i + step<T> <= n ? load(in + i) : load_part(in + i, n - i, T(-inf));
+      top = v.a > top ? v.a : top, top = v.b > top ? v.b : top;
+      odd += v.a == v.a ? V{} : 1 - V{}, odd += v.b == v.b ? V{} : 1 - V{};
+      *(V*)(z + i) = v.a, *(V*)(z + i + lanes<W>) = v.b;
+    }
+    const W high = largest<W>(top);
+    if (!(high > -inf && high < inf) || total<W>(odd) > 0) {  // nothing to choose from, or NaN: as torch's form says it
+      for (int64_t i = 0; i < n; ++i) out[i] = T(std::numeric_limits<W>::quiet_NaN());
+      size[row] = 0;
+      continue;
+    }
+    const V shift = splat<W>(high);
+    for (int64_t i = 0; i < len; i += lanes<W>) *(V*)(z + i) = (*(V*)(z + i) - shift) * (e == 1 ? W(1) : W(0.5));
+    const V tau = splat<W>(threshold<W>(z, n, len, e));
+    V count = {};
+    for (int64_t i = 0; i < len; i += step<T>) {
+      Pair<W> y = {*(V*)(z + i) - tau, *(V*)(z + i + lanes<W>) - tau};
+      y.a = y.a > 0 ? (e == 1 ? y.a : y.a * y.a) : V{}, y.b = y.b > 0 ? (e == 1 ? y.b : y.b * y.b) : V{};
+      T t[step<T>];
+      store(t, y);
+      auto r = load(t);  // as rounded: the support that the caller will see
+      count += r.a > 0 ? 1 - V{} : V{}, count += r.b > 0 ? 1 - V{} : V{};
+      std::memcpy(out + i, t, std::min(step<T>, n - i) * sizeof(T));
+    }
+    size[row] = int64_t(total<W>(count));
+  }
+}
+
+// dx = g * (grad - <g, grad> / sum(g)), g = p^(2 - alpha): 1 on the support (sparsemax), sqrt(p) (entmax-1.5)
+template <class T, int e> void simplex_backward_rows(const T* grad, const T* p, T* dx, int64_t n, int64_t begin, int64_t end) {
+  typedef typename Wide<T>::w W;
+  typedef typename Vec<W>::v V;
+  auto root = [](V q) { return e == 1 ? (q > 0 ? 1 - V{} : V{}) : root_(q); };
+  for (int64_t row = begin; row < end; ++row) {
+    V s = {}, dot = {};
+    for (int64_t i = 0; i < n; i += step<T>) {
+      const int64_t k = std::min(step<T>, n - i), at = row * n + i;
+      auto q = k == step<T> ? load(p + at) : load_part(p + at, k);
+      auto g = k == step<T> ? load(grad + at) : load_part(grad + at, k);
+      q = {root(q.a), root(q.b)};
+      s += q.a + q.b, dot += q.a * g.a + q.b * g.b;
+    }
+    const V mean = splat<W>(total<W>(dot) / total<W>(s));
+    for (int64_t i = 0; i < n; i += step<T>) {
+      const int64_t k = std::min(step<T>, n - i), at = row * n + i;
+      auto q = k == step<T> ? load(p + at) : load_part(p + at, k);
+      auto g = k == step<T> ? load(grad + at) : load_part(grad + at, k);
+      Pair<W> y = {root(q.a) * (g.a - mean), root(q.b) * (g.b - mean)};
+      k == step<T> ? store(dx + at, y) : store_part(dx + at, y, k);
+    }
+  }
+}
+
+template <class T> void simplex_as(const void* x, void* p, int64_t* size, int64_t rows, int64_t n, int e) {
+  parallel(rows, n * 16, [&](int64_t a, int64_t b) {
+    e == 1 ? simplex_rows<T, 1>((const T*)x, (T*)p, size, n, a, b) : simplex_rows<T, 2>((const T*)x, (T*)p, size, n, a, b);
+  });
+}
+template <class T> void simplex_backward_as(const void* grad, const void* p, void* dx, int64_t rows, int64_t n, int e) {
+  parallel(rows, n * 4, [&](int64_t a, int64_t b) {
+    e == 1 ? simplex_backward_rows<T, 1>((const T*)grad, (const T*)p, (T*)dx, n, a, b)
+           : simplex_backward_rows<T, 2>((const T*)grad, (const T*)p, (T*)dx, n, a, b);
+  });
+}
+void simplex(Type type, const void* x, void* p, int64_t* size, int64_t rows, int64_t n, int e) {
+  switch (type) {
+    case Type::f32: return simplex_as<float>(x, p, size, rows, n, e);
+    case Type::bf16: return simplex_as<BFloat16>(x, p, size, rows, n, e);
+    case Type::f16: return simplex_as<Half>(x, p, size, rows, n, e);
+    case Type::f64: return simplex_as<double>(x, p, size, rows, n, e);
+  }
+}
+void simplex_backward(Type type, const void* grad, const void* p, void* dx, int64_t rows, int64_t n, int e) {
+  switch (type) {
+    case Type::f32: return simplex_backward_as<float>(grad, p, dx, rows, n, e);
+    case Type::bf16: return simplex_backward_as<BFloat16>(grad, p, dx, rows, n, e);
+    case Type::f16: return simplex_backward_as<Half>(grad, p, dx, rows, n, e);
+    case Type::f64: return simplex_backward_as<double>(grad, p, dx, rows, n, e);
+  }
+}
+
+// ---- experts_decode ------------------------------------------------------------------------------------
+// A few tokens: every weight is read once and used at most T times, so all that counts is to read the weights in order,
+// with all threads, and nothing else. Activations are kept in float, in the order in which `load` delivers the weights.
+
+template <class T, int N> INLINE void dot(const T* w, const float* const* x, int64_t n, float* y) {
+  Pair<float> s[N == 1 ? 4 : N] = {};
+  int64_t i = 0;
+  if (N == 1)  // one token: four chains, or the sums would wait for each other
+    for (; i + 4 * step<T> <= n; i += 4 * step<T>) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        __builtin_prefetch((const char*)(w + i + u * step<T>) + 2048, 0, 2);
+        auto b = load(w + i + u * step<T>), a = load(x[0] + i + u * step<T>);
+        s[u].a += a.a * b.a, s[u].b += a.b * b.b;
+      }
+    }
+  for (; i < n; i += step<T>) {
+    auto b = i + step<T> <= n ? load(w + i) : load_part(w + i, n - i);
+#pragma GCC unroll 4
+    for (int t = 0; t < N; ++t) {
+      auto a = load(x[t] + i);
+      s[t].a += a.a * b.a, s[t].b += a.b * b.b;
+    }
+  }
+  if (N == 1) {
+    y[0] = total<float>(((s[0].a + s[0].b) + (s[1].a + s[1].b)) + ((s[2].a + s[2].b) + (s[3].a + s[3].b)));
+  } else {
+    for (int t = 0; t < N; ++t) y[t] = total<float>(s[t].a + s[t].b);
+  }
+}
+// take(row, t, <W[row], x[t]>) for rows [begin, end) of W (., n)
+template <class T, class F> INLINE void dots(const T* W, int64_t n, int64_t begin, int64_t end, const float* const* x, int64_t tokens, const F& take) {
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t t = 0; t < tokens; t += 4) {
+      float y[4];
+      const T* w = W + row * n;
+      switch (std::min<int64_t>(4, tokens - t)) {
+        case 1: dot<T, 1>(w, x + t, n, y); break;
+        case 2: dot<T, 2>(w, x + t, n, y); break;
+        case 3: dot<T, 3>(w, x + t, n, y); break;
+        default: dot<T, 4>(w, x + t, n, y);
+      }
+      for (int64_t i = t; i < std::min(t + 4, tokens); ++i) take(row, i, y[i - t]);
+    }
+}
+// y += a * w, y in float and in load's order
+template <class T> INLINE void axpy(float* y, float a, const T* w, int64_t n) {
+  for (int64_t i = 0; i < n; i += step<T>) {
+    auto b = i + step<T> <= n ? load(w + i) : load_part(w + i, n - i);
+    auto s = load(y + i);
+    store(y + i, {s.a + a * b.a, s.b + a * b.b});
+  }
+}
+
+struct Grid {  // arrays of `rows` padded rows, zero where nothing was written
+  int64_t cols;
+  std::vector<float> data;
+  template <class T> static Grid of(int64_t rows, int64_t n) {
+    const int64_t cols = (n + step<T> - 1) / step<T> * step<T>;
+    return {cols, std::vector<float>(rows * cols)};
+  }
+  float* operator[](int64_t i) { return data.data() + i * cols; }
+};
+
+template <class T> void decode_as(const Decode& a) {
+  const char* op = "globe::experts_decode";
+  struct Routed { int64_t e, token; float weight; };
+  std::vector<Routed> routed;  // by expert: an expert's weights are read once for all its tokens
+  for (int64_t i = 0; i < a.T * a.k; ++i) {
+    const int64_t e = a.index[i];
+    check(0 <= e && e <= a.E, op, ": expert in [0, ", a.E, "] expected, found ", e);  // E: another rank's, skipped
+    if (e < a.E) routed.push_back({e, i / a.k, a.weights_wide ? ((const float*)a.weights)[i] : float(((const T*)a.weights)[i])});
+  }
+  std::stable_sort(routed.begin(), routed.end(), [](const Routed& l, const Routed& r) { return l.e < r.e; });
+  const int64_t P = routed.size();
+  std::vector<int64_t> group;  // first of each expert's run in `routed`, and the end
+  for (int64_t i = 0; i < P; ++i)
+    if (!i || routed[i].e != routed[i - 1].e) group.push_back(i);
+  const int64_t G = group.size();
+  group.push_back(P);
+  auto weight = [&](const Family& f, int64_t g, int64_t rows, int64_t cols) {
+    const int64_t e = routed[group[g]].e, i = f.cached ? a.slot[e] : e;
+    check(0 <= i && i < f.W_n, op, ": expert ", e, ": slot in [0, ", f.W_n, ") expected, found ", i);
+    return (const T*)f.W + i * rows * cols;
+  };
+  auto adapter = [&](const Family& f, int64_t g) {
+    const int64_t e = routed[group[g]].e, i = a.row[e];
+    check(0 <= i && i < f.A_n, op, ": expert ", e, ": adapter in [0, ", f.A_n, ") expected, found ", i);
+    return (const T*)f.A + i * a.p * f.q;
+  };
+  const Family* in[2] = {&a.gate, &a.up};
+  std::vector<const T*> W[2], A[2], D, DA;
+  for (int64_t g = 0; g < G; ++g) {
+    for (int f = 0; f < 2; ++f) {
+      W[f].push_back(weight(*in[f], g, in[f]->q, a.d));
+      A[f].push_back(in[f]->A ? adapter(*in[f], g) : nullptr);
+    }
+    D.push_back(weight(a.down, g, a.down.q, a.down.cached ? a.d : a.p));
+    DA.push_back(a.down.A ? adapter(a.down, g) : nullptr);
+  }
+  Grid x = Grid::of<T>(a.T, a.d);
+  std::vector<float> sum(a.T);
+  for (int64_t t = 0; t < a.T; ++t)
+    for (int64_t i = 0; i < a.d; ++i) {
+      const float v = float(((const T*)a.x)[t * a.d + i]);
+      x[t][place<T>(i)] = v, sum[t] += v;
+    }
+  std::vector<const float*> xs(P);
+  for (int64_t i = 0; i < P; ++i) xs[i] = x[routed[i].token];
+
+  // B~ x, of gate and up
+  Grid h[2] = {Grid::of<T>(P, a.gate.A ? a.gate.q : 0), Grid::of<T>(P, a.up.A ? a.up.q : 0)};
+  std::vector<const float*> hs[2];
+  for (int f = 0; f < 2; ++f) {
+    if (!in[f]->A) { hs[f] = xs; continue; }
+    for (int64_t i = 0; i < P; ++i) hs[f].push_back(h[f][i]);
+  }
+  const int64_t q0 = a.gate.A ? a.gate.q : 0, q1 = a.up.A ? a.up.q : 0, q = q0 + q1;
+  parallel(G * q, a.d / 8, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t g = begin / q, f = begin % q >= q0, row = begin % q - (f ? q0 : 0), n = std::min(end - begin, (f ? q1 : q0) - row);
+      dots(W[f][g], a.d, row, row + n, &xs[group[g]], group[g + 1] - group[g],
+           [&](int64_t r, int64_t t, float y) { h[f][group[g] + t][place<T>(r)] = y; });
+      begin += n;
+    }
+  });
+
+  // act(gate) * up
+  Grid y[2] = {Grid::of<float>(P, a.p), Grid::of<float>(P, a.p)}, z = Grid::of<T>(P, a.p);
+  parallel(G * a.p, std::max(a.d, q0) / 4, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t g = begin / a.p, row = begin % a.p, n = std::min(end - begin, a.p - row), tokens = group[g + 1] - group[g];
+      for (int f = 0; f < 2; ++f)
+        dots(in[f]->A ? A[f][g] : W[f][g], in[f]->A ? in[f]->q : a.d, row, row + n, &hs[f][group[g]], tokens,
+             [&](int64_t r, int64_t t, float v) { y[f][group[g] + t][r] = in[f]->A ? in[f]->scale * v + in[f]->shift * sum[routed[group[g] + t].token] : v; });
+      for (int64_t i = group[g]; i < group[g + 1]; ++i)
+        for (int64_t r = row; r < row + n; r += step<float>) {
+          const int64_t k = std::min(step<float>, row + n - r);
+          auto gate = load_part(y[0][i] + r, k), up = load_part(y[1][i] + r, k);
+          float v[step<float>];
+          store(v, {activate(gate.a, a.act) * up.a, activate(gate.b, a.act) * up.b});
+          for (int64_t l = 0; l < k; ++l) z[i][place<T>(r + l)] = v[l];
+        }
+      begin += n;
+    }
+  });
+  std::vector<const float*> zs(P);
+  for (int64_t i = 0; i < P; ++i) zs[i] = z[i];
+
+  T* out = (T*)a.out;
+  if (!a.down.cached) {  // each thread has its own rows of every expert's down, so its own columns of the result
+    parallel(a.d, a.p * std::max<int64_t>(G, 1) / 8, [&](int64_t begin, int64_t end) {
+      std::vector<float> part(a.T * (end - begin));
+      for (int64_t g = 0; g < G; ++g)
+        dots(D[g], a.p, begin, end, &zs[group[g]], group[g + 1] - group[g], [&](int64_t r, int64_t t, float v) {
+          part[routed[group[g] + t].token * (end - begin) + r - begin] += routed[group[g] + t].weight * v;
+        });
+      for (int64_t t = 0; t < a.T; ++t)
+        for (int64_t r = begin; r < end; ++r) out[t * a.d + r] = T(part[t * (end - begin) + r - begin]);
+    });
+    return;
+  }
+  // Composed down is held transposed: sums of rows. Each chunk of rows has sums of its own, added up in order afterwards.
+  const int64_t chunks = threads();
+  auto rows_sum = [&](int64_t rows, int64_t n, Grid& parts, int64_t each, auto&& body) {
+    parallel(chunks, 1 << 20, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin)
+        for (int64_t i = G * rows * begin / chunks; i < G * rows * (begin + 1) / chunks; ++i) body(i / rows, i % rows, begin * each);
+    });
+    for (int64_t c = 1; c < chunks; ++c)
+      for (int64_t i = 0; i < each * parts.cols; ++i) parts[0][i] += parts[c * each][i];
+  };
+  Grid u = Grid::of<T>(chunks * P, a.down.A ? a.down.q : 0);
+  if (a.down.A)
+    rows_sum(a.p, a.down.q, u, P, [&](int64_t g, int64_t r, int64_t first) {
+      for (int64_t i = group[g]; i < group[g + 1]; ++i) axpy(u[first + i], z[i][place<T>(r)], DA[g] + r * a.down.q, a.down.q);
+    });
+  Grid total_ = Grid::of<T>(chunks * a.T, a.d);
+  const float scale = a.down.A ? a.down.scale : 1.0f;
+  rows_sum(a.down.q, a.d, total_, a.T, [&](int64_t g, int64_t r, int64_t first) {
+    for (int64_t i = group[g]; i < group[g + 1]; ++i)
+      axpy(total_[first + routed[i].token], routed[i].weight * scale * (a.down.A ? u[i] : z[i])[place<T>(r)], D[g] + r * a.d, a.d);
+  });
+  std::vector<float> shift(a.T);
+  if (a.down.A && a.down.shift != 0)
+    for (int64_t i = 0; i < P; ++i)
+      for (int64_t r = 0; r < a.p; ++r) shift[routed[i].token] += routed[i].weight * a.down.shift * z[i][place<T>(r)];
+  for (int64_t t = 0; t < a.T; ++t)
+    for (int64_t r = 0; r < a.d; ++r) out[t * a.d + r] = T(total_[t][place<T>(r)] + shift[t]);
+}
+
+void decode(const Decode& a) {
+  switch (a.type) {
+    case Type::bf16: return decode_as<BFloat16>(a);
+    case Type::f16: return decode_as<Half>(a);
+    default: return decode_as<float>(a);
+  }
+}
+
+}  // namespace ISA
+#undef VB
+#undef INLINE

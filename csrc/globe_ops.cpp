@@ -1,0 +1,173 @@
+// GloBE's operators on the CPU: schemas, checks, and the choice of the instruction set at run time.
+#include "globe_ops.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace globe {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+static int64_t threads() { return torch::stable::get_num_threads(); }
+
+// f(begin, end) over [0, n) on torch's threads; `cost` (about a nanosecond at 1) of one item keeps small jobs on one.
+template <class F>
+static void parallel(int64_t n, int64_t cost, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(cost, 1));
+  if (n <= grain) {
+    if (n > 0) f(int64_t(0), n);
+  } else {
+    torch::stable::parallel_for(0, n, grain, f);
+  }
+}
+
+// The kernels three times in one binary. A name for each level; the third is AVX-512.
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the baseline's only travel between inlined functions
+#define ISA plain
+#define LEVEL 0
+#include "cpu_kernels.h"
+#undef ISA
+#undef LEVEL
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#define TARGET_BEGIN(set) _Pragma(STRING(clang attribute push(__attribute__((target(set))), apply_to = function)))
+#define TARGET_END _Pragma("clang attribute pop")
+#else
+#define TARGET_BEGIN(set) _Pragma("GCC push_options") _Pragma(STRING(GCC target(set)))
+#define TARGET_END _Pragma("GCC pop_options")
+#endif
+#define STRING(...) #__VA_ARGS__
+
+TARGET_BEGIN("avx2,fma,f16c")
+#define ISA avx2
+#define LEVEL 1
+#include "cpu_kernels.h"
+#undef ISA
+#undef LEVEL
+TARGET_END
+
+TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#define ISA avx512
+#define LEVEL 2
+#include "cpu_kernels.h"
+#undef ISA
+#undef LEVEL
+TARGET_END
+#endif
+
+static int level() {  // GLOBE_ISA lowers it, for tests
+  static const int chosen = [] {
+    int best = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      best = 1;
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512vl"))
+        best = 2;
+    }
+#endif
+    const char* want = std::getenv("GLOBE_ISA");
+    const std::string name = want ? want : "";
+    return std::min(best, name == "plain" ? 0 : name == "avx2" ? 1 : 2);
+  }();
+  return chosen;
+}
+
+#if defined(__x86_64__)
+#define RUN(kernel, ...) (level() == 2 ? avx512::kernel(__VA_ARGS__) : level() == 1 ? avx2::kernel(__VA_ARGS__) : plain::kernel(__VA_ARGS__))
+#else
+#define RUN(kernel, ...) plain::kernel(__VA_ARGS__)
+#endif
+
+static std::string about() {  // "1 avx512": the schemas' version and what runs on this CPU
+  return std::to_string(kVersion) + " " + (level() == 2 ? "avx512" : level() == 1 ? "avx2" : "plain");
+}
+
+// ---- operators ---------------------------------------------------------------------------------------
+static void compose_out(Tensor bank, Tensor idx, Tensor val, std::string act, Tensor out) {
+  Compose c = compose_args(bank, idx, val, act);
+  expect("globe::compose", "out", out, bank.scalar_type(), bank, {idx.size(0), bank.size(1), bank.size(2)});
+  c.out = out.mutable_data_ptr();
+  RUN(compose, c);
+}
+
+static Tensor compose(Tensor bank, Tensor idx, Tensor val, std::string act) {
+  compose_args(bank, idx, val, act);
+  Tensor out = torch::stable::new_empty(bank, {idx.size(0), bank.size(1), bank.size(2)});
+  compose_out(bank, idx, val, act, out);
+  return out;
+}
+
+static std::tuple<Tensor, Tensor> compose_backward(Tensor grad, Tensor bank, Tensor idx, Tensor val, std::string act) {
+  Compose c = compose_args(bank, idx, val, act);
+  expect("globe::compose_backward", "grad", grad, bank.scalar_type(), bank, {idx.size(0), bank.size(1), bank.size(2)});
+  Tensor dbank = torch::stable::empty_like(bank), dval = torch::stable::empty_like(val);
+  c.grad = grad.const_data_ptr(), c.dbank = dbank.mutable_data_ptr(), c.dval = dval.mutable_data_ptr();
+  RUN(compose, c);
+  return {dbank, dval};
+}
+
+static std::tuple<Tensor, Tensor> simplex(Tensor x, double alpha) {
+  Type type = simplex_type(x, alpha);
+  const int64_t n = x.size(x.dim() - 1), rows = x.numel() / n;
+  Tensor p = torch::stable::empty_like(x);
+  Tensor size = torch::stable::new_empty(x, support_shape(x), ScalarType::Long);
+  RUN(simplex, type, x.const_data_ptr(), p.mutable_data_ptr(), (int64_t*)size.mutable_data_ptr(), rows, n, alpha == 2 ? 1 : 2);
+  return {p, size};
+}
+
+static Tensor simplex_backward(Tensor grad, Tensor p, double alpha) {
+  Type type = simplex_type(p, alpha);
+  check(grad.numel() == p.numel() && grad.is_contiguous() && grad.scalar_type() == p.scalar_type() && grad.is_cpu(),
+        "globe::simplex_backward: grad: expected a contiguous tensor like p, of shape ", shape_of(p), ", found ", shape_of(grad));
+  Tensor dx = torch::stable::empty_like(p);
+  const int64_t n = p.size(p.dim() - 1);
+  RUN(simplex_backward, type, grad.const_data_ptr(), p.const_data_ptr(), dx.mutable_data_ptr(), p.numel() / n, n, alpha == 2 ? 1 : 2);
+  return dx;
+}
+
+static Tensor experts_decode(Tensor x, Tensor index, Tensor weights, Tensor slot, Tensor row, Tensor gate, std::optional<Tensor> gate_A,
+                             Tensor up, std::optional<Tensor> up_A, Tensor down, std::optional<Tensor> down_A,
+                             std::vector<int64_t> cached, std::vector<double> scale, std::vector<double> shift, std::string act) {
+  Decode a = decode_args(x, index, weights, slot, row, gate, gate_A, up, up_A, down, down_A, cached, scale, shift, act);
+  Tensor out = torch::stable::empty_like(x);
+  a.out = out.mutable_data_ptr();
+  RUN(decode, a);
+  return out;
+}
+
+}  // namespace globe
+
+STABLE_TORCH_LIBRARY(globe, m) {
+  m.def("about() -> str");
+  m.def("compose(Tensor bank, Tensor idx, Tensor val, str activation) -> Tensor");
+  m.def("compose_out(Tensor bank, Tensor idx, Tensor val, str activation, Tensor(a!) out) -> ()");
+  m.def("compose_backward(Tensor grad, Tensor bank, Tensor idx, Tensor val, str activation) -> (Tensor, Tensor)");
+  m.def("simplex(Tensor x, float alpha) -> (Tensor, Tensor)");
+  m.def("simplex_backward(Tensor grad, Tensor p, float alpha) -> Tensor");
+  m.def("experts_decode(Tensor x, Tensor index, Tensor weights, Tensor slot, Tensor row, Tensor gate, Tensor? gate_A, Tensor up, "
+        "Tensor? up_A, Tensor down, Tensor? down_A, int[] cached, float[] scale, float[] shift, str activation) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(globe, CompositeExplicitAutograd, m) { m.impl("about", TORCH_BOX(&globe::about)); }
+
+STABLE_TORCH_LIBRARY_IMPL(globe, CPU, m) {
+  m.impl("compose", TORCH_BOX(&globe::compose));
+  m.impl("compose_out", TORCH_BOX(&globe::compose_out));
+  m.impl("compose_backward", TORCH_BOX(&globe::compose_backward));
+  m.impl("simplex", TORCH_BOX(&globe::simplex));
+  m.impl("simplex_backward", TORCH_BOX(&globe::simplex_backward));
+  m.impl("experts_decode", TORCH_BOX(&globe::experts_decode));
+}

@@ -1,0 +1,186 @@
+// What the CPU and CUDA operators share: argument checks, and the plain structs that the kernels take.
+//
+// Only torch's stable ABI is used (torch/csrc/stable), so one binary serves every torch from 2.10 on.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace globe {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kVersion = 1;  // of the operators' schemas; globe.py refuses a library of another one
+
+enum class Type { f32, bf16, f16, f64 };
+enum class Act { identity, silu, tanh, gelu_tanh, relu };
+
+// Like STD_TORCH_CHECK, with the operator's name instead of a source line: users read these.
+template <class... Args>
+inline void check(bool ok, const Args&... args) {
+  if (!ok) throw std::runtime_error(torch::headeronly::detail::stdTorchCheckMsgImpl("", args..., ""));
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::string s = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + ")";
+}
+
+inline Type type_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Half: return Type::f16;
+    case ScalarType::Double: return Type::f64;
+    default: check(false, op, ": ", name, ": expected float32, float64, bfloat16 or float16"); return Type::f32;
+  }
+}
+
+inline Act act_of(const char* op, const std::string& name) {
+  if (name == "identity") return Act::identity;
+  if (name == "silu") return Act::silu;
+  if (name == "tanh") return Act::tanh;
+  if (name == "gelu_tanh") return Act::gelu_tanh;
+  if (name == "relu") return Act::relu;
+  check(false, op, ": unknown activation ", name);
+  return Act::identity;
+}
+
+// Shape (-1: any size), dtype, device and contiguity of one argument.
+inline void expect(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Tensor& like,
+                   std::initializer_list<int64_t> shape) {
+  bool fits = t.dim() == int64_t(shape.size());
+  int64_t i = 0;
+  std::string want;
+  for (int64_t n : shape) {
+    fits = fits && (n < 0 || t.size(i) == n);
+    want += (i++ ? ", " : "") + (n < 0 ? std::string("*") : std::to_string(n));
+  }
+  check(fits, op, ": ", name, ": expected shape (", want, "), found ", shape_of(t));
+  check(t.scalar_type() == dtype, op, ": ", name, ": expected another dtype than ", int(t.scalar_type()), " (expected ", int(dtype), ")");
+  check(t.is_contiguous(), op, ": ", name, ": expected a contiguous tensor of shape ", shape_of(t));
+  check(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), op, ": ", name,
+        ": expected the device of the other arguments");
+}
+
+inline ScalarType wide(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// out[e] = act(sum_j val[e, j] bank[idx[e, j]]), each of n = r * d numbers.
+struct Compose {
+  Type type;
+  Act act;
+  int64_t m, n, E, s;
+  const void* bank;
+  const int64_t* idx;
+  const void* val;   // float, or double with a double bank
+  void* out;         // forward
+  const void* grad;  // backward: of out
+  void* dbank;
+  void* dval;        // in val's type
+};
+
+inline Compose compose_args(const Tensor& bank, const Tensor& idx, const Tensor& val, const std::string& act) {
+  const char* op = "globe::compose";
+  Compose c{};
+  c.type = type_of(op, "bank", bank);
+  c.act = act_of(op, act);
+  check(c.act <= Act::tanh, op, ": activation: expected identity, silu or tanh, found ", act);
+  expect(op, "bank", bank, bank.scalar_type(), bank, {-1, -1, -1});
+  expect(op, "idx", idx, ScalarType::Long, bank, {-1, -1});
+  expect(op, "val", val, wide(bank), bank, {idx.size(0), idx.size(1)});
+  c.m = bank.size(0), c.n = bank.size(1) * bank.size(2), c.E = idx.size(0), c.s = idx.size(1);
+  c.bank = bank.const_data_ptr();
+  c.idx = static_cast<const int64_t*>(idx.const_data_ptr());
+  c.val = val.const_data_ptr();
+  return c;
+}
+
+inline Type simplex_type(const Tensor& x, double alpha) {
+  const char* op = "globe::simplex";
+  check(alpha == 2 || alpha == 1.5, op, ": alpha: expected 2 (sparsemax) or 1.5 (entmax), found ", alpha);
+  check(x.dim() > 0 && x.size(x.dim() - 1) > 0, op, ": expected at least one entry per row, found shape ", shape_of(x));
+  check(x.is_contiguous(), op, ": expected a contiguous tensor of shape ", shape_of(x));
+  return type_of(op, "x", x);
+}
+inline std::vector<int64_t> support_shape(const Tensor& x) { return {x.sizes().begin(), x.sizes().end() - 1}; }
+
+// One family of experts_decode. W: (n, q, d) rows that x meets first, indexed by cache slot (cached) or by expert;
+// A: (n, p, q) the adapters, absent where W is the whole weight (q = p).
+struct Family {
+  const void *W, *A;
+  int64_t W_n, A_n, q;
+  bool cached;
+  float scale, shift;
+};
+
+struct Decode {
+  Type type;
+  Act act;
+  int64_t T, k, E, d, p;
+  const void* x;
+  const int64_t *index, *slot, *row;
+  const void* weights;  // float, or x's type
+  bool weights_wide;
+  Family gate, up, down;  // down dense: W (E, d, p); cached: y = (h A) W, or h W
+  void* out;
+};
+
+inline Family family(const char* name, const Tensor& W, const std::optional<Tensor>& A, bool cached, double scale, double shift,
+                     const Tensor& x, int64_t rows, int64_t cols, int64_t p) {
+  const char* op = "globe::experts_decode";
+  expect(op, name, W, x.scalar_type(), x, {-1, A ? -1 : rows, cols});
+  if (A) expect(op, name, *A, x.scalar_type(), x, {-1, p, W.size(1)});
+  check(cached || !A, op, ": ", name, ": adapters belong to a cached basis");
+  return {W.const_data_ptr(), A ? A->const_data_ptr() : nullptr, W.size(0), A ? A->size(0) : 0, W.size(1), cached, float(scale), float(shift)};
+}
+
+inline Decode decode_args(const Tensor& x, const Tensor& index, const Tensor& weights, const Tensor& slot, const Tensor& row,
+                          const Tensor& gate, const std::optional<Tensor>& gate_A, const Tensor& up, const std::optional<Tensor>& up_A,
+                          const Tensor& down, const std::optional<Tensor>& down_A, const std::vector<int64_t>& cached,
+                          const std::vector<double>& scale, const std::vector<double>& shift, const std::string& act) {
+  const char* op = "globe::experts_decode";
+  Decode a{};
+  a.type = type_of(op, "x", x);
+  check(a.type != Type::f64, op, ": x: expected float32, bfloat16 or float16, found float64");
+  a.act = act_of(op, act);
+  expect(op, "x", x, x.scalar_type(), x, {-1, -1});
+  expect(op, "index", index, ScalarType::Long, x, {x.size(0), -1});
+  expect(op, "weights", weights, weights.scalar_type() == ScalarType::Float ? ScalarType::Float : x.scalar_type(), x,
+         {x.size(0), index.size(1)});
+  expect(op, "slot", slot, ScalarType::Long, x, {-1});
+  expect(op, "row", row, ScalarType::Long, x, {slot.size(0)});
+  check(cached.size() == 3 && scale.size() == 3 && shift.size() == 3, op, ": cached, scale, shift: expected 3 entries each");
+  a.T = x.size(0), a.d = x.size(1), a.k = index.size(1), a.E = slot.size(0);
+  if (cached[2]) {  // (n, p, d), or (n, q, d) with A (n, p, q)
+    check(down.dim() == 3, op, ": down: expected 3 dimensions, found ", down.dim());
+    check(!down_A || down_A->dim() == 3, op, ": down: expected adapters (n, p, q), found ", down_A ? shape_of(*down_A) : "none");
+    a.p = down_A ? down_A->size(1) : down.size(1);
+    a.down = family("down", down, down_A, true, scale[2], shift[2], x, a.p, a.d, a.p);
+  } else {  // (n, d, p)
+    check(down.dim() == 3, op, ": down: expected 3 dimensions, found ", down.dim());
+    a.p = down.size(2);
+    a.down = family("down", down, down_A, false, 1, 0, x, a.d, a.p, a.p);
+  }
+  a.gate = family("gate", gate, gate_A, cached[0], scale[0], shift[0], x, a.p, a.d, a.p);
+  a.up = family("up", up, up_A, cached[1], scale[1], shift[1], x, a.p, a.d, a.p);
+  a.x = x.const_data_ptr();
+  a.index = static_cast<const int64_t*>(index.const_data_ptr());
+  a.slot = static_cast<const int64_t*>(slot.const_data_ptr());
+  a.row = static_cast<const int64_t*>(row.const_data_ptr());
+  a.weights = weights.const_data_ptr();
+  a.weights_wide = weights.scalar_type() == ScalarType::Float;
+  return a;
+}
+
+}  // namespace globe
