@@ -142,7 +142,8 @@ def quality_texts(tokenizer, count: int = 12) -> tuple:
     sums = {k: hashlib.sha256(v.encode()).hexdigest()[:12] for k, v in (texts | {"topics": prose}).items()}
     say(f"texts: Python {sys.version.split()[0]}, sha256 {sums}")
     rest = [ids[b:a] for (_, b), (a, _) in zip([(0, 0), *chunks], [*chunks, (len(ids), 0)])]
-    return windows, "\n\n".join([tokenizer.decode(r) for r in rest] + [globe.builtin_text("train")[:len(prose)]])
+    others = globe.builtin_text("train")[:len(prose)] + globe.builtin_text("calibration")[:len(prose)]
+    return windows, "\n\n".join([tokenizer.decode(r) for r in rest] + [others])
 
 
 # Peers, written from their papers: each gives ({(family, layer, expert): W^ (p, d)}, stored numbers) of gate and up.

@@ -32,6 +32,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import html
 import importlib.util
 import json
 import math
@@ -158,6 +159,8 @@ class CalibConfig:
     tokens: int = 32768
     length: int = 512
     batch: int = 4                      # windows that a layer sees at a time
+    sampled: int = 0                    # more tokens, sampled from the dense model itself (it must fit in memory): they
+                                        # bring in domains that the text lacks
     save: str | None = None             # file to write the moments to
     load: str | None = None             # ... and to take them from, in place of a calibration
 
@@ -248,7 +251,7 @@ POSITIVE = ("bank.m", "bank.r", "bank.ratio", "model.max_experts", "sparsity.sup
             "cache.per_layer", "cache.budget", "eval.tokens", "eval.length")
 NON_NEGATIVE = ("model.single_layer", "sparsity.l1", "sparsity.eps_prune", "fit.batch", "fit.ridge", "fit.lambda_A",
                 "fit.lambda_B", "fit.lambda_T", "fit.spectral", "fit.tol", "fit.seed", "cache.warmup_tokens",
-                "fit.homotopy.lam_steps", "fit.homotopy.beta_steps")
+                "fit.homotopy.lam_steps", "fit.homotopy.beta_steps", "calib.sampled")
 FRACTIONS = ("sparsity.eta", "sparsity.freeze", "fit.adam.beta1", "fit.adam.beta2", "fit.homotopy.lam_start",
              "fit.homotopy.lam_end", "fit.homotopy.beta_start", "fit.homotopy.beta_end")
 
@@ -1099,6 +1102,14 @@ def _library_sources() -> Iterator[tuple]:
         yield name.as_posix(), path.read_text(encoding="utf-8", errors="ignore")
 
 
+def _library_help() -> Iterator[tuple]:
+    """(name, text) of the HTML help and the news files that some installs carry, tags taken out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted([*root.glob("*/*.html"), *root.glob("idlelib/*.txt")]):
+        text = re.sub(r"<(style|script).*?</\1>|<[^>]+>", "", path.read_text(encoding="utf-8", errors="ignore"), flags=re.S)
+        yield path.name, html.unescape(text)
+
+
 def builtin_text(split: str, piece: int = 4096) -> str:
     """English documentation and Python source from this Python's own library; no download.
 
@@ -1109,8 +1120,9 @@ def builtin_text(split: str, piece: int = 4096) -> str:
     if split not in ("train", "heldout", "calibration"):
         raise ValueError(f"unknown split {split!r}; known: train, heldout, calibration")
     pieces = []
-    for name, text in _library_sources():
-        if _split_of(name) == split:
+    more = _library_help() if split == "calibration" else ()
+    for name, text in (*_library_sources(), *((f"help/{name}", text) for name, text in more)):
+        if name.startswith("help/") or _split_of(name) == split:
             pieces += [(hashlib.sha256(f"{name}:{i}".encode()).hexdigest(), text[i:i + piece])
                        for i in range(0, len(text), piece)]
     if not pieces:
@@ -1147,6 +1159,17 @@ def token_windows(tokenizer, text: str, tokens: int, length: int) -> Tensor:
     have, want = len(ids) // length, max(1, tokens // length)
     starts = [i * have // min(want, have) * length for i in range(min(want, have))]
     return torch.stack([ids[s:s + length] for s in starts])
+
+
+@torch.no_grad()
+def sample_windows(model: nn.Module, count: int, length: int, seed: int = 0) -> Tensor:
+    """(count, length) token ids that the model itself writes at temperature 1, each after one random token."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        start = torch.randint(model.config.vocab_size, (count, 1), device=device)
+        return model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=length - 1, min_new_tokens=length - 1,
+                              do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0).cpu()
 
 
 @torch.no_grad()
@@ -3179,6 +3202,11 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     if cfg.calib.load:
         return load_moments(Path(cfg.calib.load), ckpt.fingerprint())
     windows = token_windows(load_tokenizer(ckpt.dir), read_text(cfg.calib.text, "calibration"), cfg.calib.tokens, cfg.calib.length)
+    if cfg.calib.sampled:
+        say(f"sampling {cfg.calib.sampled} tokens from the dense model")
+        length = windows.shape[1]
+        windows = torch.cat([windows, sample_windows(load_dense(ckpt.dir, device, None), max(1, cfg.calib.sampled // length),
+                                                     length, cfg.fit.seed)])
     at_once = max(1, free_memory(device) // 16 // (windows[0].numel() * ckpt.dims.d * 4))  # hidden states of all windows
     passes = -(-len(windows) // at_once)
     with tqdm(total=passes * ckpt.config["num_hidden_layers"], desc="calibrate", file=sys.stderr, leave=False) as line:
