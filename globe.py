@@ -429,7 +429,10 @@ def free_memory(device: torch.device) -> int:
 
 
 def peak_rss_gib() -> float:
-    import resource  # not on Windows
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2 ** (30 if sys.platform == "darwin" else 20)
 
@@ -1891,6 +1894,9 @@ class GlobeExperts(nn.Module):
         self.dense_row = {e: i for i, e in enumerate(e for e in range(D.experts) if e not in self.fitted)}
         self.families, self.composed = meta["families"], bool(meta.get("composed"))
         self._bank = (bank,)  # a tuple hides it from nn.Module: the model owns the bank, once
+        # A loader that knows nothing of GloBE would start from random experts with no more than a warning; a tensor of
+        # the dense experts' name and another shape makes it stop.
+        self.register_buffer("gate_up_proj", torch.zeros(1, dtype=torch.int8))
         n = len(self.fitted)
         for f in FAMILIES:
             if f in self.families:
@@ -1942,8 +1948,11 @@ class GlobeExperts(nn.Module):
         if self.composed:
             return getattr(self, f"{f}_basis")[i]
         F_ = self.families[f]
-        bank = getattr(self._bank[0], f"{f}_{F_['group'][str(self.layer)]}")
-        return compose(bank, getattr(self, f"{f}_idx")[i:i + 1], getattr(self, f"{f}_val")[i:i + 1], F_["activation"])[0]
+        bank, idx = getattr(self._bank[0], f"{f}_{F_['group'][str(self.layer)]}"), getattr(self, f"{f}_idx")[i:i + 1]
+        if bank.device != idx.device:  # layers spread over devices: fetch the bases that this expert mixes, not the bank
+            bank = bank[idx[0].long().to(bank.device)].to(idx.device)
+            idx = torch.arange(idx.shape[1], device=idx.device)[None]
+        return compose(bank, idx, getattr(self, f"{f}_val")[i:i + 1], F_["activation"])[0]
 
     def _build(self, e: int) -> dict:
         """What the cache holds of expert e, per family: B~ (r, d) or W^ (p, d)."""
@@ -1959,7 +1968,8 @@ class GlobeExperts(nn.Module):
     def item(self, e: int) -> dict:
         if e not in self.fitted:
             return {}
-        trains = torch.is_grad_enabled() and any(p.requires_grad for n, p in self.named_parameters() if not n.endswith("proj"))
+        fresh = self.training or torch.is_grad_enabled()  # training: also in the no-grad pass of gradient checkpointing
+        trains = fresh and any(p.requires_grad for m in (self, *self._bank) for n, p in m.named_parameters() if n[-4:] != "proj")
         return self._build(e) if trains else self.cache.get(e, self._build)
 
     def project(self, f: str, x: Tensor, e: int, item: dict) -> Tensor:
@@ -2054,7 +2064,8 @@ def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
             name = next(n for n in ("shared_expert", "shared_experts") if hasattr(parent, n))
             old_modules[(layer, name)] = (parent, getattr(parent, name))
             setattr(parent, name, GlobeShared(new, getattr(parent, name), D.shared).train(model.training))
-    model.globe_bank = bank
+    model._modules = {"globe_bank": bank, **model._modules}  # first: device_map="auto" offloads what comes last
+    model.save_pretrained = functools.partial(save_pretrained, model, meta)
     return old_modules
 
 
@@ -2123,12 +2134,12 @@ def unpatch(model: nn.Module):
         raise UserError("model: nothing to unpatch (not patched, or patched with keep_dense=False)")
     for (_, attr), (parent, module) in model._globe_dense.items():
         setattr(parent, attr, module)
-    del model.globe_bank, model._globe_dense
+    del model.globe_bank, model._globe_dense, model.save_pretrained
     return model
 
 
 def globe_modules(model: nn.Module) -> list:
-    return [m for m in model.modules() if isinstance(m, GlobeExperts)]
+    return [m for m in model.modules() if type(m).__name__ == "GlobeExperts"]  # of this or another copy of globe.py
 
 
 def cache_stats(model: nn.Module) -> dict:
@@ -2293,6 +2304,92 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     return _finish(model, directory, device)
 
 
+AUTO_MAP = {"AutoConfig": "globe.GlobeAutoConfig", "AutoModelForCausalLM": "globe.GlobeAutoModel"}
+
+
+class GlobeAutoConfig:
+    """What auto_map names: importing it registers the loader; the config itself is the native one."""
+
+    @classmethod
+    def from_pretrained(cls, path, **kwargs):
+        from transformers import CONFIG_MAPPING, PreTrainedConfig
+        kind = PreTrainedConfig.get_config_dict(path, **kwargs)[0]["model_type"]
+        return CONFIG_MAPPING[kind].from_pretrained(path, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class=None) -> None:
+        """Nothing to do: the native class needs no code beside it."""
+
+
+class GlobeAutoModel(GlobeAutoConfig):
+    """What auto_map names: the native model class of the config's type, loaded through the registered loader."""
+
+    @classmethod
+    def from_pretrained(cls, path, *args, config, **kwargs):
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(path, *args, config=config, **kwargs)
+
+
+def register_loader() -> None:
+    """Teach from_pretrained to read quant_method "globe"; once, however many copies of this file are imported."""
+    from transformers.quantizers import auto, base
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+    if "globe" in auto.AUTO_QUANTIZER_MAPPING:
+        return
+
+    @auto.register_quantization_config("globe")
+    class GlobeQuantizationConfig(QuantizationConfigMixin):
+        def __init__(self, **meta):
+            vars(self).update(meta)
+
+    @auto.register_quantizer("globe")
+    class GlobeQuantizer(base.HfQuantizer):
+        is_trainable, is_qat_trainable, is_compileable = True, True, False
+
+        def is_serializable(self) -> bool:
+            return True
+
+        def validate_environment(self, device_map=None, **_) -> None:
+            places = device_map if isinstance(device_map, dict) else {}
+            bank = {str(v) for k, v in places.items() if k.startswith("globe_bank")}
+            if "disk" in bank or "cpu" in bank and set(map(str, places.values())) - {"cpu", "disk"}:
+                raise UserError(f"device_map: expected globe_bank on an accelerator, found {', '.join(bank)}: every layer reads it")
+
+        def update_weight_conversions(self, weight_conversions, model) -> list:
+            return []  # tensors are stored under the names of the patched model
+
+        def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_) -> None:
+            meta = self.quantization_config.to_dict()
+            where = str(getattr(model.config, "name_or_path", None) or "config.json")
+            install(model, check_meta(meta, where), CacheConfig())
+            stored = set(model.all_tied_weights_keys)
+            for file in checkpoint_files or ():
+                with safe_open(file, "pt") as f:
+                    stored.update(f.keys())
+            empty = [n for n in model.state_dict() if n not in stored] if checkpoint_files else []
+            if empty:
+                raise UserError(f"{where}: expected tensor {empty[0]}, found none (and {len(empty) - 1} more)")
+
+        def _process_model_after_weight_loading(self, model, **_):
+            for module in (model.globe_bank, *globe_modules(model)):
+                module.requires_grad_(False)
+            return model
+
+
+def save_pretrained(model: nn.Module, meta: dict, directory: str | Path, **kwargs) -> None:
+    """save_pretrained of a patched or loaded GloBE model: an export that from_pretrained reads, with its globe.py.
+
+    kwargs: those of PreTrainedModel.save_pretrained.
+    """
+    model.config.quantization_config = {**meta, "quant_method": "globe"}
+    model.config.auto_map, model._weight_conversions = dict(AUTO_MAP), []
+    push, repo = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", Path(directory).name)
+    type(model).save_pretrained(model, directory, **kwargs)
+    shutil.copyfile(__file__, Path(directory) / "globe.py")
+    if push:
+        model.push_to_hub(repo, **{k: v for k, v in kwargs.items() if k in ("token", "private", "commit_message")})
+
+
 def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """The source model in stock transformers, in the checkpoint's dtype unless another is given."""
     from transformers import AutoModelForCausalLM
@@ -2333,7 +2430,7 @@ def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = 
                     state[f"{name}.{f}_basis"] = torch.stack([m._basis(f, i) for i in range(len(m.fitted))])
     if getattr(model.config, "tie_word_embeddings", False):
         state.pop("lm_head.weight", None)
-    config = ckpt.config | {"quantization_config": {"quant_method": "globe"} | meta,
+    config = ckpt.config | {"quantization_config": {"quant_method": "globe"} | meta, "auto_map": AUTO_MAP,
                             "dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     copy_side_files(ckpt.dir, to)
@@ -3224,3 +3321,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+register_loader()  # imported, as a package or as remote code: from_pretrained knows GloBE from here on
