@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -812,7 +813,8 @@ def test_globe_and_composed_exports_load_with_the_same_logits(checkpoints, tmp_p
             to = fresh_dir(tmp_path / "export")
             globe.export_globe(ckpt, factors, to, composed)
             assert gap(logits(globe.load(to)), want) < 1e-4
-            names = [n for f in to.glob("*.safetensors") for n in safe_open(f, "pt").keys()]
+            tensors = {n: t for f in to.glob("*.safetensors") for n, t in load_file(f).items()}
+            names = [n for n, t in tensors.items() if not n.endswith("gate_up_proj") or t.numel() > 1]  # one number: the guard
             assert any("globe_bank" in n for n in names) != composed and any(n.endswith("_basis") for n in names) == composed
             assert not any("experts.0.gate_proj" in n or "gate_up_proj" in n for n in names)  # no dense form of what was fitted
             assert (to / "globe.py").read_bytes() == Path(globe.__file__).read_bytes()
@@ -1316,6 +1318,186 @@ def test_a_model_run_layer_by_layer_has_the_same_moments_and_is_never_whole(arch
     for kind in want:
         for l in want[kind]:
             torch.testing.assert_close(got[kind][l], want[kind][l], atol=1e-6, rtol=1e-5)
+
+
+# ======================================================================================================
+# The ecosystem: from_pretrained, pipelines, the hub
+# ======================================================================================================
+KINDS = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3")
+LOADING = f"""
+import json, os, sys, torch
+from transformers import AutoModelForCausalLM
+IDS = torch.tensor({IDS.tolist()})
+"""
+
+
+def python(code: str, *argv, path: Path | None = None, timeout: int = 120) -> subprocess.CompletedProcess:
+    """A process of its own, offline, that finds this globe.py only where `path` is given."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": str(path)} if path else {}
+    env["HF_MODULES_CACHE"] = str(Path.cwd() / "modules")
+    return subprocess.run([sys.executable, "-c", LOADING + code, *map(str, argv)], env=env, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def exports(checkpoints, tmp_path_factory) -> dict:
+    """{model type: globe export}: random factors of gate and up, m 5, r 6; "composed": the composed one of qwen2_moe."""
+    root, out = tmp_path_factory.mktemp("exports"), {}
+    for kind in (*KINDS, "composed"):
+        ckpt = Checkpoint(checkpoints["qwen2_moe" if kind == "composed" else kind])
+        out[kind] = root / f"my.{kind}"
+        out[kind].mkdir()
+        globe.export_globe(ckpt, random_factors(ckpt), out[kind], kind == "composed")
+    return out
+
+
+@pytest.mark.parametrize("how", ("remote code", "package"))
+def test_from_pretrained_gives_the_native_class_with_compressed_experts(how, exports, tmp_path):
+    code = """
+if sys.argv[1] == "package":
+    import globe
+out = {}
+for path in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=sys.argv[1] != "package")
+    half = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=sys.argv[1] != "package", dtype=torch.bfloat16)
+    experts = [m for m in model.modules() if type(m).__name__ == "GlobeExperts"]
+    dtypes = {k.rpartition("_")[2]: str(v.dtype) for k, v in half.state_dict().items() if "experts" in k or "globe_bank" in k}
+    kinds = {k.rpartition(".")[2] for k in model.state_dict()}
+    out[path] = [type(model).__module__, len(experts), model(IDS).logits.tolist(), half(IDS).logits.tolist(), dtypes,
+                 any(p.requires_grad for m in experts for p in m.parameters()), type(experts[0]).__module__,
+                 any(n.endswith("experts.gate_up_proj") and p.numel() > 1 for n, p in model.named_parameters())]
+print(json.dumps(out))
+"""
+    got = python(code, how, *exports.values(), path=HERE if how == "package" else None)
+    assert got.returncode == 0, got.stderr[-3000:]
+    for kind, path in exports.items():
+        where, layers, full, half, dtypes, trains, module, dense = json.loads(got.stdout)[str(path)]
+        want = logits(globe.load(path))
+        assert where.startswith("transformers.models.") and not trains and not dense
+        assert layers == len(globe.dims_of({**read(path), "quantization_config": None}).layers)
+        assert gap(torch.tensor(full), want) < 1e-5, kind
+        assert gap(torch.tensor(half), logits(globe.load(path, dtype=torch.bfloat16))) < 1e-2, kind
+        assert dtypes["A"] == "torch.bfloat16" and dtypes.get("val", "torch.float32") == "torch.float32"
+        assert module == "globe" if how == "package" else module.startswith("transformers_modules.")
+
+
+def read(path: Path) -> dict:
+    return json.loads((path / "config.json").read_text(encoding="utf-8"))
+
+
+def test_without_remote_code_and_package_loading_fails_and_never_starts_from_random_experts(exports):
+    code = """
+for path in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(path)
+    except (RuntimeError, ValueError) as e:
+        print(type(e).__name__)
+"""
+    got = python(code, *exports.values())
+    assert got.returncode == 0 and len(got.stdout.split()) == len(exports), got.stderr[-3000:]
+    assert "gate_up_proj" in got.stderr  # the report names the tensor that does not fit
+
+
+def test_two_copies_of_the_file_register_once_and_know_each_others_models(exports):
+    code = """
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+other = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
+import globe
+again = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model(IDS), again(IDS)
+copies = [name for name in sys.modules if name.split(".")[-1] == "globe"]
+assert len(copies) == 3, copies
+print(json.dumps([globe.cache_stats(m)["misses"] > 0 for m in (model, again)]))
+"""
+    got = python(code, exports["qwen2_moe"], exports["mixtral"], path=HERE)
+    assert got.returncode == 0 and json.loads(got.stdout) == [True, True], got.stderr[-3000:]
+
+
+def test_saving_again_keeps_keys_values_and_globe_py(exports, checkpoints):
+    from transformers import AutoModelForCausalLM
+    for kind in ("qwen2_moe", "mixtral", "deepseek_v3", "composed"):
+        first, ckpt = exports[kind], Checkpoint(checkpoints["qwen2_moe" if kind == "composed" else kind])
+        models = [AutoModelForCausalLM.from_pretrained(first), globe.load(first)]
+        models += [globe.patch(stock(ckpt.dir), random_factors(ckpt))] if kind != "composed" else []
+        for i, model in enumerate(models):
+            model.save_pretrained(f"again-{kind}-{i}", max_shard_size="20KB")
+            again = Path(f"again-{kind}-{i}")
+            a, b = ({n: t for f in sorted(d.glob("*.safetensors")) for n, t in load_file(f).items()} for d in (first, again))
+            assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+            assert len(list(again.glob("*.safetensors"))) > 1
+            assert (again / "globe.py").read_bytes() == Path(globe.__file__).read_bytes()
+            assert {k: read(again)[k] for k in ("quantization_config", "auto_map")} == {k: read(first)[k] for k in ("quantization_config", "auto_map")}
+            assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(again)), logits(globe.load(first)))
+
+
+def test_a_tensor_that_is_missing_from_an_export_stops_the_load(exports, tmp_path):
+    from transformers import AutoModelForCausalLM
+    for gone in ("globe_bank.up_0", "model.layers.1.mlp.experts.gate_A", "model.norm.weight"):
+        broken = fresh_dir(tmp_path / "broken")
+        shutil.copytree(exports["qwen2_moe"], broken, dirs_exist_ok=True)
+        tensors = load_file(broken / "model.safetensors")
+        del tensors[gone]
+        save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=f"expected tensor {gone}, found none"):
+            AutoModelForCausalLM.from_pretrained(broken)
+
+
+def test_a_device_map_spreads_layers_but_keeps_the_bank_at_hand(exports, tmp_path):
+    pytest.importorskip("accelerate", reason="device_map needs accelerate")
+    from transformers import AutoModelForCausalLM
+    want = logits(globe.load(exports["qwen3_moe"]))
+    auto = AutoModelForCausalLM.from_pretrained(exports["qwen3_moe"], device_map="auto")
+    assert gap(logits(auto.cpu()), want) < 1e-4
+    places = {"globe_bank": "cpu", "model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = AutoModelForCausalLM.from_pretrained(exports["qwen3_moe"], device_map=places, offload_folder=tmp_path / "disk")
+    assert spread.model.layers[1].mlp.experts.gate_A.is_meta and gap(logits(spread), want) < 1e-5
+    with pytest.raises(UserError, match="globe_bank"):
+        AutoModelForCausalLM.from_pretrained(exports["qwen3_moe"], device_map=places | {"globe_bank": "disk"}, offload_folder=tmp_path / "disk")
+
+
+def test_a_loaded_export_generates_in_a_pipeline_and_nothing_is_compiled(run, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+    assert globe.main(["export", "--factors", str(run), "--to", "out", "--no-check"]) == 0
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: pytest.fail("generate tried to compile"))
+    model = AutoModelForCausalLM.from_pretrained("out")
+    ids = AutoTokenizer.from_pretrained("out")("def main(", return_tensors="pt")
+    got = model.generate(**ids, max_new_tokens=8, do_sample=False, cache_implementation="static")
+    assert torch.equal(got, globe.load("out").generate(**ids, max_new_tokens=8, do_sample=False)) and not model.hf_quantizer.is_compileable
+    text = pipeline("text-generation", model="out", trust_remote_code=True)("def main(", max_new_tokens=8, do_sample=False)
+    assert text[0]["generated_text"].startswith("def main(")
+
+
+@slow
+def test_loading_peaks_far_below_the_dense_size(tmp_path):
+    """400 MB of dense experts, 50 MB of factors: the load may take the factors twice (the file's pages and the copy)."""
+    from transformers import AutoConfig
+    sizes = dict(vocab_size=258, hidden_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, num_experts=16,
+                 num_experts_per_tok=2, moe_intermediate_size=1024, intermediate_size=64, head_dim=8)
+    dense = 4 * 16 * 3 * 512 * 1024 * 4
+    D = globe.dims_of(sizes | {"model_type": "qwen3_moe"})
+    empty = types.SimpleNamespace(dims=D, config={"model_type": "qwen3_moe"}, fingerprint=lambda: "none")
+    factors = random_factors(empty, "all", m=4, r=64)
+    model = globe._skeleton(sizes | {"model_type": "qwen3_moe"}, torch.float32, factors.meta())
+    globe._assign_factors(model, factors, torch.device("cpu"), torch.float32)
+    for name, t in list(model.state_dict().items()):
+        if t.is_meta:
+            globe._assign(model, name, torch.zeros(t.shape))
+    model.save_pretrained("big")
+    stored = globe.weight_bytes(Path("big"))
+    code = """
+import resource, globe
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from transformers import Qwen3MoeForCausalLM
+before = peak()
+model = AutoModelForCausalLM.from_pretrained("big")
+print(json.dumps([before, peak(), len(globe.globe_modules(model))]))
+"""
+    got = python(code, path=HERE)
+    assert got.returncode == 0, got.stderr[-3000:]
+    before, after, modules = json.loads(got.stdout)
+    assert modules == 4 and stored < 0.2 * dense and after - before < 2.2 * stored + 2 ** 25 < 0.5 * dense
 
 
 # ======================================================================================================
