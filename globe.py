@@ -181,9 +181,12 @@ class LogConfig:
 
 @dataclass
 class EvalConfig:
-    text: str = "builtin"               # text file or builtin (held-out files of the standard library)
+    text: str = "builtin"               # text file, hf:DATASET:CONFIG:SPLIT or builtin (held-out library files)
     tokens: int = 32768
-    length: int = 512                   # window; scored whole, windows do not overlap
+    length: int = 512                   # window
+    stride: int | None = None           # tokens from one window to the next, the rest is context; default: length, and
+                                        # windows spread over the text
+    context: int | None = None          # longest input that lm-eval's tasks may use; default: the model's
 
 
 @dataclass
@@ -240,7 +243,7 @@ CHOICES = {
 }
 POSITIVE = ("bank.m", "bank.r", "bank.ratio", "model.max_experts", "sparsity.support", "sparsity.T0", "fit.steps",
             "fit.lr", "fit.save_every", "fit.memory", "fit.homotopy.every", "calib.tokens", "calib.length", "calib.batch",
-            "cache.per_layer", "cache.budget", "eval.tokens", "eval.length")
+            "cache.per_layer", "cache.budget", "eval.tokens", "eval.length", "eval.stride", "eval.context")
 NON_NEGATIVE = ("model.single_layer", "sparsity.l1", "sparsity.eps_prune", "fit.batch", "fit.ridge", "fit.lambda_A",
                 "fit.lambda_B", "fit.lambda_T", "fit.spectral", "fit.tol", "fit.seed", "cache.warmup_tokens",
                 "fit.homotopy.lam_steps", "fit.homotopy.beta_steps")
@@ -984,6 +987,8 @@ def read_text(spec: str, split: str) -> str:
     """The text of a file, of every .txt/.md/.py/.rst file below a directory, or of a builtin split."""
     if spec == "builtin":
         return builtin_text(split)
+    if spec.startswith("hf:"):
+        return hub_text(*spec.split(":")[1:])
     path = Path(spec)
     files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md", ".py", ".rst")) if path.is_dir() else [path]
     try:
@@ -996,16 +1001,30 @@ def read_text(spec: str, split: str) -> str:
     return text
 
 
-def token_windows(tokenizer, text: str, tokens: int, length: int) -> Tensor:
+def hub_text(name: str, config: str = "", split: str = "test") -> str:
+    """The column "text" of a hub data set, rows joined as the WikiText recipe joins them."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError("text hf:...: data sets of the hub need the package datasets: pip install datasets") from None
+    try:
+        return "\n\n".join(load_dataset(name, config or None, split=split)["text"])
+    except Exception as e:  # offline, no such data set, configuration, split or column: the library's reason is the useful part
+        raise UserError(f"text hf:{name}:{config}:{split}: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from None
+
+
+def token_windows(tokenizer, text: str, tokens: int, length: int, stride: int | None = None) -> Tensor:
     """(N, length) token ids, N * length <= tokens: windows at even distances over the whole text, in order.
 
-    A text shorter than `length` gives one shorter window; UserError where it has fewer than two tokens.
+    With stride: overlapping windows from the start of the text, `stride` tokens apart, over `tokens` tokens. A text shorter than `length` gives one shorter window; UserError where it has fewer than two tokens.
     """
     text = text[: tokens * 64]  # no tokenizer here makes a token of more bytes than that on average
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < 2:
         raise UserError(f"text: expected at least 2 tokens, found {len(ids)}")
     length = min(length, len(ids))
+    if stride:
+        return ids[:max(tokens, length)].unfold(0, length, min(stride, length))
     have, want = len(ids) // length, max(1, tokens // length)
     starts = [i * have // min(want, have) * length for i in range(min(want, have))]
     return torch.stack([ids[s:s + length] for s in starts])
@@ -2492,15 +2511,83 @@ def sample_ids(directory: Path, vocab: int, n: int = 64) -> Tensor:
 # 9. Evaluation and report: reconstruction figures, perplexity, plots
 # ======================================================================================================
 @torch.no_grad()
-def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = lambda it: it) -> tuple:
-    """(mean negative log-likelihood in nats per predicted token, number of them) over windows (N, length)."""
+def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = lambda it: it, stride: int | None = None) -> tuple:
+    """(mean negative log-likelihood in nats per predicted token, number of them) over windows (N, length).
+
+    With stride, windows overlap: of all but the first only the last `stride` tokens count (the WikiText recipe).
+    """
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for part in progress(windows.split(batch)):
         logits = model(part.to(device)).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten().to(device), reduction="sum")
-        total, count = total + float(loss), count + part[:, 1:].numel()
+        loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten().to(device), reduction="none").view(len(part), -1)
+        scored = torch.ones_like(loss, dtype=torch.bool)
+        scored[0 if count else 1:, :-(stride or loss.shape[1])] = False
+        total, count = total + float(loss[scored].sum()), count + int(scored.sum())
     return total / count, count
+
+
+def builtin_choices(n: int = 100) -> list:
+    """[(context, four continuations, index of the right one)] from held-out documentation of the standard library.
+
+    A paragraph is cut after about 120 characters; the wrong continuations are other paragraphs'. Chance is 1/4.
+    """
+    cuts = {}
+    for name, text in _library_sources():
+        if _split_of(name) == "heldout":
+            for part in [text] if name.startswith("topics/") else re.findall(r'"""(.*?)"""', text, re.S):
+                for paragraph in map(str.split, part.split("\n\n")):
+                    cut = re.fullmatch(r"([A-Z].{120}\S*)( .{40}\S*).*", " ".join(paragraph))
+                    if cut:
+                        cuts[hashlib.sha256(cut[0].encode()).hexdigest()] = cut[1], cut[2]
+    cuts = [cuts[key] for key in sorted(cuts)][:n]
+    tails = [tail for _, tail in cuts] * 2
+    return [(context, [tails[i + (j - i) % 4] for j in range(4)], i % 4) for i, (context, _) in enumerate(cuts)]
+
+
+@torch.no_grad()
+def choice_accuracy(model: nn.Module, tokenizer, items: list, progress: Callable = lambda it: it) -> float:
+    """Fraction of builtin_choices where the right continuation has the highest log-likelihood per character."""
+    right, device = 0, next(model.parameters()).device
+    for context, tails, answer in progress(items):
+        rows = [tokenizer(context + tail, add_special_tokens=False)["input_ids"] for tail in tails]
+        start = len(tokenizer(context, add_special_tokens=False)["input_ids"])
+        ids = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows], device=device)  # padded after the end
+        logp = model(ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        scores = [float(logp[i, start - 1:len(row) - 1].sum()) / len(tails[i]) for i, row in enumerate(rows)]
+        right += max(range(4), key=scores.__getitem__) == answer
+    return right / len(items)
+
+
+def task_runner(tasks: Sequence[str], tokenizer, context: int | None = None) -> Callable:
+    """run(model, progress) -> {task: {metric: value}}: "builtin" by choice_accuracy, names and YAML files by lm-eval.
+
+    UserError, before anything is run, where lm-eval is needed and not installed, or does not know a task.
+    """
+    names = [t for t in tasks if t != "builtin"]
+    if names:
+        try:
+            import lm_eval
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise UserError(f"--tasks {' '.join(names)}: lm-eval is not installed: pip install lm-eval (builtin needs nothing)") from None
+        files = {t: Path(t) for t in names if t.endswith((".yaml", ".yml"))}
+        known = TaskManager(include_path=[str(f.resolve().parent) for f in files.values()] or None)
+        for i, t in enumerate(names):
+            names[i] = re.search(r"^task:\s*(\S+)|$", files[t].read_text(encoding="utf-8"), re.M)[1] if t in files and files[t].is_file() else t
+            if not names[i] or not known.match_tasks([names[i]]):
+                raise UserError(f"--tasks: lm-eval knows no task {t!r} (`lm_eval ls tasks` lists its own)")
+
+    def run(model: nn.Module, progress: Callable = lambda it: it) -> dict:
+        out = {"builtin": {"acc": choice_accuracy(model, tokenizer, builtin_choices(), progress)}} if "builtin" in tasks else {}
+        if names:
+            with contextlib.redirect_stdout(sys.stderr):
+                lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=context)
+                got = lm_eval.simple_evaluate(model=lm, tasks=names, task_manager=known)["results"]
+            out |= {t: {k.removesuffix(",none"): v for k, v in row.items() if isinstance(v, float)} for t, row in got.items()}
+        return out
+    return run
 
 
 def reconstruction(ckpt: Checkpoint, factors: Factors) -> dict:
@@ -2587,6 +2674,81 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     width = [max(len(r[i]) for r in cells) for i in range(len(header))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, width)) + " |" for r in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+
+
+def settings_of(config: dict, default: dict, where: str = "") -> list:
+    """["section.key=value", ...] of a saved config that differ from the defaults."""
+    out = []
+    for key, value in config.items():
+        if isinstance(value, dict) and isinstance(default.get(key), dict):
+            out += settings_of(value, default[key], f"{where}{key}.")
+        elif value != default.get(key):
+            out.append(f"{where}{key}={json.dumps(value)}".replace('"', ""))
+    return out
+
+
+CARD = """\
+---
+{front}
+---
+# {base}, experts compressed by GloBE ({form})
+
+{families} of the routed experts of `{base}` are written as `W = shift + scale * A phi(sum_j alpha_j B_j)`: an adapter A per
+expert and a sparse mixture over a bank of bases B that layers share (GloBE {version}).
+
+{sizes}
+
+Ratio: {ratio:.4f} of the compressed matrices, {model_ratio:.4f} of the whole model (stored / dense numbers).
+
+## Evaluation
+
+{evaluation}
+
+## Load
+
+```python
+{load}
+```
+
+{note}
+
+## How it was made
+
+```sh
+{commands}
+```
+
+Licence: that of the base model{licence}. Fingerprint of the source checkpoint: `{fingerprint}`.
+Made by globe.py {version}, sha256 `{sha}`.
+"""
+
+
+def model_card(ckpt: Checkpoint, factors: Factors, form: str, base: str, stored: int, evals: dict) -> str:
+    """README.md of an export. base: hub id or name of the source; stored: bytes of weights; evals: RUN/eval.json."""
+    source = ckpt.dir / "README.md"
+    front = re.match(r"---\n(.*?)\n---", source.read_text(encoding="utf-8"), re.S) if source.is_file() else None
+    licence = re.findall(r"^license\w*:.*$", front[1], re.M) if front else []
+    lines = [*licence, *([f"base_model: {base}"] if "/" in base else []), "base_model_relation: quantized",
+             "library_name: transformers", "pipeline_tag: text-generation", "tags: [moe, globe, compressed]"]
+    load = 'AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY"' + (")" if form == "dense" else ", trust_remote_code=True)")
+    note = ("Tensor names, types and config are the source's: whatever reads the source reads this." if form == "dense" else
+            "With the package globe-moe installed, `import globe` in place of `trust_remote_code=True` does the same with the installed\n"
+            "package (and its native operators, where they are built). Without either, loading stops with a size mismatch, on purpose.")
+    shape = "; ".join(f"{f}: {len(F_.bank)} x {len(F_.bank[0])} bases of {F_.bank[0].shape[1]} x {F_.bank[0].shape[2]}, "
+                      f"support {float(F_.support().float().median()):g}, {F_.activation}" for f, F_ in factors.families.items())
+    settings = settings_of(factors.config, config_dict(Config()))
+    return CARD.format(
+        front="\n".join(lines), base=base, form=form, families=" and ".join(factors.families).capitalize(), version=__version__,
+        sizes=text_table(("", "bytes of weights"), [("this", stored), ("source", weight_bytes(ckpt.dir))]) + f"\n\n{shape}.",
+        ratio=factors.ratio(), model_ratio=factors.model_ratio(ckpt.num_parameters()),
+        evaluation=text_table(("on", "measure", "source", "this"), [
+            *((f"{text}, {e['tokens']} tokens", "perplexity", e["ppl_dense"], e["ppl"]) for text, e in evals.items()),
+            *((t, k, *v.values()) for e in evals.values() for t, row in e.get("tasks", {}).items() for k, v in row.items())]) if evals else
+        "None was run before the export (`globe.py eval`, then `globe.py export` again, fills this table).",
+        load=f"from transformers import AutoModelForCausalLM\nmodel = {load}", note=note,
+        commands=" ".join(["python globe.py fit", f"model.path={base}", *settings]) + f"\npython globe.py export --format {form}",
+        licence=" (" + "; ".join(licence) + ")" if licence else "; its card names none", fingerprint=factors.fingerprint,
+        sha=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
 
 
 # ======================================================================================================
@@ -3124,19 +3286,28 @@ def open_run(args: argparse.Namespace) -> tuple:
 def cmd_eval(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = open_run(args)
     tokenizer = load_tokenizer(ckpt.dir)
-    windows = token_windows(tokenizer, read_text(args.text or cfg.eval.text, "heldout"), cfg.eval.tokens, cfg.eval.length)
+    where, stride, run_tasks = args.text or cfg.eval.text, cfg.eval.stride, task_runner(args.tasks or (), tokenizer, cfg.eval.context)
+    windows = token_windows(tokenizer, read_text(where, "heldout"), cfg.eval.tokens, cfg.eval.length, stride)
     errors = reconstruction(ckpt, factors)
     layers = list(factors.experts)
     say(text_table(("family", "all layers", *(f"layer {l}" for l in layers)),
                    [(f, e["all"], *(e[l] for l in layers)) for f, e in errors.items()]))
-    dense, tokens = nll(load_dense(ckpt.dir, device, dtype), windows, progress=bar("dense"))
-    ours, _ = nll(assemble(ckpt, factors, device, dtype, cfg.cache), windows, progress=bar("globe"))
+
+    def measure(model: nn.Module, what: str) -> tuple:
+        return *nll(model, windows, progress=bar(what), stride=stride), run_tasks(model, bar(what))
+    dense, tokens, dense_tasks = measure(load_dense(ckpt.dir, device, dtype), "dense")
+    ours, _, tasks = measure(assemble(ckpt, factors, device, dtype, cfg.cache), "globe")
     ratio, model_ratio = factors.ratio(), factors.model_ratio(ckpt.num_parameters())
     say(text_table(("model", "perplexity", "nats per token", "experts' size", "model size"),
                    [("dense", math.exp(dense), dense, 1.0, 1.0), ("GloBE", math.exp(ours), ours, ratio, model_ratio)]))
-    return {"ppl_dense": math.exp(dense), "ppl": math.exp(ours), "delta_nats": ours - dense, "tokens": tokens,
-            "ratio": ratio, "model_ratio": model_ratio, "rel_frob": {f: e["all"] for f, e in errors.items()},
-            "factors": str(run)}
+    result = {"ppl_dense": math.exp(dense), "ppl": math.exp(ours), "delta_nats": ours - dense, "tokens": tokens,
+              "ratio": ratio, "model_ratio": model_ratio, "rel_frob": {f: e["all"] for f, e in errors.items()}}
+    if args.tasks:
+        result["tasks"] = {t: {k: {"dense": dense_tasks[t][k], "globe": v} for k, v in row.items()} for t, row in tasks.items()}
+        say(text_table(("task", "dense", "GloBE"), [(f"{t} {k}", *v.values()) for t, row in result["tasks"].items() for k, v in row.items()]))
+    kept = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
+    write_text(run / "eval.json", json.dumps(kept | {where if ":" in where else Path(where).name: result}, indent=2))
+    return result | {"factors": str(run)}
 
 
 def cmd_export(args: argparse.Namespace) -> dict:
@@ -3150,9 +3321,25 @@ def cmd_export(args: argparse.Namespace) -> dict:
         else:
             export_globe(ckpt, factors, tmp, args.format == "composed", dtype)
         error = None if args.no_check else logit_error(ckpt, factors, tmp, args.format, device, dtype)
+        base = cfg.model.path if not Path(cfg.model.path).exists() else ckpt.config.get("_name_or_path") or ckpt.dir.name
+        evals = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
+        write_text(tmp / "README.md", model_card(ckpt, factors, args.format, base, weight_bytes(tmp), evals))
         shutil.rmtree(to, ignore_errors=True)
+    if args.push_to_hub:
+        push(to, args.push_to_hub, not args.public)
     return {"path": str(to), "format": args.format, "bytes": weight_bytes(to), "bytes_dense": weight_bytes(ckpt.dir),
             "max_logit_error": error}
+
+
+def push(directory: Path, repo: str, private: bool) -> None:
+    """Upload an export to the hub, into a repository made on demand; UserError with the hub's own reason."""
+    from huggingface_hub import HfApi
+    try:
+        HfApi().create_repo(repo, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=str(directory), commit_message=f"GloBE {__version__}")
+    except Exception as e:  # no token, no network, no such organisation: the hub's reason is the useful part
+        raise UserError(f"--push-to-hub {repo}: the export is in {directory}, but the hub did not take it: {type(e).__name__}: "
+                        f"{(str(e).splitlines() or [''])[0]}") from None
 
 
 @torch.no_grad()
@@ -3226,11 +3413,13 @@ examples:
     "eval": (cmd_eval, "reconstruction and perplexity, dense beside GloBE", """\
 examples:
   python globe.py eval                                      the newest run, built-in held-out text
-  python globe.py eval --factors runs/qwen --text book.txt eval.tokens=100000"""),
+  python globe.py eval --factors runs/qwen --text book.txt eval.tokens=100000 eval.length=2048 eval.stride=512
+  python globe.py eval --tasks builtin                      and a zero-shot task that needs no download"""),
     "export": (cmd_export, "write a checkpoint", """\
 examples:
   python globe.py export                                    the newest run, into RUN/export, format globe
-  python globe.py export --factors runs/qwen --to qwen-dense --format dense"""),
+  python globe.py export --factors runs/qwen --to qwen-dense --format dense
+  python globe.py export --factors runs/qwen --push-to-hub me/qwen-globe"""),
     "report": (cmd_report, "tables and PNG plots of a run", "example:\n  python globe.py report --factors runs/tiny-001"),
     "train": (cmd_train, "train a small Qwen2-MoE, from scratch or upcycled from a dense model", """\
 examples:
@@ -3268,9 +3457,12 @@ def build_parser() -> argparse.ArgumentParser:
             p.add_argument("--out", metavar="DIR", help="run directory; default: a fresh runs/NAME-NNN")
         if name == "eval":
             p.add_argument("--text", metavar="FILE", help="text to measure perplexity on; default: built-in held-out files")
+            p.add_argument("--tasks", nargs="+", metavar="NAME", help="builtin, or tasks of lm-eval (names, or YAML files)")
         if name == "export":
             p.add_argument("--to", metavar="DIR", help="where to; default: RUN/export")
             p.add_argument("--format", choices=("globe", "dense", "composed"), default="globe")
+            p.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload it too, into a private repository")
+            p.add_argument("--public", action="store_true", help="... into a public one")
             p.add_argument("--no-check", action="store_true", help="do not load the export and compare its logits")
         if name == "train":
             p.add_argument("--to", metavar="DIR", required=True, help="where the checkpoint goes")
@@ -3289,6 +3481,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         build_parser().error(f"unrecognized arguments: {' '.join(odd)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    if getattr(args, "tasks", None):  # --tasks takes all that follows it
+        args.overrides += [t for t in args.tasks if "=" in t]
+        args.tasks = [t for t in args.tasks if "=" not in t]
     return args
 
 

@@ -1,6 +1,7 @@
 """Tests of globe.py. Each name is a claim; `pytest -m "not slow"` leaves out what takes longest. No network is used."""
 import ast
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -1466,6 +1467,202 @@ def test_a_loaded_export_generates_in_a_pipeline_and_nothing_is_compiled(run, mo
     assert torch.equal(got, globe.load("out").generate(**ids, max_new_tokens=8, do_sample=False)) and not model.hf_quantizer.is_compileable
     text = pipeline("text-generation", model="out", trust_remote_code=True)("def main(", max_new_tokens=8, do_sample=False)
     assert text[0]["generated_text"].startswith("def main(")
+
+
+def test_the_hub_gets_a_private_repository_unless_told_otherwise(run, monkeypatch, capsys):
+    import huggingface_hub
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo, private, exist_ok):
+            calls.append((repo, private))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append((repo_id, sorted(os.listdir(folder_path))))
+    with monkeypatch.context() as mocked:
+        mocked.setattr(huggingface_hub, "HfApi", Hub)
+        for extra, private in (([], True), (["--public", "--overwrite"], False)):
+            calls.clear()
+            answer("export", "--factors", run, "--to", "out", "--no-check", "--push-to-hub", "me/moe", *extra, capsys=capsys)
+            assert calls[0] == ("me/moe", private) and {"README.md", "globe.py", "model.safetensors", "tokenizer.json"} <= set(calls[1][1])
+    said = refused("export", "--factors", run, "--to", "out", "--no-check", "--overwrite", "--push-to-hub", "me/moe", capsys=capsys)
+    assert "me/moe" in said and "the export is in out" in said
+
+
+def test_the_model_card_states_source_sizes_figures_licence_and_command(run, small, words, tmp_path, capsys):
+    source, run = shutil.copytree(small, tmp_path / "source"), shutil.copytree(run, tmp_path / "r")
+    (source / "README.md").write_text("---\nlanguage: en\nlicense: other\nlicense_name: tongyi\n---\n# Big\nlicense: no\n")
+    globe.write_text(source / "config.json", json.dumps(read(source) | {"_name_or_path": "org/big-moe"}))
+    ckpt = Checkpoint(source)
+    factors = dataclasses.replace(globe.load_factors(run), fingerprint=ckpt.fingerprint())
+    globe.save_factors(factors, run / "factors.safetensors")
+    for form in ("globe", "dense"):
+        answer("export", "--factors", run, "--model", source, "--to", form, "--format", form, "--no-check", capsys=capsys)
+        card = Path(form, "README.md").read_text()
+        assert "None was run" in card and "license: other\nlicense_name: tongyi\nbase_model: org/big-moe" in card.split("---")[1]
+        assert card.count("license: ") == 2 and str(tmp_path) not in card and ("trust_remote_code" in card) == (form == "globe")
+    got = answer("eval", "--factors", run, "--model", source, "--text", words, "--tasks", "builtin", *SPEED, capsys=capsys)
+    answer("export", "--factors", run, "--model", source, "--to", "globe", "--overwrite", "--no-check", capsys=capsys)
+    card = Path("globe/README.md").read_text()
+    assert f"{got['ppl']:.4g}" in card and f"| builtin, " not in card and "words.txt, 252 tokens" in card and "| builtin " in card
+    assert f"{factors.ratio():.4f}" in card and hashlib.sha256(Path("globe/globe.py").read_bytes()).hexdigest() in card
+    line = re.search(r"^python globe.py (fit .*)$", card, re.M)[1]
+    cfg = load_config(None, globe.parse(shlex.split(line)).overrides)
+    assert cfg.model.path == "org/big-moe" and (cfg.bank.m, cfg.bank.r, cfg.fit.steps) == (3, 6, 6)
+
+
+def test_perplexity_with_a_stride_is_the_recipe_token_by_token(small, words):
+    tokenizer, model = globe.load_tokenizer(small), stock(small)
+    ids = globe.token_windows(tokenizer, words.read_text(), 100, 100)[0]
+    windows = globe.token_windows(tokenizer, words.read_text(), 100, 32, 8)
+    assert windows.shape == (9, 32) and torch.equal(windows[1], ids[8:40])
+    total, n = globe.nll(model, windows, 4, stride=8)
+    with torch.no_grad():
+        logp = [model(ids[None, max(0, -(-(t - 31) // 8) * 8):t]).logits[0, -1].log_softmax(-1)[ids[t]] for t in range(1, 96)]
+    assert n == 95 and total == pytest.approx(-float(torch.stack(logp).mean()), rel=1e-4)
+
+
+def test_the_builtin_task_has_right_answers_that_differ_and_a_model_that_knows_them_scores_one(small):
+    items = globe.builtin_choices(40)
+    assert len(items) == 40 and len({c for c, _, _ in items}) == 40 and {a for _, _, a in items} == {0, 1, 2, 3}
+    assert all(len(set(tails)) == 4 for _, tails, _ in items)
+    tokenizer, answers = globe.load_tokenizer(small), {c + t[a] for c, t, a in items}
+
+    class Oracle(torch.nn.Linear):  # sure of the next byte where the text so far begins a right answer
+        def forward(self, ids):
+            out = torch.zeros(*ids.shape, len(tokenizer))
+            for i, row in enumerate(ids.tolist()):
+                right = tokenizer.decode(row).rstrip("\0") in answers
+                out[i, range(len(row) - 1), row[1:]] = 5.0 if right else 1.0
+            return types.SimpleNamespace(logits=out)
+    assert globe.choice_accuracy(Oracle(1, 1), tokenizer, items) == 1.0
+    assert globe.choice_accuracy(stock(small), tokenizer, items) < 0.6  # random weights
+
+
+def local_task(words: Path) -> Path:
+    """A perplexity task of lm-eval on a local file: 4 kB of ASCII, so that a byte is a token."""
+    text = words.read_text(encoding="utf-8").encode("ascii", "ignore").decode()[:4096]
+    Path("doc.txt").write_text(text)
+    Path("doc.json").write_text(json.dumps([{"text": text}]))
+    Path("tasks").mkdir(exist_ok=True)
+    Path("tasks/ppl.yaml").write_text(
+        f"task: local_ppl\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {Path('doc.json').resolve()}\n"
+        "output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list:\n  - metric: byte_perplexity\n")
+    return Path("tasks/ppl.yaml")
+
+
+def exported(run: Path) -> Path:
+    assert globe.main(["export", "--factors", str(run), "--to", "out", "--no-check", "--overwrite"]) == 0
+    return Path("out")
+
+
+def rolling(model: torch.nn.Module, text: Path) -> float:
+    """lm-eval's byte perplexity: windows of 64 bytes, each preceded by one token of context (eos before the first)."""
+    ids = torch.tensor([256, *text.read_bytes()])
+    return math.exp(globe.nll(model, ids.unfold(0, 65, 64))[0])
+
+
+@slow
+def test_lm_eval_inside_eval_agrees_with_its_perplexity(run, words, monkeypatch, capsys):
+    task = local_task(words)
+    with monkeypatch.context() as absent:
+        absent.setitem(sys.modules, "lm_eval", None)
+        assert "pip install lm-eval" in refused("eval", "--factors", run, "--text", "doc.txt", *SPEED, "--tasks", task, capsys=capsys)
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    got = answer("eval", "--factors", run, "--text", "doc.txt", "--tasks", task, "eval.tokens=4096", "eval.length=64", "eval.context=64", capsys=capsys)
+    ppl = got["tasks"]["local_ppl"]["byte_perplexity"]
+    assert ppl["globe"] == pytest.approx(rolling(globe.load(exported(run)), Path("doc.txt")), rel=1e-3)
+    for a, b in ((ppl["globe"], got["ppl"]), (ppl["dense"], got["ppl_dense"])):
+        assert a == pytest.approx(b, rel=0.05)  # random weights and short windows; 1 % on the tiny model
+    assert "nosuchtask" in refused("eval", "--factors", run, "--text", "doc.txt", *SPEED, "--tasks", "nosuchtask", capsys=capsys)
+
+
+@slow
+def test_lm_evals_own_command_reads_a_globe_export(run, words):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    task = local_task(words)
+    want = rolling(globe.load(exported(run)), Path("doc.txt"))
+    argv = ("lm_eval run --model hf --model_args pretrained=out,trust_remote_code=True,max_length=64 --tasks local_ppl "
+            "--include_path tasks --device cpu --batch_size 4 --output_path res").split()
+    code = f"sys.argv = {argv}\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()"
+    got = python(code, timeout=180)
+    assert got.returncode == 0, got.stderr[-3000:]
+    row = json.loads(next(Path("res").rglob("*.json")).read_text())["results"]["local_ppl"]
+    assert row["byte_perplexity,none"] == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", (False, True), ids=("plain", "checkpointing"))
+def test_lora_with_trainable_factors_lowers_the_loss_in_the_trainer(checkpointing, exports, capsys):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(exports["qwen2_moe"])
+    with torch.no_grad():
+        model(IDS)  # something stale in the caches
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    factors = {n: p for n, p in tuned.named_parameters() if n.endswith(("_A", "_val")) or "globe_bank" in n}
+    for p in factors.values():
+        p.requires_grad_(True)
+    if checkpointing:
+        tuned.enable_input_require_grads()
+    before = {n: p.detach().clone() for n, p in tuned.named_parameters() if p.requires_grad}
+    data = [{"input_ids": row, "labels": row} for row in IDS] * 4
+    args = TrainingArguments("trained", max_steps=3, per_device_train_batch_size=2, learning_rate=5e-3, logging_steps=1, report_to="none",
+                             gradient_checkpointing=checkpointing, use_cpu=True, save_strategy="no", lr_scheduler_type="constant")
+    trainer = Trainer(tuned, args, train_dataset=data)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
+    moved = {n for n, p in tuned.named_parameters() if n in before and not torch.equal(p, before[n])}
+    assert set(factors) <= moved and any("lora_B" in n for n in moved)
+    for kind in ("attention", "experts"):  # what was trained is saved: LoRA by peft, factors by save_pretrained
+        assert any(("lora" in n) == (kind == "attention") for n in moved)
+    tuned.merge_and_unload().save_pretrained("tuned")
+    again = AutoModelForCausalLM.from_pretrained("tuned")
+    assert gap(logits(again), logits(model.eval())) < 1e-4
+
+
+def test_factors_train_without_peft_and_a_trained_value_is_never_stale(exports):
+    from transformers import AutoModelForCausalLM
+    results = []
+    for checkpointing in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(exports["qwen3_moe"])
+        logits(model)
+        for m in (model.globe_bank, *globe.globe_modules(model)):
+            for n, p in m.named_parameters():
+                p.requires_grad_(not n.endswith("proj"))
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            model.enable_input_require_grads()
+        optimizer = torch.optim.SGD([p for m in (model.globe_bank, *globe.globe_modules(model)) for p in m.parameters() if p.requires_grad], 0.05)
+        losses = []
+        for _ in range(3):
+            loss = model(IDS, labels=IDS, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        assert losses[2] < losses[1] < losses[0]
+        results.append(losses)
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_a_dense_export_has_the_names_that_vllms_loader_maps(checkpoints, tmp_path):
+    """vLLM's FusedMoE.make_expert_params_mapping takes `experts.{e}.{name}.` for gate, up and down of every expert."""
+    names = {"qwen2_moe": "gate_proj up_proj down_proj", "mixtral": "w1 w3 w2"}
+    for kind in KINDS:
+        ckpt, to = Checkpoint(checkpoints[kind]), fresh_dir(tmp_path / "dense")
+        globe.export_dense(ckpt, random_factors(ckpt, "all"), to)
+        stored = set(load_file(to / "model.safetensors"))
+        for l in ckpt.dims.layers:
+            block = "block_sparse_moe" if kind == "mixtral" else "mlp"
+            for n in names.get(kind, names["qwen2_moe"]).split():
+                assert {f"model.layers.{l}.{block}.experts.{e}.{n}.weight" for e in range(ckpt.dims.experts)} <= stored
+        assert not any(re.search(r"experts\.(gate_up|down)_proj|globe_bank|_A$", n) for n in stored)
+        assert not {"quantization_config", "auto_map"} & set(read(to))
 
 
 @slow
