@@ -31,6 +31,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -86,6 +87,7 @@ class BankConfig:
     m: int | dict = 16                  # bases per bank; one number, or {gate: 16, up: 24}
     r: int | float | None = None        # rows of a basis; a float is a fraction of p
     ratio: float | None = 0.7           # where r is not given: the r for this stored / dense size
+    memory: str | None = None           # wanted size of the whole model, as 18GiB: families and ratio follow
     scope: str | int = "global"         # global | layer | N (groups of N neighbouring layers)
     activation: str = "identity"        # phi: identity | silu | tanh
     init: str = "auto"                  # experts | svd | dictionary | random | auto (short trials of experts and random)
@@ -229,6 +231,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sweep: dict = field(default_factory=dict)   # {section.key: [values]}: fit once for each combination
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -2663,6 +2666,7 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors) -> list:
                            ("layer", "bases in an expert's mixture", "basis, by rank"),
                            ("||W - W^|| / ||W||", "experts", "experts that use it")):
         ax.set(title=t, xlabel=x, ylabel=y, ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
     save(fig, "factors.png")
     return paths
@@ -3183,6 +3187,23 @@ def bank_shape(cfg: Config, family: str, n: int, groups: int, D: Dims) -> tuple:
     return m, r
 
 
+def fit_memory(cfg: Config, ckpt: Checkpoint) -> None:
+    """bank.memory -> bank.ratio, and down too (families: all) where the families alone would go below 0.5 of their size."""
+    size = re.fullmatch(r"([\d.]+) *([KMGT])(i?)B", cfg.bank.memory or "0KB")
+    if not size or cfg.bank.memory and cfg.bank.r is not None:
+        raise UserError(f"bank.memory: expected a size like 18GiB, and no bank.r, found {cfg.bank.memory!r} and {cfg.bank.r}")
+    wanted = float(size[1]) * (1024 if size[3] else 1000) ** ("KMGT".index(size[2]) + 1) / ckpt.dtype.itemsize
+    family, total = len(select_experts(ckpt.dims, cfg.model)) * ckpt.dims.p * ckpt.dims.d, ckpt.num_parameters()
+    for families in dict.fromkeys((cfg.model.families, "all")) if cfg.bank.memory else ():
+        n = len(families_of(dataclasses.replace(cfg.model, families=families))) * family
+        cfg.model.families, cfg.bank.ratio = families, min(0.99, (wanted - total + n) / n)
+        if cfg.bank.ratio >= 0.5:
+            break
+    if cfg.bank.ratio is not None and cfg.bank.ratio <= 0.05:
+        least = (total - 0.95 * n) * ckpt.dtype.itemsize / 2 ** 30
+        raise UserError(f"bank.memory: expected more than {least:.3g}GiB (all that is no expert, and 5 % of the experts), found {cfg.bank.memory}")
+
+
 def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     """Moments of the dense model's activations on the calibration text, layer by layer; from calib.load where given."""
     if cfg.calib.load:
@@ -3218,6 +3239,7 @@ def cmd_fit(args: argparse.Namespace) -> dict:
         print(yaml.safe_dump(config_dict(cfg), sort_keys=False), end="")
         return config_dict(cfg)
     ckpt = open_model(cfg, device)
+    fit_memory(cfg, ckpt)
     D, families, keys = ckpt.dims, families_of(cfg.model), select_experts(ckpt.dims, cfg.model)
     groups = len(set(Experts.groups_of(keys, cfg.bank.scope).values()))
     shapes = {f: bank_shape(cfg, f, len(keys), groups, D) for f in families}
@@ -3258,6 +3280,32 @@ def cmd_fit(args: argparse.Namespace) -> dict:
             "rel_frob": {f: errors[f]["all"] for f in families},
             "support": {f: float(factors.families[f].support().float().median()) for f in families},
             "steps": cfg.fit.steps, "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(peak_rss_gib(), 2)}
+
+
+def cmd_sweep(args: argparse.Namespace) -> dict:
+    """fit; over a grid where an override holds several values (bank.m=64,128) or the YAML file says sweep: {key: [values]}.
+
+    One run per combination below --out, one table at the end; a combination that is finished is not fitted again.
+    """
+    lists = {o for o in args.overrides if re.match(r"[\w.]+=[^\[{'\"]*,", o) and not re.match(r"(calib|train|model|log)\.", o)}
+    plain = [o for o in args.overrides if o not in lists]
+    grid = load_config(args.config, plain).sweep | {o.partition("=")[0]: o.partition("=")[2].split(",") for o in lists}
+    if not grid or args.print_config:
+        return cmd_fit(args)
+    base, rows = Path(args.out) if args.out else new_run(Config(model=ModelConfig(path="sweep"))), []
+    for values in itertools.product(*grid.values()):
+        settings = [f"{k}={v}" for k, v in zip(grid, values)]
+        out = base / "-".join(s.rpartition(".")[2] for s in settings)
+        load_config(args.config, [*plain, *settings])  # an unknown key or a wrong value stops the sweep before its first fit
+        if not (out / "fit.json").is_file():
+            say(f"{len(rows) + 1} of {math.prod(map(len, grid.values()))}: {' '.join(settings)}")
+            result = cmd_fit(argparse.Namespace(**vars(args) | {"out": str(out), "overrides": [*plain, *settings], "resume": True}))
+            write_text(out / "fit.json", json.dumps(result))
+        rows.append(dict(zip(grid, values)) | read_json(out / "fit.json"))
+    columns = [*grid, "ratio", "model_ratio", "seconds"]
+    say(text_table([*columns, *(f"error {f}" for f in rows[0]["rel_frob"])],
+                   [(*(r[c] for c in columns), *r["rel_frob"].values()) for r in rows]))
+    return {"sweep": str(base), "rows": rows}
 
 
 def rewind_log(run: Path, families: Sequence[str]) -> None:
@@ -3368,6 +3416,29 @@ def cmd_report(args: argparse.Namespace) -> dict:
     return {"report": str(run / "report.md"), "plots": [str(p) for p in paths]}
 
 
+def cmd_info(args: argparse.Namespace) -> dict:
+    """What a directory is (checkpoint, run or export) and how large."""
+    path = Path(args.directory)
+    if (path / "config.yaml").is_file() or path.is_file():
+        done = path.is_file() or (path / "factors.safetensors").is_file()
+        meta = load_factors(path).meta() if done else {}
+        out = {"kind": "run"} if done else {"kind": "unfinished run", "steps": (read_rows(path / "log.jsonl") or [{}])[-1].get("step", 0)}
+        out |= {"ratio": load_factors(path).ratio()} if done else {}
+    else:
+        meta = read_json(path / "config.json").get("quantization_config") or {}
+        if meta.get("quant_method") == "globe":
+            out = {"kind": "composed export" if check_meta(meta, str(path)).get("composed") else "globe export", "bytes": weight_bytes(path)}
+        else:
+            ckpt, meta = Checkpoint(path), {}
+            out = {"kind": "checkpoint", "model_type": ckpt.config["model_type"], "parameters": ckpt.num_parameters(),
+                   "bytes": weight_bytes(path), "dtype": str(ckpt.dtype), **dataclasses.asdict(ckpt.dims), "fingerprint": ckpt.fingerprint()}
+    if meta:
+        out |= {k: meta[k] for k in ("model_type", "globe_version", "fingerprint")} | meta["dims"]
+        out |= {f: ", ".join(f"{k} {v}" for k, v in F_.items() if k != "group") for f, F_ in meta["families"].items()}
+    say(text_table(("", args.directory), out.items()))
+    return out
+
+
 def cmd_train(args: argparse.Namespace) -> dict:
     cfg = load_config(args.config, args.overrides)
     if args.print_config:
@@ -3404,11 +3475,12 @@ def cmd_generate(args: argparse.Namespace) -> dict:
 
 
 COMMANDS = {
-    "fit": (cmd_fit, "compress the experts of a model into factors", """\
+    "fit": (cmd_sweep, "compress the experts of a model into factors", """\
 examples:
   python globe.py fit                                       a tiny model, trained on first use
   python globe.py fit --config configs/qwen15.yaml --out runs/qwen
   python globe.py fit model.path=DIR bank.ratio=0.6 fit.steps=200
+  python globe.py fit bank.m=8,16 sparsity.support=4,8      every combination, one table; --out DIR goes on where it stopped
   python globe.py fit --resume --out runs/qwen              go on where a stopped run was saved"""),
     "eval": (cmd_eval, "reconstruction and perplexity, dense beside GloBE", """\
 examples:
@@ -3421,6 +3493,7 @@ examples:
   python globe.py export --factors runs/qwen --to qwen-dense --format dense
   python globe.py export --factors runs/qwen --push-to-hub me/qwen-globe"""),
     "report": (cmd_report, "tables and PNG plots of a run", "example:\n  python globe.py report --factors runs/tiny-001"),
+    "info": (cmd_info, "what a directory is: checkpoint, run or export", "example:\n  python globe.py info runs/tiny-001"),
     "train": (cmd_train, "train a small Qwen2-MoE, from scratch or upcycled from a dense model", """\
 examples:
   python globe.py train --to models/tiny
@@ -3441,6 +3514,8 @@ def build_parser() -> argparse.ArgumentParser:
         p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=examples,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
         p.set_defaults(run=run)
+        if name == "info":
+            p.add_argument("directory", metavar="DIR", help="checkpoint, run (or its factors file) or export")
         p.add_argument("overrides", nargs="*", metavar="section.key=value", help="config values; they win over --config")
         p.add_argument("--config", metavar="YAML", help="config file; see configs/")
         p.add_argument("--device", help="auto (default), cpu, cuda, cuda:N or mps")
