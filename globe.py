@@ -31,7 +31,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -231,7 +230,6 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    sweep: dict = field(default_factory=dict)   # {section.key: [values]}: fit once for each combination
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -1008,18 +1006,18 @@ def hub_text(name: str, config: str = "", split: str = "test") -> str:
     """The column "text" of a hub data set, rows joined as the WikiText recipe joins them."""
     try:
         from datasets import load_dataset
+        return "\n\n".join(load_dataset(name, config or None, split=split)["text"])
     except ImportError:
         raise UserError("text hf:...: data sets of the hub need the package datasets: pip install datasets") from None
-    try:
-        return "\n\n".join(load_dataset(name, config or None, split=split)["text"])
-    except Exception as e:  # offline, no such data set, configuration, split or column: the library's reason is the useful part
+    except Exception as e:  # offline, no such data set or column: the library's reason is the useful part
         raise UserError(f"text hf:{name}:{config}:{split}: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from None
 
 
 def token_windows(tokenizer, text: str, tokens: int, length: int, stride: int | None = None) -> Tensor:
     """(N, length) token ids, N * length <= tokens: windows at even distances over the whole text, in order.
 
-    With stride: overlapping windows from the start of the text, `stride` tokens apart, over `tokens` tokens. A text shorter than `length` gives one shorter window; UserError where it has fewer than two tokens.
+    With stride: overlapping windows over the first `tokens` tokens. A text shorter than `length` gives one shorter
+    window; UserError where it has fewer than two tokens.
     """
     text = text[: tokens * 64]  # no tokenizer here makes a token of more bytes than that on average
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -2157,6 +2155,8 @@ def unpatch(model: nn.Module):
     for (_, attr), (parent, module) in model._globe_dense.items():
         setattr(parent, attr, module)
     del model.globe_bank, model._globe_dense, model.save_pretrained
+    for owner, key in ((model, "_weight_conversions"), (model.config, "quantization_config"), (model.config, "auto_map")):
+        vars(owner).pop(key, None)  # save_pretrained left them
     return model
 
 
@@ -2326,30 +2326,23 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     return _finish(model, directory, device)
 
 
-AUTO_MAP = {"AutoConfig": "globe.GlobeAutoConfig", "AutoModelForCausalLM": "globe.GlobeAutoModel"}
+AUTO_MAP = {"AutoConfig": "globe.GlobeAuto", "AutoModelForCausalLM": "globe.GlobeAuto"}
 
 
-class GlobeAutoConfig:
-    """What auto_map names: importing it registers the loader; the config itself is the native one."""
+class GlobeAuto:
+    """What auto_map names: importing this file registers the loader; config and model are the native classes."""
 
     @classmethod
-    def from_pretrained(cls, path, **kwargs):
-        from transformers import CONFIG_MAPPING, PreTrainedConfig
+    def from_pretrained(cls, path, *args, config=None, **kwargs):
+        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+        if config is not None:  # AutoModelForCausalLM asks, with the config that AutoConfig got here before
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(path, *args, config=config, **kwargs)
         kind = PreTrainedConfig.get_config_dict(path, **kwargs)[0]["model_type"]
         return CONFIG_MAPPING[kind].from_pretrained(path, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class=None) -> None:
-        """Nothing to do: the native class needs no code beside it."""
-
-
-class GlobeAutoModel(GlobeAutoConfig):
-    """What auto_map names: the native model class of the config's type, loaded through the registered loader."""
-
-    @classmethod
-    def from_pretrained(cls, path, *args, config, **kwargs):
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(path, *args, config=config, **kwargs)
+        """Nothing to do: the native classes need no code beside them."""
 
 
 def register_loader() -> None:
@@ -2399,10 +2392,7 @@ def register_loader() -> None:
 
 
 def save_pretrained(model: nn.Module, meta: dict, directory: str | Path, **kwargs) -> None:
-    """save_pretrained of a patched or loaded GloBE model: an export that from_pretrained reads, with its globe.py.
-
-    kwargs: those of PreTrainedModel.save_pretrained.
-    """
+    """save_pretrained (same kwargs) of a patched or loaded model: an export that from_pretrained reads, with globe.py."""
     model.config.quantization_config = {**meta, "quant_method": "globe"}
     model.config.auto_map, model._weight_conversions = dict(AUTO_MAP), []
     push, repo = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", Path(directory).name)
@@ -2578,8 +2568,9 @@ def task_runner(tasks: Sequence[str], tokenizer, context: int | None = None) -> 
         files = {t: Path(t) for t in names if t.endswith((".yaml", ".yml"))}
         known = TaskManager(include_path=[str(f.resolve().parent) for f in files.values()] or None)
         for i, t in enumerate(names):
-            names[i] = re.search(r"^task:\s*(\S+)|$", files[t].read_text(encoding="utf-8"), re.M)[1] if t in files and files[t].is_file() else t
-            if not names[i] or not known.match_tasks([names[i]]):
+            named = re.search(r"^task:\s*(\S+)", files[t].read_text(encoding="utf-8"), re.M) if t in files and files[t].is_file() else None
+            names[i] = named[1] if named else t
+            if not known.match_tasks([names[i]]):
                 raise UserError(f"--tasks: lm-eval knows no task {t!r} (`lm_eval ls tasks` lists its own)")
 
     def run(model: nn.Module, progress: Callable = lambda it: it) -> dict:
@@ -2691,27 +2682,43 @@ def settings_of(config: dict, default: dict, where: str = "") -> list:
     return out
 
 
-CARD = """\
----
-{front}
+def model_card(ckpt: Checkpoint, factors: Factors, form: str, base: str, stored: int, evals: dict) -> str:
+    """README.md of an export. base: hub id or name of the source; stored: bytes of weights; evals: RUN/eval.json."""
+    source = ckpt.dir / "README.md"
+    front = re.match(r"---\n(.*?)\n---", source.read_text(encoding="utf-8"), re.S) if source.is_file() else None
+    licence = "".join(re.findall(r"^license\w*:.*\n", front[1] + "\n", re.M)) if front else ""
+    remote = "" if form == "dense" else ", trust_remote_code=True"
+    note = ("Tensor names, types and config are the source's: whatever reads the source reads this." if form == "dense" else
+            "With the package globe-moe installed, `import globe` in place of `trust_remote_code=True` runs the package's code (and its\n"
+            "native operators, where they are built). Without either, loading stops with a size mismatch, on purpose.")
+    sizes = text_table(("family", "banks", "bases", "rows r", "median support", "phi"), [
+        (f, len(x.bank), *x.bank[0].shape[:2], float(x.support().float().median()), x.activation) for f, x in factors.families.items()])
+    rows = [(f"{text}, {e['tokens']} tokens", "perplexity", e["ppl_dense"], e["ppl"]) for text, e in evals.items()]
+    rows += [(t, k, *v.values()) for e in evals.values() for t, row in e.get("tasks", {}).items() for k, v in row.items()]
+    return f"""---
+{licence}{f"base_model: {base}" if "/" in base else f"# base model: {base}"}
+base_model_relation: quantized
+library_name: transformers
+pipeline_tag: text-generation
+tags: [moe, globe, compressed]
 ---
 # {base}, experts compressed by GloBE ({form})
 
-{families} of the routed experts of `{base}` are written as `W = shift + scale * A phi(sum_j alpha_j B_j)`: an adapter A per
-expert and a sparse mixture over a bank of bases B that layers share (GloBE {version}).
+{' and '.join(factors.families).capitalize()} of the routed experts of `{base}` are `W = shift + scale * A phi(sum_j alpha_j B_j)`: an adapter A
+per expert, and a sparse mixture over a bank of bases B that layers share. {stored:,} bytes of weights; the source has
+{weight_bytes(ckpt.dir):,}. Stored / dense numbers: {factors.ratio():.4f} of the compressed matrices, {factors.model_ratio(ckpt.num_parameters()):.4f} of the model.
 
 {sizes}
 
-Ratio: {ratio:.4f} of the compressed matrices, {model_ratio:.4f} of the whole model (stored / dense numbers).
-
 ## Evaluation
 
-{evaluation}
+{text_table(("on", "measure", "source", "this"), rows) if rows else "None was run before this export (`globe.py eval` first fills a table)."}
 
 ## Load
 
 ```python
-{load}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY"{remote})
 ```
 
 {note}
@@ -2719,40 +2726,13 @@ Ratio: {ratio:.4f} of the compressed matrices, {model_ratio:.4f} of the whole mo
 ## How it was made
 
 ```sh
-{commands}
+{" ".join(["python globe.py fit", f"model.path={base}", *settings_of(factors.config, config_dict(Config()))])}
+python globe.py export --format {form}
 ```
 
-Licence: that of the base model{licence}. Fingerprint of the source checkpoint: `{fingerprint}`.
-Made by globe.py {version}, sha256 `{sha}`.
+Licence: that of the base model{"" if licence else "; its card names none"}. Fingerprint of the source checkpoint: `{factors.fingerprint}`.
+Made by globe.py {__version__}, sha256 `{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}`.
 """
-
-
-def model_card(ckpt: Checkpoint, factors: Factors, form: str, base: str, stored: int, evals: dict) -> str:
-    """README.md of an export. base: hub id or name of the source; stored: bytes of weights; evals: RUN/eval.json."""
-    source = ckpt.dir / "README.md"
-    front = re.match(r"---\n(.*?)\n---", source.read_text(encoding="utf-8"), re.S) if source.is_file() else None
-    licence = re.findall(r"^license\w*:.*$", front[1], re.M) if front else []
-    lines = [*licence, *([f"base_model: {base}"] if "/" in base else []), "base_model_relation: quantized",
-             "library_name: transformers", "pipeline_tag: text-generation", "tags: [moe, globe, compressed]"]
-    load = 'AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY"' + (")" if form == "dense" else ", trust_remote_code=True)")
-    note = ("Tensor names, types and config are the source's: whatever reads the source reads this." if form == "dense" else
-            "With the package globe-moe installed, `import globe` in place of `trust_remote_code=True` does the same with the installed\n"
-            "package (and its native operators, where they are built). Without either, loading stops with a size mismatch, on purpose.")
-    shape = "; ".join(f"{f}: {len(F_.bank)} x {len(F_.bank[0])} bases of {F_.bank[0].shape[1]} x {F_.bank[0].shape[2]}, "
-                      f"support {float(F_.support().float().median()):g}, {F_.activation}" for f, F_ in factors.families.items())
-    settings = settings_of(factors.config, config_dict(Config()))
-    return CARD.format(
-        front="\n".join(lines), base=base, form=form, families=" and ".join(factors.families).capitalize(), version=__version__,
-        sizes=text_table(("", "bytes of weights"), [("this", stored), ("source", weight_bytes(ckpt.dir))]) + f"\n\n{shape}.",
-        ratio=factors.ratio(), model_ratio=factors.model_ratio(ckpt.num_parameters()),
-        evaluation=text_table(("on", "measure", "source", "this"), [
-            *((f"{text}, {e['tokens']} tokens", "perplexity", e["ppl_dense"], e["ppl"]) for text, e in evals.items()),
-            *((t, k, *v.values()) for e in evals.values() for t, row in e.get("tasks", {}).items() for k, v in row.items())]) if evals else
-        "None was run before the export (`globe.py eval`, then `globe.py export` again, fills this table).",
-        load=f"from transformers import AutoModelForCausalLM\nmodel = {load}", note=note,
-        commands=" ".join(["python globe.py fit", f"model.path={base}", *settings]) + f"\npython globe.py export --format {form}",
-        licence=" (" + "; ".join(licence) + ")" if licence else "; its card names none", fingerprint=factors.fingerprint,
-        sha=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
 
 
 # ======================================================================================================
@@ -3189,19 +3169,22 @@ def bank_shape(cfg: Config, family: str, n: int, groups: int, D: Dims) -> tuple:
 
 def fit_memory(cfg: Config, ckpt: Checkpoint) -> None:
     """bank.memory -> bank.ratio, and down too (families: all) where the families alone would go below 0.5 of their size."""
-    size = re.fullmatch(r"([\d.]+) *([KMGT])(i?)B", cfg.bank.memory or "0KB")
-    if not size or cfg.bank.memory and cfg.bank.r is not None:
+    if not cfg.bank.memory:
+        return
+    size = re.fullmatch(r"(\d+\.?\d*) *([KMGT])(i?)B", cfg.bank.memory)
+    if not size or cfg.bank.r is not None:
         raise UserError(f"bank.memory: expected a size like 18GiB, and no bank.r, found {cfg.bank.memory!r} and {cfg.bank.r}")
     wanted = float(size[1]) * (1024 if size[3] else 1000) ** ("KMGT".index(size[2]) + 1) / ckpt.dtype.itemsize
     family, total = len(select_experts(ckpt.dims, cfg.model)) * ckpt.dims.p * ckpt.dims.d, ckpt.num_parameters()
-    for families in dict.fromkeys((cfg.model.families, "all")) if cfg.bank.memory else ():
+    for families in dict.fromkeys((cfg.model.families, "all")):
         n = len(families_of(dataclasses.replace(cfg.model, families=families))) * family
-        cfg.model.families, cfg.bank.ratio = families, min(0.99, (wanted - total + n) / n)
+        cfg.model.families, cfg.bank.ratio = families, (wanted - total + n) / n
         if cfg.bank.ratio >= 0.5:
             break
-    if cfg.bank.ratio is not None and cfg.bank.ratio <= 0.05:
-        least = (total - 0.95 * n) * ckpt.dtype.itemsize / 2 ** 30
-        raise UserError(f"bank.memory: expected more than {least:.3g}GiB (all that is no expert, and 5 % of the experts), found {cfg.bank.memory}")
+    if not 0.05 < cfg.bank.ratio < 1:
+        least, most = ((total - x * n) * ckpt.dtype.itemsize / 2 ** 30 for x in (0.95, 0))
+        raise UserError(f"bank.memory: expected a size between {least:.3g}GiB (5 % of the experts left) and {most:.3g}GiB (the source), "
+                        f"found {cfg.bank.memory}")
 
 
 def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
@@ -3282,32 +3265,6 @@ def cmd_fit(args: argparse.Namespace) -> dict:
             "steps": cfg.fit.steps, "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(peak_rss_gib(), 2)}
 
 
-def cmd_sweep(args: argparse.Namespace) -> dict:
-    """fit; over a grid where an override holds several values (bank.m=64,128) or the YAML file says sweep: {key: [values]}.
-
-    One run per combination below --out, one table at the end; a combination that is finished is not fitted again.
-    """
-    lists = {o for o in args.overrides if re.match(r"[\w.]+=[^\[{'\"]*,", o) and not re.match(r"(calib|train|model|log)\.", o)}
-    plain = [o for o in args.overrides if o not in lists]
-    grid = load_config(args.config, plain).sweep | {o.partition("=")[0]: o.partition("=")[2].split(",") for o in lists}
-    if not grid or args.print_config:
-        return cmd_fit(args)
-    base, rows = Path(args.out) if args.out else new_run(Config(model=ModelConfig(path="sweep"))), []
-    for values in itertools.product(*grid.values()):
-        settings = [f"{k}={v}" for k, v in zip(grid, values)]
-        out = base / "-".join(s.rpartition(".")[2] for s in settings)
-        load_config(args.config, [*plain, *settings])  # an unknown key or a wrong value stops the sweep before its first fit
-        if not (out / "fit.json").is_file():
-            say(f"{len(rows) + 1} of {math.prod(map(len, grid.values()))}: {' '.join(settings)}")
-            result = cmd_fit(argparse.Namespace(**vars(args) | {"out": str(out), "overrides": [*plain, *settings], "resume": True}))
-            write_text(out / "fit.json", json.dumps(result))
-        rows.append(dict(zip(grid, values)) | read_json(out / "fit.json"))
-    columns = [*grid, "ratio", "model_ratio", "seconds"]
-    say(text_table([*columns, *(f"error {f}" for f in rows[0]["rel_frob"])],
-                   [(*(r[c] for c in columns), *r["rel_frob"].values()) for r in rows]))
-    return {"sweep": str(base), "rows": rows}
-
-
 def rewind_log(run: Path, families: Sequence[str]) -> None:
     """Drop the rows that came after the saved state, which a resumed run will write again."""
     steps = {f: -1 for f in families}
@@ -3369,7 +3326,8 @@ def cmd_export(args: argparse.Namespace) -> dict:
         else:
             export_globe(ckpt, factors, tmp, args.format == "composed", dtype)
         error = None if args.no_check else logit_error(ckpt, factors, tmp, args.format, device, dtype)
-        base = cfg.model.path if not Path(cfg.model.path).exists() else ckpt.config.get("_name_or_path") or ckpt.dir.name
+        base = next((n for n in (cfg.model.path, ckpt.config.get("_name_or_path") or "") if n == "tiny" or not Path(n).exists() and
+                     re.fullmatch(r"[\w.-]+/[\w.-]+", n)), ckpt.dir.name)
         evals = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
         write_text(tmp / "README.md", model_card(ckpt, factors, args.format, base, weight_bytes(tmp), evals))
         shutil.rmtree(to, ignore_errors=True)
@@ -3418,20 +3376,19 @@ def cmd_report(args: argparse.Namespace) -> dict:
 
 def cmd_info(args: argparse.Namespace) -> dict:
     """What a directory is (checkpoint, run or export) and how large."""
-    path = Path(args.directory)
-    if (path / "config.yaml").is_file() or path.is_file():
-        done = path.is_file() or (path / "factors.safetensors").is_file()
-        meta = load_factors(path).meta() if done else {}
-        out = {"kind": "run"} if done else {"kind": "unfinished run", "steps": (read_rows(path / "log.jsonl") or [{}])[-1].get("step", 0)}
-        out |= {"ratio": load_factors(path).ratio()} if done else {}
+    path, meta = Path(args.directory), {}
+    if (path / "factors.safetensors").is_file() or path.is_file():
+        factors = load_factors(path)
+        out, meta = {"kind": "run", "ratio": factors.ratio()}, factors.meta()
+    elif (path / "config.yaml").is_file():
+        out = {"kind": "unfinished run", "steps": (read_rows(path / "log.jsonl") or [{}])[-1].get("step", 0)}
+    elif ((quantized := read_json(path / "config.json").get("quantization_config")) or {}).get("quant_method") == "globe":
+        meta = check_meta(quantized, str(path))
+        out = {"kind": "composed export" if meta.get("composed") else "globe export", "bytes": weight_bytes(path)}
     else:
-        meta = read_json(path / "config.json").get("quantization_config") or {}
-        if meta.get("quant_method") == "globe":
-            out = {"kind": "composed export" if check_meta(meta, str(path)).get("composed") else "globe export", "bytes": weight_bytes(path)}
-        else:
-            ckpt, meta = Checkpoint(path), {}
-            out = {"kind": "checkpoint", "model_type": ckpt.config["model_type"], "parameters": ckpt.num_parameters(),
-                   "bytes": weight_bytes(path), "dtype": str(ckpt.dtype), **dataclasses.asdict(ckpt.dims), "fingerprint": ckpt.fingerprint()}
+        ckpt = Checkpoint(path)
+        out = {"kind": "checkpoint", "model_type": ckpt.config["model_type"], "parameters": ckpt.num_parameters(), "dtype": str(ckpt.dtype),
+               "bytes": weight_bytes(path), **dataclasses.asdict(ckpt.dims), "fingerprint": ckpt.fingerprint()}
     if meta:
         out |= {k: meta[k] for k in ("model_type", "globe_version", "fingerprint")} | meta["dims"]
         out |= {f: ", ".join(f"{k} {v}" for k, v in F_.items() if k != "group") for f, F_ in meta["families"].items()}
@@ -3475,12 +3432,11 @@ def cmd_generate(args: argparse.Namespace) -> dict:
 
 
 COMMANDS = {
-    "fit": (cmd_sweep, "compress the experts of a model into factors", """\
+    "fit": (cmd_fit, "compress the experts of a model into factors", """\
 examples:
   python globe.py fit                                       a tiny model, trained on first use
   python globe.py fit --config configs/qwen15.yaml --out runs/qwen
   python globe.py fit model.path=DIR bank.ratio=0.6 fit.steps=200
-  python globe.py fit bank.m=8,16 sparsity.support=4,8      every combination, one table; --out DIR goes on where it stopped
   python globe.py fit --resume --out runs/qwen              go on where a stopped run was saved"""),
     "eval": (cmd_eval, "reconstruction and perplexity, dense beside GloBE", """\
 examples:

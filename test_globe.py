@@ -1665,6 +1665,33 @@ def test_a_dense_export_has_the_names_that_vllms_loader_maps(checkpoints, tmp_pa
         assert not {"quantization_config", "auto_map"} & set(read(to))
 
 
+def test_info_says_what_a_directory_is_and_how_large(run, small, exports, capsys):
+    made, source = answer("info", run, capsys=capsys), answer("info", small, capsys=capsys)
+    assert (made["kind"], made["r"] if "r" in made else "r 6" in made["gate"]) == ("run", True) and 0 < made["ratio"] < 2
+    assert (source["kind"], source["experts"], source["p"], source["d"]) == ("checkpoint", 4, 16, 32)
+    assert source["parameters"] == sum(t.numel() for t in load_file(small / "model.safetensors").values())
+    assert made["fingerprint"] == source["fingerprint"]
+    for kind, want in (("qwen2_moe", "globe export"), ("composed", "composed export")):
+        got = answer("info", exports[kind], capsys=capsys)
+        assert got["kind"] == want and got["bytes"] == globe.weight_bytes(exports[kind]) and "m 5" in got["up"]
+    Path("half").mkdir()
+    shutil.copy(run / "config.yaml", "half")
+    assert answer("info", "half", capsys=capsys)["kind"] == "unfinished run"
+    assert "config.json" in refused("info", "nowhere", capsys=capsys)
+
+
+def test_a_wanted_size_of_the_model_chooses_families_and_r(small, capsys):
+    dense = globe.weight_bytes(small)
+    for share, families in ((0.95, {"gate", "up"}), (0.82, {"gate", "up", "down"})):
+        got = answer("fit", "--out", f"m{share}", f"model.path={small}", f"bank.memory={share * dense / 1000:.1f}KB", "bank.m=2", "fit.steps=1",
+                     "sparsity.support=2", "fit.metric=weights", capsys=capsys)
+        assert set(got["rel_frob"]) == families
+        numbers = sum(t.numel() for t in load_file(small / "model.safetensors").values())
+        assert 0.9 * share * dense < got["model_ratio"] * numbers * 4 <= share * dense
+    for bad, said in (("1KB", "between"), ("18GiB", "between"), ("lots", "18GiB")):
+        assert said in refused("fit", f"model.path={small}", f"bank.memory={bad}", capsys=capsys)
+
+
 @slow
 def test_loading_peaks_far_below_the_dense_size(tmp_path):
     """400 MB of dense experts, 50 MB of factors: the load may take the factors twice (the file's pages and the copy)."""
