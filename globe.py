@@ -3311,7 +3311,8 @@ def cmd_eval(args: argparse.Namespace) -> dict:
         result["tasks"] = {t: {k: {"dense": dense_tasks[t][k], "globe": v} for k, v in row.items()} for t, row in tasks.items()}
         say(text_table(("task", "dense", "GloBE"), [(f"{t} {k}", *v.values()) for t, row in result["tasks"].items() for k, v in row.items()]))
     kept = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
-    write_text(run / "eval.json", json.dumps(kept | {where if ":" in where else Path(where).name: result}, indent=2))
+    with contextlib.suppress(PermissionError):  # a run of somebody else's: nothing is kept for the card
+        write_text(run / "eval.json", json.dumps(kept | {where if ":" in where else Path(where).name: result}, indent=2))
     return result | {"factors": str(run)}
 
 

@@ -1357,6 +1357,10 @@ def test_from_pretrained_gives_the_native_class_with_compressed_experts(how, exp
     code = """
 if sys.argv[1] == "package":
     import globe
+from transformers import AutoConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
+config = AutoConfig.from_pretrained(sys.argv[2], trust_remote_code=sys.argv[1] != "package")
+assert AutoQuantizationConfig.from_dict(config.quantization_config).quant_method == "globe"  # as lm-eval does, before it has a model
 out = {}
 for path in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=sys.argv[1] != "package")
@@ -1493,6 +1497,7 @@ def test_the_model_card_states_source_sizes_figures_licence_and_command(run, sma
     source, run = shutil.copytree(small, tmp_path / "source"), shutil.copytree(run, tmp_path / "r")
     (source / "README.md").write_text("---\nlanguage: en\nlicense: other\nlicense_name: tongyi\n---\n# Big\nlicense: no\n")
     globe.write_text(source / "config.json", json.dumps(read(source) | {"_name_or_path": "org/big-moe"}))
+    (run / "eval.json").unlink(missing_ok=True)  # other tests evaluated the run that this is a copy of
     ckpt = Checkpoint(source)
     factors = dataclasses.replace(globe.load_factors(run), fingerprint=ckpt.fingerprint())
     globe.save_factors(factors, run / "factors.safetensors")
@@ -1500,11 +1505,11 @@ def test_the_model_card_states_source_sizes_figures_licence_and_command(run, sma
         answer("export", "--factors", run, "--model", source, "--to", form, "--format", form, "--no-check", capsys=capsys)
         card = Path(form, "README.md").read_text()
         assert "None was run" in card and "license: other\nlicense_name: tongyi\nbase_model: org/big-moe" in card.split("---")[1]
-        assert card.count("license: ") == 2 and str(tmp_path) not in card and ("trust_remote_code" in card) == (form == "globe")
+        assert card.count("license: ") == 1 and str(tmp_path) not in card and ("trust_remote_code" in card) == (form == "globe")
     got = answer("eval", "--factors", run, "--model", source, "--text", words, "--tasks", "builtin", *SPEED, capsys=capsys)
     answer("export", "--factors", run, "--model", source, "--to", "globe", "--overwrite", "--no-check", capsys=capsys)
     card = Path("globe/README.md").read_text()
-    assert f"{got['ppl']:.4g}" in card and f"| builtin, " not in card and "words.txt, 252 tokens" in card and "| builtin " in card
+    assert f"{got['ppl']:.4g}" in card and "| builtin, " not in card and "words.txt, 252 tokens" in card and "| builtin " in card
     assert f"{factors.ratio():.4f}" in card and hashlib.sha256(Path("globe/globe.py").read_bytes()).hexdigest() in card
     line = re.search(r"^python globe.py (fit .*)$", card, re.M)[1]
     cfg = load_config(None, globe.parse(shlex.split(line)).overrides)
@@ -1520,6 +1525,21 @@ def test_perplexity_with_a_stride_is_the_recipe_token_by_token(small, words):
     with torch.no_grad():
         logp = [model(ids[None, max(0, -(-(t - 31) // 8) * 8):t]).logits[0, -1].log_softmax(-1)[ids[t]] for t in range(1, 96)]
     assert n == 95 and total == pytest.approx(-float(torch.stack(logp).mean()), rel=1e-4)
+
+
+def test_a_hub_data_set_is_read_by_name_configuration_and_split(monkeypatch):
+    def load_dataset(name, config, split):
+        if name == "gone":
+            raise FileNotFoundError("no such data set\nand a long story")
+        return {"text": [name, str(config), split]}
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert globe.read_text("hf:org/wiki:raw-v1:validation", "heldout") == "org/wiki\n\nraw-v1\n\nvalidation"
+    assert globe.read_text("hf:org/wiki", "heldout") == "org/wiki\n\nNone\n\ntest"
+    with pytest.raises(UserError, match="hf:gone::test: FileNotFoundError: no such data set$"):
+        globe.read_text("hf:gone", "heldout")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        globe.read_text("hf:org/wiki", "heldout")
 
 
 def test_the_builtin_task_has_right_answers_that_differ_and_a_model_that_knows_them_scores_one(small):
@@ -1783,7 +1803,7 @@ def test_the_readmes_recipes_run_as_they_stand(words, monkeypatch, capsys):
     import bench
     smaller = {"train": [*TRAIN, f"train.text={words}"], "fit": [*TRAIN, f"train.text={words}", "bank.m=3", "sparsity.support=2",
                "fit.steps=6", "calib.tokens=512", "calib.length=64"], "eval": SPEED, "generate": [*SPEED, "--max-new-tokens", "4"],
-               "export": [], "report": []}
+               "export": [], "report": [], "info": []}
     fewer = ["--set", *TRAIN, f"train.text={words}", "bank.m=3", "sparsity.support=2", "fit.steps=6", "calib.tokens=512",
              "--steps", "6", "--tokens", "4", "--prefill", "16", "--repeats", "1", "--windows", "2"]
     seen = set()
