@@ -91,6 +91,7 @@ class BankConfig:
     m: int | dict = 32                  # bases per bank; one number, or {gate: 16, up: 24} (bank.share: gate's)
     r: int | float | None = None        # rows of a basis; a float is a fraction of p
     ratio: float | None = 0.7           # where r is not given: the r for this stored / dense size
+    memory: str | None = None           # wanted size of the whole model, as 18GiB: families and ratio follow
     scope: str | int = "global"         # global | layer | N (groups of N neighbouring layers)
     share: bool = True                  # gate and up draw from one bank of m bases (where both are compressed)
     activation: str = "identity"        # phi: identity | silu | tanh
@@ -189,9 +190,12 @@ class LogConfig:
 
 @dataclass
 class EvalConfig:
-    text: str = "builtin"               # text file or builtin (held-out files of the standard library)
+    text: str = "builtin"               # text file, hf:DATASET:CONFIG:SPLIT or builtin (held-out library files)
     tokens: int = 32768
-    length: int = 512                   # window; scored whole, windows do not overlap
+    length: int = 512                   # window
+    stride: int | None = None           # tokens from one window to the next, the rest is context; default: length, and
+                                        # windows spread over the text
+    context: int | None = None          # longest input that lm-eval's tasks may use; default: the model's
 
 
 @dataclass
@@ -248,7 +252,7 @@ CHOICES = {
 }
 POSITIVE = ("bank.m", "bank.r", "bank.ratio", "model.max_experts", "sparsity.support", "sparsity.T0", "fit.steps",
             "fit.lr", "fit.save_every", "fit.memory", "fit.homotopy.every", "calib.tokens", "calib.length", "calib.batch",
-            "cache.per_layer", "cache.budget", "eval.tokens", "eval.length")
+            "cache.per_layer", "cache.budget", "eval.tokens", "eval.length", "eval.stride", "eval.context")
 NON_NEGATIVE = ("model.single_layer", "sparsity.l1", "sparsity.eps_prune", "fit.batch", "fit.ridge", "fit.lambda_A",
                 "fit.lambda_B", "fit.lambda_T", "fit.spectral", "fit.tol", "fit.seed", "cache.warmup_tokens",
                 "fit.homotopy.lam_steps", "fit.homotopy.beta_steps", "calib.sampled")
@@ -437,7 +441,10 @@ def free_memory(device: torch.device) -> int:
 
 
 def peak_rss_gib() -> float:
-    import resource  # not on Windows
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2 ** (30 if sys.platform == "darwin" else 20)
 
@@ -1134,6 +1141,8 @@ def read_text(spec: str, split: str) -> str:
     """The text of a file, of every .txt/.md/.py/.rst file below a directory, or of a builtin split."""
     if spec == "builtin":
         return builtin_text(split)
+    if spec.startswith("hf:"):
+        return hub_text(*spec.split(":")[1:])
     path = Path(spec)
     files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md", ".py", ".rst")) if path.is_dir() else [path]
     try:
@@ -1146,16 +1155,30 @@ def read_text(spec: str, split: str) -> str:
     return text
 
 
-def token_windows(tokenizer, text: str, tokens: int, length: int) -> Tensor:
+def hub_text(name: str, config: str = "", split: str = "test") -> str:
+    """The column "text" of a hub data set, rows joined as the WikiText recipe joins them."""
+    try:
+        from datasets import load_dataset
+        return "\n\n".join(load_dataset(name, config or None, split=split)["text"])
+    except ImportError:
+        raise UserError("text hf:...: data sets of the hub need the package datasets: pip install datasets") from None
+    except Exception as e:  # offline, no such data set or column: the library's reason is the useful part
+        raise UserError(f"text hf:{name}:{config}:{split}: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from None
+
+
+def token_windows(tokenizer, text: str, tokens: int, length: int, stride: int | None = None) -> Tensor:
     """(N, length) token ids, N * length <= tokens: windows at even distances over the whole text, in order.
 
-    A text shorter than `length` gives one shorter window; UserError where it has fewer than two tokens.
+    With stride: overlapping windows over the first `tokens` tokens. A text shorter than `length` gives one shorter
+    window; UserError where it has fewer than two tokens.
     """
     text = text[: tokens * 64]  # no tokenizer here makes a token of more bytes than that on average
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < 2:
         raise UserError(f"text: expected at least 2 tokens, found {len(ids)}")
     length = min(length, len(ids))
+    if stride:
+        return ids[:max(tokens, length)].unfold(0, length, min(stride, length))
     have, want = len(ids) // length, max(1, tokens // length)
     starts = [i * have // min(want, have) * length for i in range(min(want, have))]
     return torch.stack([ids[s:s + length] for s in starts])
@@ -2113,6 +2136,9 @@ class GlobeExperts(nn.Module):
         self.dense_row = {e: i for i, e in enumerate(e for e in range(D.experts) if e not in self.fitted)}
         self.families, self.composed = meta["families"], bool(meta.get("composed"))
         self._bank = (bank,)  # a tuple hides it from nn.Module: the model owns the bank, once
+        # A loader that knows nothing of GloBE would start from random experts with no more than a warning; a tensor of
+        # the dense experts' name and another shape makes it stop.
+        self.register_buffer("gate_up_proj", torch.zeros(1, dtype=torch.int8))
         n = len(self.fitted)
         for f in FAMILIES:
             if f in self.families:
@@ -2166,10 +2192,12 @@ class GlobeExperts(nn.Module):
         if self.composed:
             return getattr(self, f"{f}_basis")[i]
         F_ = self.families[f]
-        bank = getattr(self._bank[0], f"{F_['bank']}_{F_['group'][str(self.layer)]}")
+        bank, idx = getattr(self._bank[0], f"{F_['bank']}_{F_['group'][str(self.layer)]}"), getattr(self, f"{f}_idx")[i:i + 1]
+        if bank.device != idx.device:  # layers spread over devices: fetch the bases that this expert mixes, not the bank
+            bank = bank[idx[0].long().to(bank.device)].to(idx.device)
+            idx = torch.arange(idx.shape[1], device=idx.device)[None]
         out = out if out is not None and out.dtype == bank.dtype else None
-        y = compose(bank, getattr(self, f"{f}_idx")[i:i + 1], getattr(self, f"{f}_val")[i:i + 1], F_["activation"],
-                    out=None if out is None else out[None])
+        y = compose(bank, idx, getattr(self, f"{f}_val")[i:i + 1], F_["activation"], out=None if out is None else out[None])
         return y[0] if out is None else out
 
     def _build(self, e: int, slot: dict) -> dict:
@@ -2186,7 +2214,8 @@ class GlobeExperts(nn.Module):
     def item(self, e: int) -> dict:
         if e not in self.fitted:
             return {}
-        trains = torch.is_grad_enabled() and any(p.requires_grad for n, p in self.named_parameters() if not n.endswith("proj"))
+        fresh = self.training or torch.is_grad_enabled()  # training: also in the no-grad pass of gradient checkpointing
+        trains = fresh and any(p.requires_grad for m in (self, *self._bank) for n, p in m.named_parameters() if n[-4:] != "proj")
         return self._build(e, {}) if trains else self.cache.get(e, self._build)
 
     def project(self, f: str, x: Tensor, e: int, item: dict) -> Tensor:
@@ -2312,7 +2341,8 @@ def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
             name = next(n for n in ("shared_expert", "shared_experts") if hasattr(parent, n))
             old_modules[(layer, name)] = (parent, getattr(parent, name))
             setattr(parent, name, GlobeShared(new, getattr(parent, name), D.shared).train(model.training))
-    model.globe_bank = bank
+    model._modules = {"globe_bank": bank, **model._modules}  # first: device_map="auto" offloads what comes last
+    model.save_pretrained = functools.partial(save_pretrained, model, meta)
     return old_modules
 
 
@@ -2381,12 +2411,14 @@ def unpatch(model: nn.Module):
         raise UserError("model: nothing to unpatch (not patched, or patched with keep_dense=False)")
     for (_, attr), (parent, module) in model._globe_dense.items():
         setattr(parent, attr, module)
-    del model.globe_bank, model._globe_dense
+    del model.globe_bank, model._globe_dense, model.save_pretrained
+    for owner, key in ((model, "_weight_conversions"), (model.config, "quantization_config"), (model.config, "auto_map")):
+        vars(owner).pop(key, None)  # save_pretrained left them
     return model
 
 
 def globe_modules(model: nn.Module) -> list:
-    return [m for m in model.modules() if isinstance(m, GlobeExperts)]
+    return [m for m in model.modules() if type(m).__name__ == "GlobeExperts"]  # of this or another copy of globe.py
 
 
 def cache_stats(model: nn.Module) -> dict:
@@ -2551,6 +2583,82 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     return _finish(model, directory, device)
 
 
+AUTO_MAP = {"AutoConfig": "globe.GlobeAuto", "AutoModelForCausalLM": "globe.GlobeAuto"}
+
+
+class GlobeAuto:
+    """What auto_map names: importing this file registers the loader; config and model are the native classes."""
+
+    @classmethod
+    def from_pretrained(cls, path, *args, config=None, **kwargs):
+        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+        if config is not None:  # AutoModelForCausalLM asks, with the config that AutoConfig got here before
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(path, *args, config=config, **kwargs)
+        kind = PreTrainedConfig.get_config_dict(path, **kwargs)[0]["model_type"]
+        return CONFIG_MAPPING[kind].from_pretrained(path, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class=None) -> None:
+        """Nothing to do: the native classes need no code beside them."""
+
+
+def register_loader() -> None:
+    """Teach from_pretrained to read quant_method "globe"; once, however many copies of this file are imported."""
+    from transformers.quantizers import auto, base
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+    if "globe" in auto.AUTO_QUANTIZER_MAPPING:
+        return
+
+    @auto.register_quantization_config("globe")
+    class GlobeQuantizationConfig(QuantizationConfigMixin):
+        def __init__(self, **meta):
+            vars(self).update(meta)
+
+    @auto.register_quantizer("globe")
+    class GlobeQuantizer(base.HfQuantizer):
+        is_trainable, is_qat_trainable, is_compileable = True, True, False
+
+        def is_serializable(self) -> bool:
+            return True
+
+        def validate_environment(self, device_map=None, **_) -> None:
+            places = device_map if isinstance(device_map, dict) else {}
+            bank = {str(v) for k, v in places.items() if k.startswith("globe_bank")}
+            if "disk" in bank or "cpu" in bank and set(map(str, places.values())) - {"cpu", "disk"}:
+                raise UserError(f"device_map: expected globe_bank on an accelerator, found {', '.join(bank)}: every layer reads it")
+
+        def update_weight_conversions(self, weight_conversions, model) -> list:
+            return []  # tensors are stored under the names of the patched model
+
+        def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_) -> None:
+            meta = self.quantization_config.to_dict()
+            where = str(getattr(model.config, "name_or_path", None) or "config.json")
+            install(model, check_meta(meta, where), CacheConfig())
+            stored = set(model.all_tied_weights_keys)
+            for file in checkpoint_files or ():
+                with safe_open(file, "pt") as f:
+                    stored.update(f.keys())
+            empty = [n for n in model.state_dict() if n not in stored] if checkpoint_files else []
+            if empty:
+                raise UserError(f"{where}: expected tensor {empty[0]}, found none (and {len(empty) - 1} more)")
+
+        def _process_model_after_weight_loading(self, model, **_):
+            for module in (model.globe_bank, *globe_modules(model)):
+                module.requires_grad_(False)
+            return model
+
+
+def save_pretrained(model: nn.Module, meta: dict, directory: str | Path, **kwargs) -> None:
+    """save_pretrained (same kwargs) of a patched or loaded model: an export that from_pretrained reads, with globe.py."""
+    model.config.quantization_config = {**meta, "quant_method": "globe"}
+    model.config.auto_map, model._weight_conversions = dict(AUTO_MAP), []
+    push, repo = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", Path(directory).name)
+    type(model).save_pretrained(model, directory, **kwargs)
+    shutil.copyfile(__file__, Path(directory) / "globe.py")
+    if push:
+        model.push_to_hub(repo, **{k: v for k, v in kwargs.items() if k in ("token", "private", "commit_message")})
+
+
 def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """The source model in stock transformers, in the checkpoint's dtype unless another is given."""
     from transformers import AutoModelForCausalLM
@@ -2591,7 +2699,7 @@ def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = 
                     state[f"{name}.{f}_basis"] = torch.stack([m._basis(f, i) for i in range(len(m.fitted))])
     if getattr(model.config, "tie_word_embeddings", False):
         state.pop("lm_head.weight", None)
-    config = ckpt.config | {"quantization_config": {"quant_method": "globe"} | meta,
+    config = ckpt.config | {"quantization_config": {"quant_method": "globe"} | meta, "auto_map": AUTO_MAP,
                             "dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     copy_side_files(ckpt.dir, to)
@@ -2653,15 +2761,84 @@ def sample_ids(directory: Path, vocab: int, n: int = 64) -> Tensor:
 # 9. Evaluation and report: reconstruction figures, perplexity, plots
 # ======================================================================================================
 @torch.no_grad()
-def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = lambda it: it) -> tuple:
-    """(mean negative log-likelihood in nats per predicted token, number of them) over windows (N, length)."""
+def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = lambda it: it, stride: int | None = None) -> tuple:
+    """(mean negative log-likelihood in nats per predicted token, number of them) over windows (N, length).
+
+    With stride, windows overlap: of all but the first only the last `stride` tokens count (the WikiText recipe).
+    """
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for part in progress(windows.split(batch)):
         logits = model(part.to(device)).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten().to(device), reduction="sum")
-        total, count = total + float(loss), count + part[:, 1:].numel()
+        loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten().to(device), reduction="none").view(len(part), -1)
+        scored = torch.ones_like(loss, dtype=torch.bool)
+        scored[0 if count else 1:, :-(stride or loss.shape[1])] = False
+        total, count = total + float(loss[scored].sum()), count + int(scored.sum())
     return total / count, count
+
+
+def builtin_choices(n: int = 100) -> list:
+    """[(context, four continuations, index of the right one)] from held-out documentation of the standard library.
+
+    A paragraph is cut after about 120 characters; the wrong continuations are other paragraphs'. Chance is 1/4.
+    """
+    cuts = {}
+    for name, text in _library_sources():
+        if _split_of(name) == "heldout":
+            for part in [text] if name.startswith("topics/") else re.findall(r'"""(.*?)"""', text, re.S):
+                for paragraph in map(str.split, part.split("\n\n")):
+                    cut = re.fullmatch(r"([A-Z].{120}\S*)( .{40}\S*).*", " ".join(paragraph))
+                    if cut:
+                        cuts[hashlib.sha256(cut[0].encode()).hexdigest()] = cut[1], cut[2]
+    cuts = [cuts[key] for key in sorted(cuts)][:n]
+    tails = [tail for _, tail in cuts] * 2
+    return [(context, [tails[i + (j - i) % 4] for j in range(4)], i % 4) for i, (context, _) in enumerate(cuts)]
+
+
+@torch.no_grad()
+def choice_accuracy(model: nn.Module, tokenizer, items: list, progress: Callable = lambda it: it) -> float:
+    """Fraction of builtin_choices where the right continuation has the highest log-likelihood per character."""
+    right, device = 0, next(model.parameters()).device
+    for context, tails, answer in progress(items):
+        rows = [tokenizer(context + tail, add_special_tokens=False)["input_ids"] for tail in tails]
+        start = len(tokenizer(context, add_special_tokens=False)["input_ids"])
+        ids = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows], device=device)  # padded after the end
+        logp = model(ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        scores = [float(logp[i, start - 1:len(row) - 1].sum()) / len(tails[i]) for i, row in enumerate(rows)]
+        right += max(range(4), key=scores.__getitem__) == answer
+    return right / len(items)
+
+
+def task_runner(tasks: Sequence[str], tokenizer, context: int | None = None) -> Callable:
+    """run(model, progress) -> {task: {metric: value}}: "builtin" by choice_accuracy, names and YAML files by lm-eval.
+
+    UserError, before anything is run, where lm-eval is needed and not installed, or does not know a task.
+    """
+    names = [t for t in tasks if t != "builtin"]
+    if names:
+        try:
+            import lm_eval
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise UserError(f"--tasks {' '.join(names)}: lm-eval is not installed: pip install lm-eval (builtin needs nothing)") from None
+        files = {t: Path(t) for t in names if t.endswith((".yaml", ".yml"))}
+        known = TaskManager(include_path=[str(f.resolve().parent) for f in files.values()] or None)
+        for i, t in enumerate(names):
+            named = re.search(r"^task:\s*(\S+)", files[t].read_text(encoding="utf-8"), re.M) if t in files and files[t].is_file() else None
+            names[i] = named[1] if named else t
+            if not known.match_tasks([names[i]]):
+                raise UserError(f"--tasks: lm-eval knows no task {t!r} (`lm_eval ls tasks` lists its own)")
+
+    def run(model: nn.Module, progress: Callable = lambda it: it) -> dict:
+        out = {"builtin": {"acc": choice_accuracy(model, tokenizer, builtin_choices(), progress)}} if "builtin" in tasks else {}
+        if names:
+            with contextlib.redirect_stdout(sys.stderr):
+                lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=context)
+                got = lm_eval.simple_evaluate(model=lm, tasks=names, task_manager=known)["results"]
+            out |= {t: {k.removesuffix(",none"): v for k, v in row.items() if isinstance(v, float)} for t, row in got.items()}
+        return out
+    return run
 
 
 def reconstruction(ckpt: Checkpoint, factors: Factors) -> dict:
@@ -2749,6 +2926,70 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     width = [max(len(r[i]) for r in cells) for i in range(len(header))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, width)) + " |" for r in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+
+
+def settings_of(config: dict, default: dict, where: str = "") -> list:
+    """["section.key=value", ...] of a saved config that differ from the defaults."""
+    out = []
+    for key, value in config.items():
+        if isinstance(value, dict) and isinstance(default.get(key), dict):
+            out += settings_of(value, default[key], f"{where}{key}.")
+        elif value != default.get(key):
+            out.append(f"{where}{key}={json.dumps(value)}".replace('"', ""))
+    return out
+
+
+def model_card(ckpt: Checkpoint, factors: Factors, form: str, base: str, stored: int, evals: dict) -> str:
+    """README.md of an export. base: hub id or name of the source; stored: bytes of weights; evals: RUN/eval.json."""
+    source = ckpt.dir / "README.md"
+    front = re.match(r"---\n(.*?)\n---", source.read_text(encoding="utf-8"), re.S) if source.is_file() else None
+    licence = "".join(re.findall(r"^license\w*:.*\n", front[1] + "\n", re.M)) if front else ""
+    remote = "" if form == "dense" else ", trust_remote_code=True"
+    note = ("Tensor names, types and config are the source's: whatever reads the source reads this." if form == "dense" else
+            "With the package globe-moe installed, `import globe` in place of `trust_remote_code=True` runs the package's code (and its\n"
+            "native operators, where they are built). Without either, loading stops with a size mismatch, on purpose.")
+    sizes = text_table(("family", "banks", "bases", "rows r", "median support", "phi"), [
+        (f, len(x.bank), *x.bank[0].shape[:2], float(x.support().float().median()), x.activation) for f, x in factors.families.items()])
+    rows = [(f"{text}, {e['tokens']} tokens", "perplexity", e["ppl_dense"], e["ppl"]) for text, e in evals.items()]
+    rows += [(t, k, *v.values()) for e in evals.values() for t, row in e.get("tasks", {}).items() for k, v in row.items()]
+    return f"""---
+{licence}{f"base_model: {base}" if "/" in base else f"# base model: {base}"}
+base_model_relation: quantized
+library_name: transformers
+pipeline_tag: text-generation
+tags: [moe, globe, compressed]
+---
+# {base}, experts compressed by GloBE ({form})
+
+{' and '.join(factors.families).capitalize()} of the routed experts of `{base}` are `W = shift + scale * A phi(sum_j alpha_j B_j)`: an adapter A
+per expert, and a sparse mixture over a bank of bases B that layers share. {stored:,} bytes of weights; the source has
+{weight_bytes(ckpt.dir):,}. Stored / dense numbers: {factors.ratio():.4f} of the compressed matrices, {factors.model_ratio(ckpt.num_parameters()):.4f} of the model.
+
+{sizes}
+
+## Evaluation
+
+{text_table(("on", "measure", "source", "this"), rows) if rows else "None was run before this export (`globe.py eval` first fills a table)."}
+
+## Load
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY"{remote})
+```
+
+{note}
+
+## How it was made
+
+```sh
+{" ".join(["python globe.py fit", f"model.path={base}", *settings_of(factors.config, config_dict(Config()))])}
+python globe.py export --format {form}
+```
+
+Licence: that of the base model{"" if licence else "; its card names none"}. Fingerprint of the source checkpoint: `{factors.fingerprint}`.
+Made by globe.py {__version__}, sha256 `{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}`.
+"""
 
 
 # ======================================================================================================
@@ -3197,6 +3438,26 @@ def bank_shape(cfg: Config, family: str, n: int, groups: int, D: Dims) -> tuple:
     return m, r
 
 
+def fit_memory(cfg: Config, ckpt: Checkpoint) -> None:
+    """bank.memory -> bank.ratio, and down too (families: all) where the families alone would go below 0.5 of their size."""
+    if not cfg.bank.memory:
+        return
+    size = re.fullmatch(r"(\d+\.?\d*) *([KMGT])(i?)B", cfg.bank.memory)
+    if not size or cfg.bank.r is not None:
+        raise UserError(f"bank.memory: expected a size like 18GiB, and no bank.r, found {cfg.bank.memory!r} and {cfg.bank.r}")
+    wanted = float(size[1]) * (1024 if size[3] else 1000) ** ("KMGT".index(size[2]) + 1) / ckpt.dtype.itemsize
+    family, total = len(select_experts(ckpt.dims, cfg.model)) * ckpt.dims.p * ckpt.dims.d, ckpt.num_parameters()
+    for families in dict.fromkeys((cfg.model.families, "all")):
+        n = len(families_of(dataclasses.replace(cfg.model, families=families))) * family
+        cfg.model.families, cfg.bank.ratio = families, (wanted - total + n) / n
+        if cfg.bank.ratio >= 0.5:
+            break
+    if not 0.05 < cfg.bank.ratio < 1:
+        least, most = ((total - x * n) * ckpt.dtype.itemsize / 2 ** 30 for x in (0.95, 0))
+        raise UserError(f"bank.memory: expected a size between {least:.3g}GiB (5 % of the experts left) and {most:.3g}GiB (the source), "
+                        f"found {cfg.bank.memory}")
+
+
 def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     """Moments of the dense model's activations on the calibration text, layer by layer; from calib.load where given."""
     if cfg.calib.load:
@@ -3229,6 +3490,7 @@ def cmd_fit(args: argparse.Namespace) -> dict:
         print(yaml.safe_dump(config_dict(cfg), sort_keys=False), end="")
         return config_dict(cfg)
     ckpt = open_model(cfg, device)
+    fit_memory(cfg, ckpt)
     D, families, keys = ckpt.dims, families_of(cfg.model), select_experts(ckpt.dims, cfg.model)
     groups = len(set(Experts.groups_of(keys, cfg.bank.scope).values()))
     jobs = fit_jobs(cfg)
@@ -3299,19 +3561,29 @@ def open_run(args: argparse.Namespace) -> tuple:
 def cmd_eval(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = open_run(args)
     tokenizer = load_tokenizer(ckpt.dir)
-    windows = token_windows(tokenizer, read_text(args.text or cfg.eval.text, "heldout"), cfg.eval.tokens, cfg.eval.length)
+    where, stride, run_tasks = args.text or cfg.eval.text, cfg.eval.stride, task_runner(args.tasks or (), tokenizer, cfg.eval.context)
+    windows = token_windows(tokenizer, read_text(where, "heldout"), cfg.eval.tokens, cfg.eval.length, stride)
     errors = reconstruction(ckpt, factors)
     layers = list(factors.experts)
     say(text_table(("family", "all layers", *(f"layer {l}" for l in layers)),
                    [(f, e["all"], *(e[l] for l in layers)) for f, e in errors.items()]))
-    dense, tokens = nll(load_dense(ckpt.dir, device, dtype), windows, progress=bar("dense"))
-    ours, _ = nll(assemble(ckpt, factors, device, dtype, cfg.cache), windows, progress=bar("globe"))
+
+    def measure(model: nn.Module, what: str) -> tuple:
+        return *nll(model, windows, progress=bar(what), stride=stride), run_tasks(model, bar(what))
+    dense, tokens, dense_tasks = measure(load_dense(ckpt.dir, device, dtype), "dense")
+    ours, _, tasks = measure(assemble(ckpt, factors, device, dtype, cfg.cache), "globe")
     ratio, model_ratio = factors.ratio(), factors.model_ratio(ckpt.num_parameters())
     say(text_table(("model", "perplexity", "nats per token", "experts' size", "model size"),
                    [("dense", math.exp(dense), dense, 1.0, 1.0), ("GloBE", math.exp(ours), ours, ratio, model_ratio)]))
-    return {"ppl_dense": math.exp(dense), "ppl": math.exp(ours), "delta_nats": ours - dense, "tokens": tokens,
-            "ratio": ratio, "model_ratio": model_ratio, "rel_frob": {f: e["all"] for f, e in errors.items()},
-            "factors": str(run)}
+    result = {"ppl_dense": math.exp(dense), "ppl": math.exp(ours), "delta_nats": ours - dense, "tokens": tokens,
+              "ratio": ratio, "model_ratio": model_ratio, "rel_frob": {f: e["all"] for f, e in errors.items()}}
+    if args.tasks:
+        result["tasks"] = {t: {k: {"dense": dense_tasks[t][k], "globe": v} for k, v in row.items()} for t, row in tasks.items()}
+        say(text_table(("task", "dense", "GloBE"), [(f"{t} {k}", *v.values()) for t, row in result["tasks"].items() for k, v in row.items()]))
+    kept = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
+    with contextlib.suppress(PermissionError):  # a run of somebody else's: nothing is kept for the card
+        write_text(run / "eval.json", json.dumps(kept | {where if ":" in where else Path(where).name: result}, indent=2))
+    return result | {"factors": str(run)}
 
 
 def cmd_export(args: argparse.Namespace) -> dict:
@@ -3325,9 +3597,26 @@ def cmd_export(args: argparse.Namespace) -> dict:
         else:
             export_globe(ckpt, factors, tmp, args.format == "composed", dtype)
         error = None if args.no_check else logit_error(ckpt, factors, tmp, args.format, device, dtype)
+        base = next((n for n in (cfg.model.path, ckpt.config.get("_name_or_path") or "") if n == "tiny" or not Path(n).exists() and
+                     re.fullmatch(r"[\w.-]+/[\w.-]+", n)), ckpt.dir.name)
+        evals = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
+        write_text(tmp / "README.md", model_card(ckpt, factors, args.format, base, weight_bytes(tmp), evals))
         shutil.rmtree(to, ignore_errors=True)
+    if args.push_to_hub:
+        push(to, args.push_to_hub, not args.public)
     return {"path": str(to), "format": args.format, "bytes": weight_bytes(to), "bytes_dense": weight_bytes(ckpt.dir),
             "max_logit_error": error}
+
+
+def push(directory: Path, repo: str, private: bool) -> None:
+    """Upload an export to the hub, into a repository made on demand; UserError with the hub's own reason."""
+    from huggingface_hub import HfApi
+    try:
+        HfApi().create_repo(repo, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=str(directory), commit_message=f"GloBE {__version__}")
+    except Exception as e:  # no token, no network, no such organisation: the hub's reason is the useful part
+        raise UserError(f"--push-to-hub {repo}: the export is in {directory}, but the hub did not take it: {type(e).__name__}: "
+                        f"{(str(e).splitlines() or [''])[0]}") from None
 
 
 @torch.no_grad()
@@ -3354,6 +3643,28 @@ def cmd_report(args: argparse.Namespace) -> dict:
     write_text(run / "report.md", text)
     say(text)
     return {"report": str(run / "report.md"), "plots": [str(p) for p in paths]}
+
+
+def cmd_info(args: argparse.Namespace) -> dict:
+    """What a directory is (checkpoint, run or export) and how large."""
+    path, meta = Path(args.directory), {}
+    if (path / "factors.safetensors").is_file() or path.is_file():
+        factors = load_factors(path)
+        out, meta = {"kind": "run", "ratio": factors.ratio()}, factors.meta()
+    elif (path / "config.yaml").is_file():
+        out = {"kind": "unfinished run", "steps": (read_rows(path / "log.jsonl") or [{}])[-1].get("step", 0)}
+    elif ((quantized := read_json(path / "config.json").get("quantization_config")) or {}).get("quant_method") == "globe":
+        meta = check_meta(quantized, str(path))
+        out = {"kind": "composed export" if meta.get("composed") else "globe export", "bytes": weight_bytes(path)}
+    else:
+        ckpt = Checkpoint(path)
+        out = {"kind": "checkpoint", "model_type": ckpt.config["model_type"], "parameters": ckpt.num_parameters(), "dtype": str(ckpt.dtype),
+               "bytes": weight_bytes(path), **dataclasses.asdict(ckpt.dims), "fingerprint": ckpt.fingerprint()}
+    if meta:
+        out |= {k: meta[k] for k in ("model_type", "globe_version", "fingerprint")} | meta["dims"]
+        out |= {f: ", ".join(f"{k} {v}" for k, v in F_.items() if k != "group") for f, F_ in meta["families"].items()}
+    say(text_table(("", args.directory), out.items()))
+    return out
 
 
 def cmd_train(args: argparse.Namespace) -> dict:
@@ -3401,12 +3712,15 @@ examples:
     "eval": (cmd_eval, "reconstruction and perplexity, dense beside GloBE", """\
 examples:
   python globe.py eval                                      the newest run, built-in held-out text
-  python globe.py eval --factors runs/qwen --text book.txt eval.tokens=100000"""),
+  python globe.py eval --factors runs/qwen --text book.txt eval.tokens=100000 eval.length=2048 eval.stride=512
+  python globe.py eval --tasks builtin                      and a zero-shot task that needs no download"""),
     "export": (cmd_export, "write a checkpoint", """\
 examples:
   python globe.py export                                    the newest run, into RUN/export, format globe
-  python globe.py export --factors runs/qwen --to qwen-dense --format dense"""),
+  python globe.py export --factors runs/qwen --to qwen-dense --format dense
+  python globe.py export --factors runs/qwen --push-to-hub me/qwen-globe"""),
     "report": (cmd_report, "tables and PNG plots of a run", "example:\n  python globe.py report --factors runs/tiny-001"),
+    "info": (cmd_info, "what a directory is: checkpoint, run or export", "example:\n  python globe.py info runs/tiny-001"),
     "train": (cmd_train, "train a small Qwen2-MoE, from scratch or upcycled from a dense model", """\
 examples:
   python globe.py train --to models/tiny
@@ -3427,6 +3741,8 @@ def build_parser() -> argparse.ArgumentParser:
         p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=examples,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
         p.set_defaults(run=run)
+        if name == "info":
+            p.add_argument("directory", metavar="DIR", help="checkpoint, run (or its factors file) or export")
         p.add_argument("overrides", nargs="*", metavar="section.key=value", help="config values; they win over --config")
         p.add_argument("--config", metavar="YAML", help="config file; see configs/")
         p.add_argument("--device", help="auto (default), cpu, cuda, cuda:N or mps")
@@ -3443,9 +3759,12 @@ def build_parser() -> argparse.ArgumentParser:
             p.add_argument("--out", metavar="DIR", help="run directory; default: a fresh runs/NAME-NNN")
         if name == "eval":
             p.add_argument("--text", metavar="FILE", help="text to measure perplexity on; default: built-in held-out files")
+            p.add_argument("--tasks", nargs="+", metavar="NAME", help="builtin, or tasks of lm-eval (names, or YAML files)")
         if name == "export":
             p.add_argument("--to", metavar="DIR", help="where to; default: RUN/export")
             p.add_argument("--format", choices=("globe", "dense", "composed"), default="globe")
+            p.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload it too, into a private repository")
+            p.add_argument("--public", action="store_true", help="... into a public one")
             p.add_argument("--no-check", action="store_true", help="do not load the export and compare its logits")
         if name == "train":
             p.add_argument("--to", metavar="DIR", required=True, help="where the checkpoint goes")
@@ -3464,6 +3783,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         build_parser().error(f"unrecognized arguments: {' '.join(odd)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    if getattr(args, "tasks", None):  # --tasks takes all that follows it
+        args.overrides += [t for t in args.tasks if "=" in t]
+        args.tasks = [t for t in args.tasks if "=" not in t]
     return args
 
 
@@ -3496,3 +3818,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+register_loader()  # imported, as a package or as remote code: from_pretrained knows GloBE from here on

@@ -1,6 +1,7 @@
 """Tests of globe.py. Each name is a claim; `pytest -m "not slow"` leaves out what takes longest. No network is used."""
 import ast
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -836,7 +838,8 @@ def test_globe_and_composed_exports_load_with_the_same_logits(checkpoints, tmp_p
             to = fresh_dir(tmp_path / "export")
             globe.export_globe(ckpt, factors, to, composed)
             assert gap(logits(globe.load(to)), want) < 1e-4
-            names = [n for f in to.glob("*.safetensors") for n in safe_open(f, "pt").keys()]
+            tensors = {n: t for f in to.glob("*.safetensors") for n, t in load_file(f).items()}
+            names = [n for n, t in tensors.items() if not n.endswith("gate_up_proj") or t.numel() > 1]  # one number: the guard
             assert any("globe_bank" in n for n in names) != composed and any(n.endswith("_basis") for n in names) == composed
             assert not any("experts.0.gate_proj" in n or "gate_up_proj" in n for n in names)  # no dense form of what was fitted
             assert (to / "globe.py").read_bytes() == Path(globe.__file__).read_bytes()
@@ -1682,6 +1685,428 @@ def test_cuda_sources_compile(tmp_path):
 
 
 # ======================================================================================================
+# The ecosystem: from_pretrained, pipelines, the hub
+# ======================================================================================================
+KINDS = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3")
+LOADING = f"""
+import json, os, sys, torch
+from transformers import AutoModelForCausalLM
+IDS = torch.tensor({IDS.tolist()})
+"""
+
+
+def python(code: str, *argv, path: Path | None = None, timeout: int = 120) -> subprocess.CompletedProcess:
+    """A process of its own, offline, that finds this globe.py only where `path` is given."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": str(path)} if path else {}
+    env["HF_MODULES_CACHE"] = str(Path.cwd() / "modules")
+    return subprocess.run([sys.executable, "-c", LOADING + code, *map(str, argv)], env=env, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def exports(checkpoints, tmp_path_factory) -> dict:
+    """{model type: globe export}: random factors of gate and up, m 5, r 6; "composed": the composed one of qwen2_moe."""
+    root, out = tmp_path_factory.mktemp("exports"), {}
+    for kind in (*KINDS, "composed"):
+        ckpt = Checkpoint(checkpoints["qwen2_moe" if kind == "composed" else kind])
+        out[kind] = root / f"my.{kind}"
+        out[kind].mkdir()
+        globe.export_globe(ckpt, random_factors(ckpt), out[kind], kind == "composed")
+    return out
+
+
+@pytest.mark.parametrize("how", ("remote code", "package"))
+def test_from_pretrained_gives_the_native_class_with_compressed_experts(how, exports, tmp_path):
+    code = """
+if sys.argv[1] == "package":
+    import globe
+from transformers import AutoConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
+config = AutoConfig.from_pretrained(sys.argv[2], trust_remote_code=sys.argv[1] != "package")
+assert AutoQuantizationConfig.from_dict(config.quantization_config).quant_method == "globe"  # as lm-eval does, before it has a model
+out = {}
+for path in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=sys.argv[1] != "package")
+    half = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=sys.argv[1] != "package", dtype=torch.bfloat16)
+    experts = [m for m in model.modules() if type(m).__name__ == "GlobeExperts"]
+    dtypes = {k.rpartition("_")[2]: str(v.dtype) for k, v in half.state_dict().items() if "experts" in k or "globe_bank" in k}
+    kinds = {k.rpartition(".")[2] for k in model.state_dict()}
+    out[path] = [type(model).__module__, len(experts), model(IDS).logits.tolist(), half(IDS).logits.tolist(), dtypes,
+                 any(p.requires_grad for m in experts for p in m.parameters()), type(experts[0]).__module__,
+                 any(n.endswith("experts.gate_up_proj") and p.numel() > 1 for n, p in model.named_parameters())]
+print(json.dumps(out))
+"""
+    got = python(code, how, *exports.values(), path=HERE if how == "package" else None)
+    assert got.returncode == 0, got.stderr[-3000:]
+    for kind, path in exports.items():
+        where, layers, full, half, dtypes, trains, module, dense = json.loads(got.stdout)[str(path)]
+        want = logits(globe.load(path))
+        assert where.startswith("transformers.models.") and not trains and not dense
+        assert layers == len(globe.dims_of({**read(path), "quantization_config": None}).layers)
+        assert gap(torch.tensor(full), want) < 1e-5, kind
+        assert gap(torch.tensor(half), logits(globe.load(path, dtype=torch.bfloat16))) < 0.1, kind  # the copy may run on torch's operators
+        assert dtypes["A"] == "torch.bfloat16" and dtypes.get("val", "torch.float32") == "torch.float32"
+        assert module == "globe" if how == "package" else module.startswith("transformers_modules.")
+
+
+def read(path: Path) -> dict:
+    return json.loads((path / "config.json").read_text(encoding="utf-8"))
+
+
+def test_without_remote_code_and_package_loading_fails_and_never_starts_from_random_experts(exports):
+    code = """
+for path in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(path)
+    except (RuntimeError, ValueError) as e:
+        print(type(e).__name__)
+"""
+    got = python(code, *exports.values())
+    assert got.returncode == 0 and len(got.stdout.split()) == len(exports), got.stderr[-3000:]
+    assert "gate_up_proj" in got.stderr  # the report names the tensor that does not fit
+
+
+def test_two_copies_of_the_file_register_once_and_know_each_others_models(exports):
+    code = """
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+other = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
+import globe
+again = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model(IDS), again(IDS)
+copies = [name for name in sys.modules if name.split(".")[-1] == "globe"]
+assert len(copies) == 3, copies
+print(json.dumps([globe.cache_stats(m)["misses"] > 0 for m in (model, again)]))
+"""
+    got = python(code, exports["qwen2_moe"], exports["mixtral"], path=HERE)
+    assert got.returncode == 0 and json.loads(got.stdout) == [True, True], got.stderr[-3000:]
+
+
+def test_saving_again_keeps_keys_values_and_globe_py(exports, checkpoints):
+    from transformers import AutoModelForCausalLM
+    for kind in ("qwen2_moe", "mixtral", "deepseek_v3", "composed"):
+        first, ckpt = exports[kind], Checkpoint(checkpoints["qwen2_moe" if kind == "composed" else kind])
+        models = [AutoModelForCausalLM.from_pretrained(first), globe.load(first)]
+        models += [globe.patch(stock(ckpt.dir), random_factors(ckpt))] if kind != "composed" else []
+        for i, model in enumerate(models):
+            model.save_pretrained(f"again-{kind}-{i}", max_shard_size="20KB")
+            again = Path(f"again-{kind}-{i}")
+            a, b = ({n: t for f in sorted(d.glob("*.safetensors")) for n, t in load_file(f).items()} for d in (first, again))
+            assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+            assert len(list(again.glob("*.safetensors"))) > 1
+            assert (again / "globe.py").read_bytes() == Path(globe.__file__).read_bytes()
+            assert {k: read(again)[k] for k in ("quantization_config", "auto_map")} == {k: read(first)[k] for k in ("quantization_config", "auto_map")}
+            assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(again)), logits(globe.load(first)))
+
+
+def test_a_tensor_that_is_missing_from_an_export_stops_the_load(exports, tmp_path):
+    from transformers import AutoModelForCausalLM
+    for gone in ("globe_bank.up_0", "model.layers.1.mlp.experts.gate_A", "model.norm.weight"):
+        broken = fresh_dir(tmp_path / "broken")
+        shutil.copytree(exports["qwen2_moe"], broken, dirs_exist_ok=True)
+        tensors = load_file(broken / "model.safetensors")
+        del tensors[gone]
+        save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=f"expected tensor {gone}, found none"):
+            AutoModelForCausalLM.from_pretrained(broken)
+
+
+def test_a_device_map_spreads_layers_but_keeps_the_bank_at_hand(exports, tmp_path):
+    pytest.importorskip("accelerate", reason="device_map needs accelerate")
+    from transformers import AutoModelForCausalLM
+    want = logits(globe.load(exports["qwen3_moe"]))
+    auto = AutoModelForCausalLM.from_pretrained(exports["qwen3_moe"], device_map="auto")
+    assert gap(logits(auto.cpu()), want) < 1e-4
+    places = {"globe_bank": "cpu", "model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = AutoModelForCausalLM.from_pretrained(exports["qwen3_moe"], device_map=places, offload_folder=tmp_path / "disk")
+    assert spread.model.layers[1].mlp.experts.gate_A.is_meta and gap(logits(spread), want) < 1e-5
+    with pytest.raises(UserError, match="globe_bank"):
+        AutoModelForCausalLM.from_pretrained(exports["qwen3_moe"], device_map=places | {"globe_bank": "disk"}, offload_folder=tmp_path / "disk")
+
+
+def test_a_loaded_export_generates_in_a_pipeline_and_nothing_is_compiled(run, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+    assert globe.main(["export", "--factors", str(run), "--to", "out", "--no-check"]) == 0
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: pytest.fail("generate tried to compile"))
+    model = AutoModelForCausalLM.from_pretrained("out")
+    ids = AutoTokenizer.from_pretrained("out")("def main(", return_tensors="pt")
+    got = model.generate(**ids, max_new_tokens=8, do_sample=False, cache_implementation="static")
+    assert torch.equal(got, globe.load("out").generate(**ids, max_new_tokens=8, do_sample=False)) and not model.hf_quantizer.is_compileable
+    text = pipeline("text-generation", model="out", trust_remote_code=True)("def main(", max_new_tokens=8, do_sample=False)
+    assert text[0]["generated_text"].startswith("def main(")
+
+
+def test_the_hub_gets_a_private_repository_unless_told_otherwise(run, monkeypatch, capsys):
+    import huggingface_hub
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo, private, exist_ok):
+            calls.append((repo, private))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append((repo_id, sorted(os.listdir(folder_path))))
+    with monkeypatch.context() as mocked:
+        mocked.setattr(huggingface_hub, "HfApi", Hub)
+        for extra, private in (([], True), (["--public", "--overwrite"], False)):
+            calls.clear()
+            answer("export", "--factors", run, "--to", "out", "--no-check", "--push-to-hub", "me/moe", *extra, capsys=capsys)
+            assert calls[0] == ("me/moe", private) and {"README.md", "globe.py", "model.safetensors", "tokenizer.json"} <= set(calls[1][1])
+    said = refused("export", "--factors", run, "--to", "out", "--no-check", "--overwrite", "--push-to-hub", "me/moe", capsys=capsys)
+    assert "me/moe" in said and "the export is in out" in said
+
+
+def test_the_model_card_states_source_sizes_figures_licence_and_command(run, small, words, tmp_path, capsys):
+    source, run = shutil.copytree(small, tmp_path / "source"), shutil.copytree(run, tmp_path / "r")
+    (source / "README.md").write_text("---\nlanguage: en\nlicense: other\nlicense_name: tongyi\n---\n# Big\nlicense: no\n")
+    globe.write_text(source / "config.json", json.dumps(read(source) | {"_name_or_path": "org/big-moe"}))
+    (run / "eval.json").unlink(missing_ok=True)  # other tests evaluated the run that this is a copy of
+    ckpt = Checkpoint(source)
+    factors = dataclasses.replace(globe.load_factors(run), fingerprint=ckpt.fingerprint())
+    globe.save_factors(factors, run / "factors.safetensors")
+    for form in ("globe", "dense"):
+        answer("export", "--factors", run, "--model", source, "--to", form, "--format", form, "--no-check", capsys=capsys)
+        card = Path(form, "README.md").read_text()
+        assert "None was run" in card and "license: other\nlicense_name: tongyi\nbase_model: org/big-moe" in card.split("---")[1]
+        assert card.count("license: ") == 1 and str(tmp_path) not in card and ("trust_remote_code" in card) == (form == "globe")
+    got = answer("eval", "--factors", run, "--model", source, "--text", words, "--tasks", "builtin", *SPEED, capsys=capsys)
+    answer("export", "--factors", run, "--model", source, "--to", "globe", "--overwrite", "--no-check", capsys=capsys)
+    card = Path("globe/README.md").read_text()
+    assert f"{got['ppl']:.4g}" in card and "| builtin, " not in card and "words.txt, 252 tokens" in card and "| builtin " in card
+    assert f"{factors.ratio():.4f}" in card and hashlib.sha256(Path("globe/globe.py").read_bytes()).hexdigest() in card
+    line = re.search(r"^python globe.py (fit .*)$", card, re.M)[1]
+    cfg = load_config(None, globe.parse(shlex.split(line)).overrides)
+    assert cfg.model.path == "org/big-moe" and (cfg.bank.m, cfg.bank.r, cfg.fit.steps) == (3, 6, 6)
+
+
+def test_perplexity_with_a_stride_is_the_recipe_token_by_token(small, words):
+    tokenizer, model = globe.load_tokenizer(small), stock(small)
+    ids = globe.token_windows(tokenizer, words.read_text(), 100, 100)[0]
+    windows = globe.token_windows(tokenizer, words.read_text(), 100, 32, 8)
+    assert windows.shape == (9, 32) and torch.equal(windows[1], ids[8:40])
+    total, n = globe.nll(model, windows, 4, stride=8)
+    with torch.no_grad():
+        logp = [model(ids[None, max(0, -(-(t - 31) // 8) * 8):t]).logits[0, -1].log_softmax(-1)[ids[t]] for t in range(1, 96)]
+    assert n == 95 and total == pytest.approx(-float(torch.stack(logp).mean()), rel=1e-4)
+
+
+def test_a_hub_data_set_is_read_by_name_configuration_and_split(monkeypatch):
+    def load_dataset(name, config, split):
+        if name == "gone":
+            raise FileNotFoundError("no such data set\nand a long story")
+        return {"text": [name, str(config), split]}
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert globe.read_text("hf:org/wiki:raw-v1:validation", "heldout") == "org/wiki\n\nraw-v1\n\nvalidation"
+    assert globe.read_text("hf:org/wiki", "heldout") == "org/wiki\n\nNone\n\ntest"
+    with pytest.raises(UserError, match="hf:gone::test: FileNotFoundError: no such data set$"):
+        globe.read_text("hf:gone", "heldout")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        globe.read_text("hf:org/wiki", "heldout")
+
+
+def test_the_builtin_task_has_right_answers_that_differ_and_a_model_that_knows_them_scores_one(small):
+    items = globe.builtin_choices(40)
+    assert len(items) == 40 and len({c for c, _, _ in items}) == 40 and {a for _, _, a in items} == {0, 1, 2, 3}
+    assert all(len(set(tails)) == 4 for _, tails, _ in items)
+    tokenizer, answers = globe.load_tokenizer(small), {c + t[a] for c, t, a in items}
+
+    class Oracle(torch.nn.Linear):  # sure of the next byte where the text so far begins a right answer
+        def forward(self, ids):
+            out = torch.zeros(*ids.shape, len(tokenizer))
+            for i, row in enumerate(ids.tolist()):
+                right = tokenizer.decode(row).rstrip("\0") in answers
+                out[i, range(len(row) - 1), row[1:]] = 5.0 if right else 1.0
+            return types.SimpleNamespace(logits=out)
+    assert globe.choice_accuracy(Oracle(1, 1), tokenizer, items) == 1.0
+    assert globe.choice_accuracy(stock(small), tokenizer, items) < 0.6  # random weights
+
+
+def local_task(words: Path) -> Path:
+    """A perplexity task of lm-eval on a local file: 4 kB of ASCII, so that a byte is a token."""
+    text = words.read_text(encoding="utf-8").encode("ascii", "ignore").decode()[:4096]
+    Path("doc.txt").write_text(text)
+    Path("doc.json").write_text(json.dumps([{"text": text}]))
+    Path("tasks").mkdir(exist_ok=True)
+    Path("tasks/ppl.yaml").write_text(
+        f"task: local_ppl\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {Path('doc.json').resolve()}\n"
+        "output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list:\n  - metric: byte_perplexity\n")
+    return Path("tasks/ppl.yaml")
+
+
+def exported(run: Path) -> Path:
+    assert globe.main(["export", "--factors", str(run), "--to", "out", "--no-check", "--overwrite"]) == 0
+    return Path("out")
+
+
+def rolling(model: torch.nn.Module, text: Path) -> float:
+    """lm-eval's byte perplexity: windows of 64 bytes, each preceded by one token of context (eos before the first)."""
+    ids = torch.tensor([256, *text.read_bytes()])
+    return math.exp(globe.nll(model, ids.unfold(0, 65, 64))[0])
+
+
+@slow
+def test_lm_eval_inside_eval_agrees_with_its_perplexity(run, words, monkeypatch, capsys):
+    task = local_task(words)
+    with monkeypatch.context() as absent:
+        absent.setitem(sys.modules, "lm_eval", None)
+        assert "pip install lm-eval" in refused("eval", "--factors", run, "--text", "doc.txt", *SPEED, "--tasks", task, capsys=capsys)
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    got = answer("eval", "--factors", run, "--text", "doc.txt", "--tasks", task, "eval.tokens=4096", "eval.length=64", "eval.context=64", capsys=capsys)
+    ppl = got["tasks"]["local_ppl"]["byte_perplexity"]
+    assert ppl["globe"] == pytest.approx(rolling(globe.load(exported(run)), Path("doc.txt")), rel=1e-3)
+    for a, b in ((ppl["globe"], got["ppl"]), (ppl["dense"], got["ppl_dense"])):
+        assert a == pytest.approx(b, rel=0.05)  # random weights and short windows; 1 % on the tiny model
+    assert "nosuchtask" in refused("eval", "--factors", run, "--text", "doc.txt", *SPEED, "--tasks", "nosuchtask", capsys=capsys)
+
+
+@slow
+def test_lm_evals_own_command_reads_a_globe_export(run, words):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    local_task(words)
+    want = rolling(globe.load(exported(run)), Path("doc.txt"))
+    argv = ("lm_eval run --model hf --model_args pretrained=out,trust_remote_code=True,max_length=64 --tasks local_ppl "
+            "--include_path tasks --device cpu --batch_size 4 --output_path res").split()
+    code = f"sys.argv = {argv}\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()"
+    got = python(code, timeout=180)
+    assert got.returncode == 0, got.stderr[-3000:]
+    row = json.loads(next(Path("res").rglob("*.json")).read_text())["results"]["local_ppl"]
+    assert row["byte_perplexity,none"] == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", (False, True), ids=("plain", "checkpointing"))
+def test_lora_with_trainable_factors_lowers_the_loss_in_the_trainer(checkpointing, exports, capsys):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(exports["qwen2_moe"])
+    with torch.no_grad():
+        model(IDS)  # something stale in the caches
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    factors = {n: p for n, p in tuned.named_parameters() if n.endswith(("_A", "_val")) or "globe_bank" in n}
+    for p in factors.values():
+        p.requires_grad_(True)
+    if checkpointing:
+        tuned.enable_input_require_grads()
+    before = {n: p.detach().clone() for n, p in tuned.named_parameters() if p.requires_grad}
+    data = [{"input_ids": row, "labels": row} for row in IDS] * 4
+    args = TrainingArguments("trained", max_steps=3, per_device_train_batch_size=2, learning_rate=5e-3, logging_steps=1, report_to="none",
+                             gradient_checkpointing=checkpointing, use_cpu=True, save_strategy="no", lr_scheduler_type="constant")
+    trainer = Trainer(tuned, args, train_dataset=data)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
+    moved = {n for n, p in tuned.named_parameters() if n in before and not torch.equal(p, before[n])}
+    assert set(factors) <= moved and any("lora_B" in n for n in moved)
+    for kind in ("attention", "experts"):  # what was trained is saved: LoRA by peft, factors by save_pretrained
+        assert any(("lora" in n) == (kind == "attention") for n in moved)
+    tuned.merge_and_unload().save_pretrained("tuned")
+    again = AutoModelForCausalLM.from_pretrained("tuned")
+    assert gap(logits(again), logits(model.eval())) < 1e-4
+
+
+def test_factors_train_without_peft_and_a_trained_value_is_never_stale(exports):
+    from transformers import AutoModelForCausalLM
+    results = []
+    for checkpointing in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(exports["qwen3_moe"])
+        logits(model)
+        for m in (model.globe_bank, *globe.globe_modules(model)):
+            for n, p in m.named_parameters():
+                p.requires_grad_(not n.endswith("proj"))
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            model.enable_input_require_grads()
+        optimizer = torch.optim.SGD([p for m in (model.globe_bank, *globe.globe_modules(model)) for p in m.parameters() if p.requires_grad], 0.05)
+        losses = []
+        for _ in range(3):
+            loss = model(IDS, labels=IDS, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        assert losses[2] < losses[1] < losses[0]
+        results.append(losses)
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_a_dense_export_has_the_names_that_vllms_loader_maps(checkpoints, tmp_path):
+    """FusedMoE.make_expert_params_mapping looks for `experts.{e}.{name}.`, name by model, for every expert."""
+    names = {"qwen2_moe": "gate_proj up_proj down_proj", "mixtral": "w1 w3 w2"}
+    for kind in KINDS:
+        ckpt, to = Checkpoint(checkpoints[kind]), fresh_dir(tmp_path / "dense")
+        globe.export_dense(ckpt, random_factors(ckpt, "all"), to)
+        stored = set(load_file(to / "model.safetensors"))
+        for l in ckpt.dims.layers:
+            block = "block_sparse_moe" if kind == "mixtral" else "mlp"
+            for n in names.get(kind, names["qwen2_moe"]).split():
+                assert {f"model.layers.{l}.{block}.experts.{e}.{n}.weight" for e in range(ckpt.dims.experts)} <= stored
+        assert not any(re.search(r"\.experts\.(gate_up|down)_proj|globe_bank|_A$", n) for n in stored)
+        assert not {"quantization_config", "auto_map"} & set(read(to))
+
+
+def test_info_says_what_a_directory_is_and_how_large(run, small, exports, capsys):
+    made, source = answer("info", run, capsys=capsys), answer("info", small, capsys=capsys)
+    assert (made["kind"], made["r"] if "r" in made else "r 6" in made["gate"]) == ("run", True) and 0 < made["ratio"] < 2
+    assert (source["kind"], source["experts"], source["p"], source["d"]) == ("checkpoint", 4, 16, 32)
+    assert source["parameters"] == sum(t.numel() for t in load_file(small / "model.safetensors").values())
+    assert made["fingerprint"] == source["fingerprint"]
+    for kind, want in (("qwen2_moe", "globe export"), ("composed", "composed export")):
+        got = answer("info", exports[kind], capsys=capsys)
+        assert got["kind"] == want and got["bytes"] == globe.weight_bytes(exports[kind]) and "m 5" in got["up"]
+    Path("half").mkdir()
+    shutil.copy(run / "config.yaml", "half")
+    assert answer("info", "half", capsys=capsys)["kind"] == "unfinished run"
+    assert "config.json" in refused("info", "nowhere", capsys=capsys)
+
+
+def test_a_wanted_size_of_the_model_chooses_families_and_r(small, capsys):
+    dense = globe.weight_bytes(small)
+    for share, families in ((0.95, {"gate", "up"}), (0.82, {"gate", "up", "down"})):
+        got = answer("fit", "--out", f"m{share}", f"model.path={small}", f"bank.memory={share * dense / 1000:.1f}KB", "bank.m=2", "fit.steps=1",
+                     "sparsity.support=2", "fit.metric=weights", capsys=capsys)
+        assert set(got["rel_frob"]) == families
+        numbers = sum(t.numel() for t in load_file(small / "model.safetensors").values())
+        assert 0.9 * share * dense < got["model_ratio"] * numbers * 4 <= share * dense
+    for bad, said in (("1KB", "between"), ("18GiB", "between"), ("lots", "18GiB")):
+        assert said in refused("fit", f"model.path={small}", f"bank.memory={bad}", capsys=capsys)
+
+
+@slow
+def test_loading_peaks_far_below_the_dense_size(tmp_path):
+    """400 MB of dense experts, 50 MB of factors: the load may take the factors twice (the file's pages and the copy)."""
+    sizes = dict(vocab_size=258, hidden_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, num_experts=16,
+                 num_experts_per_tok=2, moe_intermediate_size=1024, intermediate_size=64, head_dim=8)
+    dense = 4 * 16 * 3 * 512 * 1024 * 4
+    D = globe.dims_of(sizes | {"model_type": "qwen3_moe"})
+    empty = types.SimpleNamespace(dims=D, config={"model_type": "qwen3_moe"}, fingerprint=lambda: "none")
+    factors = random_factors(empty, "all", m=4, r=64)
+    model = globe._skeleton(sizes | {"model_type": "qwen3_moe"}, torch.float32, factors.meta())
+    globe._assign_factors(model, factors, torch.device("cpu"), torch.float32)
+    for name, t in list(model.state_dict().items()):
+        if t.is_meta:
+            globe._assign(model, name, torch.zeros(t.shape))
+    model.save_pretrained("big")
+    stored = globe.weight_bytes(Path("big"))
+    code = """
+import resource, globe
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from transformers import Qwen3MoeForCausalLM
+before = peak()
+model = AutoModelForCausalLM.from_pretrained("big")
+print(json.dumps([before, peak(), len(globe.globe_modules(model))]))
+"""
+    got = python(code, path=HERE)
+    assert got.returncode == 0, got.stderr[-3000:]
+    before, after, modules = json.loads(got.stdout)
+    assert modules == 4 and stored < 0.2 * dense and after - before < 2.2 * stored + 2 ** 25 < 0.5 * dense
+
+
+# ======================================================================================================
 # House rules
 # ======================================================================================================
 def dotted(node: ast.AST) -> str:
@@ -1740,7 +2165,7 @@ def test_the_readmes_recipes_run_as_they_stand(words, monkeypatch, capsys):
     import bench
     smaller = {"train": [*TRAIN, f"train.text={words}"], "fit": [*TRAIN, f"train.text={words}", "bank.m=3", "sparsity.support=2",
                "fit.steps=6", "calib.tokens=512", "calib.length=64"], "eval": SPEED, "generate": [*SPEED, "--max-new-tokens", "4"],
-               "export": [], "report": []}
+               "export": [], "report": [], "info": []}
     fewer = ["--set", *TRAIN, f"train.text={words}", "bank.m=3", "sparsity.support=2", "fit.steps=6", "calib.tokens=512",
              "--steps", "6", "--tokens", "4", "--prefill", "16", "--repeats", "1", "--windows", "2"]
     seen = set()
