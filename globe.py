@@ -34,6 +34,7 @@ import functools
 import hashlib
 import html
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -238,6 +239,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sweep: dict = field(default_factory=dict)   # {section.key: [values]}: fit once for each combination
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -2874,8 +2876,25 @@ def spectra(factors: Factors) -> dict:
     return out
 
 
-def plot_report(run: Path, rows: list, errors: dict, factors: Factors) -> list:
-    """PNG plots of a run: convergence, error by layer, support sizes and popularity; returns their paths."""
+@torch.no_grad()
+def routing(model: nn.Module, ids: Tensor) -> tuple:
+    """({layer: shares of the tokens per expert, largest first}, {layer: cache hit rate}), decoding ids (1, n) one by one."""
+    counts, past = {m.layer: torch.zeros(m.num_experts) for m in globe_modules(model)}, None
+
+    def count(m, args, kwargs) -> None:
+        counts[m.layer] += torch.bincount((*args, *kwargs.values())[1].flatten().cpu(), minlength=m.num_experts)
+    hooks = [m.register_forward_pre_hook(count, with_kwargs=True) for m in globe_modules(model)]
+    for token in ids.to(next(model.parameters()).device).split(1, 1):
+        past = model(token, past_key_values=past, use_cache=True).past_key_values
+    for hook in hooks:
+        hook.remove()
+    return ({l: (c / c.sum()).sort(descending=True).values for l, c in counts.items()},
+            {m.layer: m.cache.hits / max(1, m.cache.hits + m.cache.misses) for m in globe_modules(model)})
+
+
+def plot_report(run: Path, rows: list, errors: dict, factors: Factors, shares: dict, hits: dict, runs: dict) -> list:
+    """PNG plots of a run: convergence, error by layer, supports and popularity, routing, quality against size of several
+    runs ({run name: eval.json}); returns their paths."""
     try:
         import matplotlib
     except ImportError:
@@ -2917,6 +2936,21 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors) -> list:
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
     save(fig, "factors.png")
+    fig, axes = plt.subplots(1, 3 if runs else 2, figsize=(13 if runs else 9, 3.6))
+    for i, (l, share) in enumerate(shares.items()):
+        axes[0].plot(range(1, len(share) + 1), share, color=str(0.7 * i / len(shares)), label=f"layer {l}" if i in (0, len(shares) - 1) else None)
+    axes[1].plot(list(hits), list(hits.values()), color="black", marker="o", ms=3)
+    axes[0].set(title="Popularity of experts (decoding)", xlabel="expert, by rank", ylabel="share of routed tokens", ylim=(0, None))
+    axes[1].set(title="Hit rate of the cache (decoding)", xlabel="layer", ylabel="hits / look-ups", ylim=(0, 1))
+    for text, mark in zip(dict.fromkeys(t for e in runs.values() for t in e), "osv^Dx+*"):
+        points = sorted((e[text]["model_ratio"], e[text]["delta_nats"]) for e in runs.values() if text in e)
+        axes[2].plot(*zip(*points), mark, color="black", fillstyle="none", label=text)
+        axes[2].set(title="Quality against size", xlabel="size of the model, stored / dense", ylabel="nats lost per token")
+        axes[2].legend()
+    axes[0].legend()
+    for ax in axes[:2]:
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    save(fig, "routing.png")
     return paths
 
 
@@ -3535,6 +3569,38 @@ def cmd_fit(args: argparse.Namespace) -> dict:
             "steps": cfg.fit.steps, "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(peak_rss_gib(), 2)}
 
 
+def cmd_sweep(args: argparse.Namespace) -> dict:
+    """fit; over a grid where an override holds several values (bank.m=64,128) or the YAML file says sweep: {key: [values]}.
+
+    One run per combination below --out, one table at the end; a combination that is finished is not fitted again.
+    """
+    several = re.compile(r"(?!model\.path|calib\.|eval\.|train\.|log\.)([\w.]+)=([^\[{'\",]*,[^\[{'\"]*)")
+    plain = [o for o in args.overrides if not several.fullmatch(o)]
+    grid = load_config(args.config, plain).sweep | {m[1]: m[2].split(",") for o in args.overrides if (m := several.fullmatch(o))}
+    if not grid or args.print_config:
+        return cmd_fit(args)
+    base, rows = Path(args.out) if args.out else new_run(Config(model=ModelConfig(path="sweep"))), []
+    if args.overwrite:
+        shutil.rmtree(base, ignore_errors=True)
+    for values in itertools.product(*grid.values()):
+        settings = [*plain, *(f"{k}={v}" for k, v in zip(grid, values))]
+        load_config(args.config, settings)  # an unknown key or a wrong value stops the sweep before its first fit
+    for values in itertools.product(*grid.values()):
+        settings = [*plain, *(f"{k}={v}" for k, v in zip(grid, values))]
+        out = base / "-".join(f"{k.rpartition('.')[2]}={v}" for k, v in zip(grid, values))
+        if not (out / "fit.json").is_file():
+            say(f"{len(rows) + 1} of {math.prod(map(len, grid.values()))}: {out}")
+            result = cmd_fit(argparse.Namespace(**vars(args) | {"out": str(out), "overrides": settings, "resume": True}))
+            write_text(out / "fit.json", json.dumps({"settings": settings, **result}))
+        rows.append(dict(zip(grid, values)) | read_json(out / "fit.json"))
+        if rows[-1].pop("settings") != settings:
+            raise UserError(f"{out}: fitted with other settings; choose another --out or add --overwrite")
+    columns = [*grid, "ratio", "model_ratio", "seconds"]
+    say(text_table([*columns, *(f"error {f}" for f in rows[0]["rel_frob"])],
+                   [(*(r[c] for c in columns), *r["rel_frob"].values()) for r in rows]))
+    return {"sweep": str(base), "rows": rows}
+
+
 def rewind_log(run: Path, families: Sequence[str]) -> None:
     """Drop the rows that came after the saved state, which a resumed run will write again."""
     steps = {f: -1 for f in families}
@@ -3630,16 +3696,23 @@ def logit_error(ckpt: Checkpoint, factors: Factors, export: Path, kind: str, dev
 
 
 def cmd_report(args: argparse.Namespace) -> dict:
-    run, cfg, factors, ckpt, *_ = open_run(args)
+    run, cfg, factors, ckpt, device, dtype = open_run(args)
     errors, rows = reconstruction(ckpt, factors), read_rows(run / "log.jsonl")
-    paths = plot_report(run, rows, errors, factors)
+    shares, hits = routing(assemble(ckpt, factors, device, dtype, cfg.cache), sample_ids(ckpt.dir, ckpt.config["vocab_size"]))
+    sizes = {d: read_json(Path(d) / "eval.json") for d in (str(run), *args.runs)} if args.runs else {}
+    paths = plot_report(run, rows, errors, factors, shares, hits, sizes)
+    routes = text_table(("layer", "share of the top quarter", "experts not used", "hit rate"), [
+        (l, float(x[:-(-len(x) // 4)].sum()), int((x == 0).sum()), hits[l]) for l, x in shares.items()])
+    if sizes:
+        routes += "\n\n## Quality against size\n\n" + text_table(("run", "text", "ratio", "model size", "perplexity", "nats lost"), [
+            (Path(d).name, t, e["ratio"], e["model_ratio"], e["ppl"], e["delta_nats"]) for d, es in sizes.items() for t, e in es.items()])
     layers = list(factors.experts)
     by_layer = text_table(("layer", *errors), [(l, *(e[l] for e in errors.values())) for l in ("all", *layers)])
     ranks = text_table(("family", "effective rank of A", "norm of A", "effective rank of B~", "norm of B~"),
                        [(f, *s.values()) for f, s in spectra(factors).items()])
     text = (f"# {run.name}\n\nratio {factors.ratio():.4f} of the compressed families, "
             f"{factors.model_ratio(ckpt.num_parameters()):.4f} of the model\n\n## Relative Frobenius error\n\n{by_layer}\n\n"
-            f"## Spectra\n\n{ranks}\n\n" + "".join(f"![{p.stem}]({p.name})\n" for p in paths))
+            f"## Spectra\n\n{ranks}\n\n## Routing and cache, 64 tokens decoded\n\n{routes}\n\n" + "".join(f"![{p.stem}]({p.name})\n" for p in paths))
     write_text(run / "report.md", text)
     say(text)
     return {"report": str(run / "report.md"), "plots": [str(p) for p in paths]}
@@ -3703,11 +3776,12 @@ def cmd_generate(args: argparse.Namespace) -> dict:
 
 
 COMMANDS = {
-    "fit": (cmd_fit, "compress the experts of a model into factors", """\
+    "fit": (cmd_sweep, "compress the experts of a model into factors", """\
 examples:
   python globe.py fit                                       a tiny model, trained on first use
   python globe.py fit --config configs/qwen15.yaml --out runs/qwen
   python globe.py fit model.path=DIR bank.ratio=0.6 fit.steps=200
+  python globe.py fit bank.m=8,16 sparsity.support=4,8      every combination, one table; --out DIR goes on where it stopped
   python globe.py fit --resume --out runs/qwen              go on where a stopped run was saved"""),
     "eval": (cmd_eval, "reconstruction and perplexity, dense beside GloBE", """\
 examples:
@@ -3768,6 +3842,8 @@ def build_parser() -> argparse.ArgumentParser:
             p.add_argument("--no-check", action="store_true", help="do not load the export and compare its logits")
         if name == "train":
             p.add_argument("--to", metavar="DIR", required=True, help="where the checkpoint goes")
+        if name == "report":
+            p.add_argument("--runs", nargs="+", default=(), metavar="DIR", help="other evaluated runs, to plot quality against size")
         if name == "generate":
             p.add_argument("--prompt", required=True)
             p.add_argument("--max-new-tokens", type=int, default=64)

@@ -1291,7 +1291,7 @@ def test_help_of_every_command_shows_examples_that_parse(capsys):
         assert lines
         for line in lines:
             args = globe.build_parser().parse_args(shlex.split(re.split(r"\s{3,}", line)[0])[2:])
-            assert args.command == command and load_config(None, args.overrides)
+            assert args.command == command and load_config(None, [re.sub(",.*", "", o) for o in args.overrides])  # the first of a sweep
 
 
 def test_no_command_a_wrong_command_and_a_wrong_device_exit_2(small, capsys):
@@ -2073,6 +2073,38 @@ def test_a_wanted_size_of_the_model_chooses_families_and_r(small, capsys):
         assert 0.9 * share * dense < got["model_ratio"] * numbers * 4 <= share * dense
     for bad, said in (("1KB", "between"), ("18GiB", "between"), ("lots", "18GiB")):
         assert said in refused("fit", f"model.path={small}", f"bank.memory={bad}", capsys=capsys)
+
+
+def test_a_sweep_fits_every_combination_once_and_ends_in_one_table(small, capsys, monkeypatch):
+    quick = [f"model.path={small}", *QUICK[1:2], "fit.steps=2", "fit.metric=weights"]
+    got = answer("fit", "--out", "s", *quick, "bank.m=2,3", "sparsity.support=1,2", capsys=capsys)
+    assert [(r["bank.m"], r["sparsity.support"]) for r in got["rows"]] == [("2", "1"), ("2", "2"), ("3", "1"), ("3", "2")]
+    assert sorted(p.name for p in Path("s").iterdir()) == [f"m={m}-support={s}" for m in (2, 3) for s in (1, 2)]
+    shutil.rmtree("s/m=3-support=2")
+    fits = []
+    monkeypatch.setattr(globe, "cmd_fit", lambda args, real=globe.cmd_fit: fits.append(args.out) or real(args))
+    Path("grid.yaml").write_text("sweep: {bank.m: [2, 3], sparsity.support: [1, 2]}\n")
+    again = answer("fit", "--out", "s", *quick, "bank.m=2,3", "sparsity.support=1,2", capsys=capsys)
+    assert fits == ["s/m=3-support=2"] and [r["rel_frob"] for r in again["rows"]] == [r["rel_frob"] for r in got["rows"]]
+    assert "other settings" in refused("fit", "--out", "s", *quick[:-2], "fit.steps=3", "fit.metric=weights", "bank.m=2,3", "sparsity.support=1,2", capsys=capsys)
+    assert "bank.mm" in refused("fit", "--out", "t", *quick, "bank.mm=2,3", capsys=capsys) and not Path("t").exists()
+    from_yaml = answer("fit", "--out", "y", "--config", "grid.yaml", *quick, capsys=capsys)
+    assert [r["rel_frob"] for r in from_yaml["rows"]] == [r["rel_frob"] for r in got["rows"]]
+
+
+def test_the_report_shows_routing_cache_and_quality_against_size(run, words, capsys):
+    pytest.importorskip("matplotlib")
+    for name in ("a", "b"):
+        shutil.copytree(run, name)
+        answer("eval", "--factors", name, "--text", words, *SPEED, capsys=capsys)
+    got = answer("report", "--factors", "a", "--runs", "b", capsys=capsys)
+    text = Path(got["report"]).read_text()
+    assert "Routing and cache" in text and "Quality against size" in text and "words.txt" in text and "| b " in text
+    assert Path("a/routing.png").read_bytes().startswith(b"\x89PNG")
+    model, ids = globe.load(exported(run)), torch.arange(40)[None]
+    shares, hits = globe.routing(model, ids)
+    assert all(float(x.sum()) == pytest.approx(1) and (x[1:] <= x[:-1]).all() for x in shares.values()) and set(hits) == set(shares)
+    assert sum(m.cache.hits + m.cache.misses for m in globe.globe_modules(model)) == 40 * 2 * len(hits)
 
 
 @slow
