@@ -233,10 +233,8 @@ constexpr int R = 4;                                    // Pairs that one pass o
 template <class T> constexpr int64_t block = R * step<T>;
 constexpr int64_t K = 8;                                // blocks in a tile
 
-template <class T, int N> INLINE void mix(const T* base, const int64_t* offset, const typename Wide<T>::w* a, int64_t s, Pair<typename Wide<T>::w>* z) {
+template <class T, int N> INLINE void mix(const T* base, const int64_t* offset, const typename Wide<T>::w* a, int64_t s, Pair<typename Wide<T>::w>* z) {  // z += a base
   typedef typename Wide<T>::w W;
-#pragma GCC unroll 8
-  for (int u = 0; u < N; ++u) z[u] = Pair<W>{};
   for (int64_t j = 0; j < s; ++j) {
     const T* p = base + offset[j];
     auto w = splat<W>(a[j]);
@@ -274,18 +272,34 @@ template <class T> INLINE void put(T* out, const Pair<typename Wide<T>::w>* z, i
   }
 }
 
-// One expert, or experts that share nothing: each reads its bases straight from the bank.
+// One expert, or experts that share nothing: each reads its bases straight from the bank, G at a time along a tile, while
+// the next G are fetched. Bases stand a large power of two apart: more of them at once would evict each other's lines.
 template <class T> void compose_each(const Compose& c, const Support<typename Wide<T>::w>& S, int64_t begin, int64_t end, bool around) {
+  constexpr int64_t B = block<T>, G = 4;
   for (int64_t e = 0; e < c.E; ++e) {
-    const int64_t j = S.start[e], s = S.start[e + 1] - j;
-    for (int64_t pos = begin; pos < end; pos += block<T>) {
-      const int64_t n = std::min(block<T>, end - pos);
-      const T* base = (const T*)c.bank + pos;
-      Pair<typename Wide<T>::w> z[R] = {};
-      if (n == block<T>) mix<T, R>(base, S.far.data() + j, S.a.data() + j, s, z);
-      else for (int64_t u = 0; u * step<T> < n; ++u)
-        z[u] = mix_part(base + u * step<T>, S.far.data() + j, S.a.data() + j, s, std::min(step<T>, n - u * step<T>));
-      put((T*)c.out + e * c.n + pos, z, n, c.act, around);
+    const int64_t first = S.start[e], s = S.start[e + 1] - first;
+    const int64_t* far = S.far.data() + first;
+    const typename Wide<T>::w* a = S.a.data() + first;
+    T* out = (T*)c.out + e * c.n;
+    for (int64_t lo = begin; lo < end; lo += K * B) {
+      Pair<typename Wide<T>::w> acc[K][R] = {};
+      const int64_t blocks = std::min(K, (end - lo) / B);
+      for (int64_t j = 0; j < s; j += G) {
+        const int64_t n = std::min(G, s - j), after = j + G < s ? j + G : 0, ahead = lo + (after ? 0 : K * B);
+        for (int64_t k = 0; k < blocks; ++k) {
+          for (int64_t i = after; i < std::min(after + G, s) && ahead < end; ++i)
+            for (int64_t line = 0; line < B * int64_t(sizeof(T)); line += 64)
+              __builtin_prefetch((const char*)((const T*)c.bank + far[i] + ahead + k * B) + line);
+          mix<T, R>((const T*)c.bank + lo + k * B, far + j, a + j, n, acc[k]);
+        }
+      }
+      for (int64_t k = 0; k < blocks; ++k) put(out + lo + k * B, acc[k], B, c.act, around);
+      const int64_t pos = lo + blocks * B;
+      if (blocks < K && pos < end) {
+        for (int64_t u = 0; pos + u * step<T> < end; ++u)
+          acc[0][u] = mix_part((const T*)c.bank + pos + u * step<T>, far, a, s, std::min(step<T>, end - pos - u * step<T>));
+        put(out + pos, acc[0], end - pos, c.act, around);
+      }
     }
   }
 }
@@ -320,7 +334,7 @@ template <class T> void compose_shared(const Compose& c, const Support<typename 
       for (int64_t e = 0; e < c.E; ++e) {
         const int64_t now = k * c.E + e, steps = K * c.E, pos = lo + k * B;
         if (more) copy(next, lo + K * B, slices * now / steps, slices * (now + 1) / steps);
-        Pair<W> z[R];
+        Pair<W> z[R] = {};
         mix<T, R>(tile + k * U * B, S.near.data() + S.start[e], S.a.data() + S.start[e], S.start[e + 1] - S.start[e], z);
         put((T*)c.out + e * c.n + pos, z, std::min(B, end - pos), c.act, around);
       }
