@@ -3514,6 +3514,43 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     return moments
 
 
+def flops_per_pass(cfg: Config, n: int, m: int, r: int, D: Dims, right: bool) -> float:
+    """Floating-point operations of one pass of varpro over n experts; right: with a metric that the bank has not absorbed."""
+    p, d = D.p, D.d
+    products = 6 * p * r * d + 2 * r * r * d + 2 * r * r * p + 4 * r * d * d * right  # W X^T, A X, A^T R; X X^T; A^T A; L
+    return n * (products + r ** 3 / 3 + 2 * r * r * p + 6 * m * r * d + 2 * m * r * r)  # ... solve; compose and back
+
+
+def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict, groups: int, device: torch.device) -> dict:
+    """What a fit will do and need, from the headers alone, and its time from five seconds of matrix products."""
+    D, right = ckpt.dims, cfg.fit.metric == "data" and not (cfg.bank.activation == "identity" and groups == len({l for l, _ in keys}))
+    size, total, free, rows, work, held = ckpt.dtype.itemsize, ckpt.num_parameters(), free_memory(device), [], 0.0, 0.0
+    stored = dense = 0
+    for job, (name, (m, r)) in zip(jobs, shapes.items()):
+        n = len(job) * len(keys)
+        numbers = n * D.p * r + groups * m * r * D.d + 2 * n * min(cfg.sparsity.support, m) + 2 * len(job)
+        bank, experts = 4 * groups * m * r * D.d, 4 * n * D.p * D.d
+        # bank, gradient, direction, trial and L-BFGS pairs; the experts where they fit; a batch's temporaries; factors
+        need = bank * (6 + 2 * cfg.fit.memory) + (experts if experts < free / 4 else 0) + free / 8 + numbers * size
+        work, held, stored, dense = work + flops_per_pass(cfg, n, m, r, D, right and "down" not in job), max(held, need), stored + numbers, dense + n * D.p * D.d
+        rows.append((name, n, m, r, numbers / (n * D.p * D.d)))
+    a, b, done, begin = torch.randn(8, D.p, D.d, device=device), torch.randn(8, D.d, D.p, device=device), 0, time.perf_counter()
+    while time.perf_counter() - begin < 5:
+        a @ b
+        synchronize(device)
+        done += 1
+    rate = done * 16 * D.p * D.p * D.d / (time.perf_counter() - begin)
+    seconds = work * cfg.fit.steps / (0.5 * rate)  # a pass reaches about half of the rate of plain products
+    after = (total - dense + stored) * size
+    say(text_table(("families", "experts", "m", "r", "ratio"), rows))
+    say(f"model {total * size / 2 ** 30:.3g} -> {after / 2 ** 30:.3g} GiB; memory of the fit about {held / 2 ** 30:.3g} GiB, disk about "
+        f"{(stored * size + held) / 2 ** 30:.3g} GiB; {work:.3g} operations a pass at {0.5 * rate / 1e9:.3g} GFLOP/s, "
+        f"{cfg.fit.steps} steps in about {seconds / 60:.3g} minutes, calibration not counted")
+    return {"dry_run": True, "families": list(families_of(cfg.model)), "r": {row[0]: row[3] for row in rows}, "ratio": stored / dense,
+            "model_ratio": (total - dense + stored) / total, "bytes_dense": total * size, "bytes": after, "memory_bytes": int(held),
+            "disk_bytes": int(stored * size + held), "flops_per_pass": work, "flops_per_second": 0.5 * rate, "seconds": round(seconds, 1)}
+
+
 def cmd_fit(args: argparse.Namespace) -> dict:
     begin = time.perf_counter()
     out = Path(args.out) if args.out else None
@@ -3531,6 +3568,8 @@ def cmd_fit(args: argparse.Namespace) -> dict:
     groups = len(set(Experts.groups_of(keys, cfg.bank.scope).values()))
     jobs = fit_jobs(cfg)
     shapes = {"+".join(job): bank_shape(cfg, job[0], len(job) * len(keys), groups, D) for job in jobs}
+    if args.dry_run:
+        return plan_fit(cfg, ckpt, keys, jobs, shapes, groups, device)
     if out is None:
         out = new_run(cfg)
     elif not args.resume:
@@ -3579,7 +3618,7 @@ def cmd_sweep(args: argparse.Namespace) -> dict:
     several = re.compile(r"(?!model\.path|calib\.|eval\.|train\.|log\.)([\w.]+)=([^\[{'\",]*,[^\[{'\"]*)")
     plain = [o for o in args.overrides if not several.fullmatch(o)]
     grid = load_config(args.config, plain).sweep | {m[1]: m[2].split(",") for o in args.overrides if (m := several.fullmatch(o))}
-    if not grid or args.print_config:
+    if not grid or args.print_config or args.dry_run:
         return cmd_fit(args)
     base, rows = Path(args.out) if args.out else new_run(Config(model=ModelConfig(path="sweep"))), []
     if args.overwrite:
@@ -3783,6 +3822,7 @@ examples:
   python globe.py fit                                       a tiny model, trained on first use
   python globe.py fit --config configs/qwen15.yaml --out runs/qwen
   python globe.py fit model.path=DIR bank.ratio=0.6 fit.steps=200
+  python globe.py fit model.path=DIR bank.memory=18GiB --dry-run
   python globe.py fit bank.m=8,16 sparsity.support=4,8      every combination, one table; --out DIR goes on where it stopped
   python globe.py fit --resume --out runs/qwen              go on where a stopped run was saved"""),
     "eval": (cmd_eval, "reconstruction and perplexity, dense beside GloBE", """\
@@ -3833,6 +3873,7 @@ def build_parser() -> argparse.ArgumentParser:
             p.add_argument("--model", metavar="M", help="source checkpoint, where it is no longer at the run's model.path")
         if name == "fit":
             p.add_argument("--out", metavar="DIR", help="run directory; default: a fresh runs/NAME-NNN")
+            p.add_argument("--dry-run", action="store_true", help="say what would be done, its sizes, memory and time; write nothing")
         if name == "eval":
             p.add_argument("--text", metavar="FILE", help="text to measure perplexity on; default: built-in held-out files")
             p.add_argument("--tasks", nargs="+", metavar="NAME", help="builtin, or tasks of lm-eval (names, or YAML files)")

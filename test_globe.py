@@ -1170,6 +1170,19 @@ def test_factors_of_another_checkpoint_are_refused(run, checkpoints, capsys):
     assert "fit" in refused("eval", capsys=capsys)  # and with no run at all the way out is named
 
 
+def test_a_dry_run_says_what_a_fit_then_does_and_writes_nothing(small, capsys, monkeypatch):
+    for more in ([], ["model.families=all", "bank.scope=layer"]):
+        settings = [f"model.path={small}", *QUICK, *more]
+        clock = iter(range(0, 10 ** 6, 2))
+        with monkeypatch.context() as m:
+            m.setattr(globe.time, "perf_counter", lambda: next(clock))
+            plan = answer("fit", "--dry-run", *settings, capsys=capsys)
+        assert not list(Path(".").glob("runs/*"))
+        got = answer("fit", "--out", "whole", "--overwrite", *settings, capsys=capsys)
+        assert plan["ratio"] == pytest.approx(got["ratio"]) and plan["model_ratio"] == pytest.approx(got["model_ratio"])
+        assert plan["families"] == list(got["rel_frob"]) and plan["seconds"] > 0 and plan["flops_per_pass"] > 0
+
+
 def test_gate_and_up_share_a_bank_that_is_stored_once(small, capsys):
     got = {share: answer("fit", "--out", share, f"model.path={small}", "model.families=all", *QUICK, f"bank.share={share}", capsys=capsys)
            for share in ("true", "false")}
