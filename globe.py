@@ -388,7 +388,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = (), base: di
     """
     cfg = Config()
     if base:
-        _merge(cfg, base, "", "saved config")
+        _merge(cfg, base, "", "the run's config.yaml")
     if path:
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -1004,6 +1004,8 @@ class Checkpoint:
                 bad.append(f"{name}: expected {tuple(shape)}, found none")
             elif self.shape(name) != shape:
                 bad.append(f"{name}: expected {tuple(shape)}, found {tuple(self.shape(name))} in {self.shard_of[name]}")
+            elif (kind := self._shard(self.shard_of[name])[0].get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                bad.append(f"{name}: expected float32, float16 or bfloat16, found {kind} in {self.shard_of[name]}")
         last = self.config["num_hidden_layers"]  # layers after it (multi-token prediction) are not the model's
         for name in self.shard_of:
             layer = re.search(r"\.layers\.(\d+)\..*\.experts\.", name)
@@ -1019,7 +1021,13 @@ class Checkpoint:
         return self.expert("gate", self.dims.layers[0], 0).dtype
 
     def tensor(self, name: str) -> Tensor:
-        return self._shard(self.shard_of[name])[0].get_tensor(name)
+        return self._finite(self._shard(self.shard_of[name])[0].get_tensor(name), name)
+
+    def _finite(self, w: Tensor, name: str, part: str = "") -> Tensor:
+        """w; UserError with the count where it holds NaN or Inf. The sum comes first: it needs no copy."""
+        if not math.isfinite(w.sum(dtype=torch.float32)) and (bad := int((~torch.isfinite(w)).sum())):
+            raise UserError(f"{name}{part}: expected finite weights, found {bad} NaN or Inf in {self.shard_of[name]}")
+        return w
 
     def expert(self, family: str, layer: int, expert: int) -> Tensor:
         """One matrix, (p, d), in the checkpoint's dtype."""
@@ -1029,9 +1037,7 @@ class Checkpoint:
         w = view[s.expert, rows, cols] if s.expert is not None else view[rows, cols]
         if not w.is_floating_point() or w.element_size() < 2:
             raise UserError(f"{s.tensor}: expected float32, float16 or bfloat16, found {w.dtype} in {self.shard_of[s.tensor]}")
-        if not math.isfinite(w.sum(dtype=torch.float32)) and (bad := int((~torch.isfinite(w)).sum())):  # the sum first: no copy
-            where = "" if s.expert is None else f" expert {s.expert}"
-            raise UserError(f"{s.tensor}{where}: expected finite weights, found {bad} NaN or Inf in {self.shard_of[s.tensor]}")
+        self._finite(w, s.tensor, "" if s.expert is None else f" expert {s.expert}")
         return w.T if s.transposed else w
 
     def num_parameters(self) -> int:
@@ -2623,13 +2629,26 @@ def streamed(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: 
     wrap = nn.ModuleDict({"model": model})  # tensor names begin with "model."
     for name in [n for n, _ in model.named_children() if n != "layers"]:
         fill(wrap, ckpt, device, dtype, f"model.{name}")
+        _filled(model.get_submodule(name), f"{ckpt.dir}: model.{name}")
     for i, layer in enumerate(model.layers):
         layer.forward = _one_at_a_time(layer.forward, layer, batch, tick, functools.partial(
-            fill, wrap, ckpt, device, dtype, f"model.layers.{i}"))
+            _fill_layer, wrap, ckpt, device, dtype, i))
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to(device) if buffer is not None else None
     return model
+
+
+def _filled(module: nn.Module, where: str) -> None:
+    """UserError where a tensor is still empty: a product with one that is would be noise, not an error."""
+    empty = [n for n, t in module.state_dict().items() if t.is_meta]
+    if empty:
+        raise UserError(f"{where}.{empty[0]}: expected a tensor, found none (and {len(empty) - 1} more)")
+
+
+def _fill_layer(wrap: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, i: int) -> None:
+    fill(wrap, ckpt, device, dtype, f"model.layers.{i}")
+    _filled(wrap.get_submodule(f"model.layers.{i}"), f"{ckpt.dir}: model.layers.{i}")
 
 
 def _one_at_a_time(run: Callable, layer: nn.Module, batch: int, tick: Callable, read: Callable) -> Callable:
@@ -2762,7 +2781,10 @@ def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None)
 def load_tokenizer(directory: Path):
     from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # never asks, never runs a checkpoint's code
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # never asks, never runs a checkpoint's code
+        if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # transformers makes up an empty one where files are missing
+            raise ValueError("its vocabulary is empty")
+        return tokenizer
     except Exception as e:  # tokenizers raises bare Exception for a damaged tokenizer.json
         raise UserError(f"{directory}: expected a tokenizer, found none ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]})") from None
 
@@ -3610,8 +3632,8 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     for kind, parts in moments.items():
         for l, C in parts.items():
             if not torch.isfinite(C).all():
-                raise UserError(f"{ckpt.dir}: expected finite activations in calibration, found NaN or Inf in layer {l} ({kind}): are weights "
-                                "outside the experts damaged?")
+                raise UserError(f"{ckpt.dir}: expected finite activations in calibration, found NaN or Inf in layer {l} ({kind}): do sums "
+                                f"overflow in {ckpt.dtype}?")
     if cfg.calib.save:
         save_moments(Path(cfg.calib.save), moments, ckpt.fingerprint())
     return moments
