@@ -1,5 +1,6 @@
 """Tests of globe.py. Each name is a claim; `pytest -m "not slow"` leaves out what takes longest. No network is used."""
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -2677,14 +2678,34 @@ else:
 
 
 def value_or_usererror(call) -> None:
-    """Runs call(): UserError with one short line, or a value; anything else fails. Memory may grow by 64 MiB at most."""
+    """Runs call(): UserError with one short line, or a value; anything else fails, as does an allocation of 256 MiB."""
+    with at_most_more(256 * 2 ** 20):
+        try:
+            call()
+        except UserError as e:
+            assert 0 < len(str(e)) < 3000
+
+
+@contextlib.contextmanager
+def at_most_more(size: int):
+    """Address space may grow by `size` bytes within the block, where /proc says how much there is; else no limit."""
+    if not Path("/proc/self/statm").is_file():
+        yield
+        return
     import resource
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + size, hard))
     try:
-        call()
-    except UserError as e:
-        assert len(str(e)) < 3000 and str(e)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 2 ** (20 if sys.platform == "darwin" else 10)
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no /proc here to read the address space from")
+def test_the_fuzzers_limit_on_memory_bites():
+    with pytest.raises(MemoryError):
+        value_or_usererror(lambda: bytearray(2 ** 29))
 
 
 @fuzzed(st and st.text(max_size=60) | CONFIGS.map(json.dumps))
@@ -2723,8 +2744,13 @@ def test_any_description_of_factors_is_read_or_refused(path, value):
     for key in path[:-1]:
         node = node[key] if isinstance(node.get(key), dict) else node
     node[path[-1]] = value
-    save_file({"bank.gate.0": torch.zeros(2, 3, 8)}, "f.safetensors", metadata={"globe": json.dumps(meta)})
-    value_or_usererror(lambda: globe.load_factors("f.safetensors"))
+    save_file({"bank.gate.0": torch.zeros(2, 3, 8), "layers.1.gate.A": torch.zeros(2, 4, 3), "layers.1.gate.val": torch.ones(2, 1),
+               "layers.1.gate.idx": torch.zeros(2, 1).int()}, "f.safetensors", metadata={"globe": json.dumps(meta)})
+
+    def read() -> None:
+        factors = globe.load_factors("f.safetensors")
+        assert factors.ratio() > 0 and factors.meta() and all(f.weight(1, 1).shape == (4, 8) for f in factors.families.values())
+    value_or_usererror(read)
 
 
 @slow
