@@ -2154,7 +2154,7 @@ def load_factors(path: Path | str) -> Factors:
     if tensors:
         raise UserError(f"{path}: {sorted(tensors)[0]}: not expected (and {len(tensors) - 1} more)")
     return Factors(families, {int(l): e for l, e in meta["experts"].items()}, dims, meta["model_type"],
-                   meta["fingerprint"], meta["config"])
+                   meta["fingerprint"], meta.get("config", {}))
 
 
 def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:

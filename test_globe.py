@@ -2153,6 +2153,12 @@ def snapshot(root: Path) -> dict:
             for p in sorted(root.rglob("*")) if "cache" not in p.relative_to(root).parts}
 
 
+def test_factors_without_the_config_of_their_fit_are_read(run):
+    shutil.copytree(run, "r")  # found by atheris: KeyError
+    edit_meta(lambda m: m.pop("config") and None)(Path("r/factors.safetensors"))
+    assert globe.load_factors("r").config == {}
+
+
 def refused_whole(*argv, capsys, late: bool = False) -> str:
     """The one line of a refusal (late: after lines that say how far it came) that leaves every file below here as it was."""
     before = snapshot(Path())
@@ -2496,6 +2502,7 @@ def of_family(**changes):
 
 IDX, VAL, A_ = "layers.1.gate.idx", "layers.1.gate.val", "layers.1.gate.A"
 FACTORS_ROWS = {
+    "a config that is a list": (edit_meta(lambda m: m.update(config=[1])), ("description",)),
     "another version": (edit_meta(lambda m: m.update(format_version=99)), ("version 1", "99")),
     "no version": (edit_meta(lambda m: m.pop("format_version") and None), ("version 1", "None")),
     "another model": (edit_meta(lambda m: m.update(fingerprint="0" * 16)), ("fingerprint", "0" * 16)),
