@@ -1537,7 +1537,8 @@ def test_native_operators_refuse_what_they_cannot_read():
             globe.compose(bank, idx, val, "silu", out=out)
     args, _ = decode_case(torch.float32, "basis", "dense")
     for place, value, match in ((1, args[1] + 90, "expert in"), (3, args[3] + 90, "slot in"), (4, args[4] - 90, "adapter in"),
-                                (0, args[0].bfloat16(), "dtype|shape"), (5, args[5][:, :, 1:], "shape")):
+                                (0, args[0].bfloat16(), "dtype|shape"), (5, args[5][:, :, 1:], "shape"),
+                                (6, args[6][:0], "adapters"), (8, args[8][:0], "adapters")):  # an empty one read beyond the basis (ASan)
         with pytest.raises(RuntimeError, match=match):
             ops.experts_decode(*args[:place], value, *args[place + 1:])
 
