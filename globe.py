@@ -255,10 +255,14 @@ CHOICES = {
 }
 POSITIVE = ("bank.m", "bank.r", "bank.ratio", "model.max_experts", "sparsity.support", "sparsity.T0", "fit.steps",
             "fit.lr", "fit.save_every", "fit.memory", "fit.homotopy.every", "calib.tokens", "calib.length", "calib.batch",
-            "cache.per_layer", "cache.budget", "eval.tokens", "eval.length", "eval.stride", "eval.context")
+            "cache.per_layer", "cache.budget", "eval.tokens", "eval.length", "eval.stride", "eval.context",
+            *(f"train.{k}" for k in ("hidden_size", "layers", "heads", "kv_heads", "experts", "top_k", "moe_intermediate_size", "batch",
+                                     "seq_len", "lr", "clip")))
 NON_NEGATIVE = ("model.single_layer", "sparsity.l1", "sparsity.eps_prune", "fit.batch", "fit.ridge", "fit.lambda_A",
                 "fit.lambda_B", "fit.lambda_T", "fit.spectral", "fit.tol", "fit.seed", "cache.warmup_tokens",
-                "fit.homotopy.lam_steps", "fit.homotopy.beta_steps", "calib.sampled")
+                "fit.homotopy.lam_steps", "fit.homotopy.beta_steps", "calib.sampled",
+                *(f"train.{k}" for k in ("shared_expert_intermediate_size", "upcycle_noise", "dense_steps", "moe_steps", "warmup",
+                                         "weight_decay", "aux_coef", "save_every", "seed")))
 FRACTIONS = ("sparsity.eta", "sparsity.freeze", "fit.adam.beta1", "fit.adam.beta2", "fit.homotopy.lam_start",
              "fit.homotopy.lam_end", "fit.homotopy.beta_start", "fit.homotopy.beta_end")
 
@@ -274,7 +278,7 @@ def _coerce(value: Any, kind: str, where: str) -> Any:
     elif isinstance(value, int) and "int" in kinds:
         return value
     elif isinstance(value, (int, float, str)) and "float" in kinds and not (isinstance(value, str) and "str" in kinds):
-        with contextlib.suppress(ValueError):  # PyYAML reads 1e-3 as text
+        with contextlib.suppress(ValueError, OverflowError):  # PyYAML reads 1e-3 as text
             if math.isfinite(float(value)):
                 return float(value)
     elif isinstance(value, str) and "str" in kinds:
@@ -283,18 +287,28 @@ def _coerce(value: Any, kind: str, where: str) -> Any:
         return value
     elif isinstance(value, (int, float)) and kinds == ["str"]:
         return str(value)
-    raise UserError(f"{where}: expected {' or '.join(kinds)}, found {value!r}")
+    raise UserError(f"{where}: expected {' or '.join(kinds)}, found {short(value)}")
+
+
+def short(value: Any) -> str:
+    """repr for an error line, cut: a value from a stranger's file can be megabytes."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more than 4,300 digits
+        text = "a huge number"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _merge(node: Any, update: Any, where: str, source: str) -> None:
     """Write a nested mapping into a dataclass tree; an unknown key names the nearest known one."""
     if not isinstance(update, dict):
-        raise UserError(f"{source}: {where or 'top level'}: expected a mapping, found {update!r}")
+        raise UserError(f"{source}: {where or 'top level'}: expected a mapping, found {short(update)}")
     names = {f.name: f for f in dataclasses.fields(node)}
     for key, value in update.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in names:
             near = difflib.get_close_matches(str(key), names, 1, 0)
+            path = path if len(path) < 200 else f"{path[:200]}..."
             raise UserError(f"{source}: unknown key {path}; did you mean {f'{where}.' if where else ''}{near[0]}?")
         if dataclasses.is_dataclass(getattr(node, key)):
             _merge(getattr(node, key), value, path, source)
@@ -321,14 +335,50 @@ def check_config(cfg: Config) -> Config:
             for v in value.values() if isinstance(value, dict) else [value]:
                 if v is not None and (not isinstance(v, (int, float)) or not good(v)):
                     raise UserError(f"{path}: expected {text}, found {v!r}")
-    if isinstance(cfg.bank.m, dict) and (odd := set(cfg.bank.m) - set(FAMILIES) or
-                                         [k for k, v in cfg.bank.m.items() if not isinstance(v, int)]):
-        raise UserError(f"bank.m: expected a whole number per family (gate, up, down), found {sorted(odd)}")
-    if not (cfg.bank.scope in ("global", "layer") or str(cfg.bank.scope).isdigit() and int(cfg.bank.scope) > 0):
+    if isinstance(cfg.bank.m, dict) and (not cfg.bank.m or not set(cfg.bank.m) <= set(FAMILIES) or
+                                         any(type(v) is not int for v in cfg.bank.m.values())):
+        raise UserError(f"bank.m: expected a whole number per family (gate, up, down), found {short(cfg.bank.m)}")
+    for path in ("fit.seed", "train.seed"):
+        if _lookup(cfg, path) >= 2 ** 63:
+            raise UserError(f"{path}: expected at most 2^63 - 1, found {short(_lookup(cfg, path))}")
+    for key, values in cfg.sweep.items():
+        if not isinstance(key, str) or not isinstance(values, list) or not values:
+            raise UserError(f"sweep: {short(key)}: expected section.key: [values], a list with something in it, found {short(values)}")
+    if not (cfg.bank.scope in ("global", "layer") or re.fullmatch("[0-9]{1,9}", str(cfg.bank.scope)) and int(cfg.bank.scope) > 0):
         raise UserError(f"bank.scope: expected global, layer or a number of layers, found {cfg.bank.scope!r}")
+    t = cfg.train
+    for fine, text in ((t.hidden_size % (2 * t.heads) == 0, f"hidden_size: expected a multiple of 2 x heads = {2 * t.heads}, found {t.hidden_size}"),
+                       (t.heads % t.kv_heads == 0, f"heads: expected a multiple of kv_heads = {t.kv_heads}, found {t.heads}"),
+                       (t.top_k <= t.experts, f"top_k: expected at most train.experts = {t.experts}, found {t.top_k}"),
+                       (t.seq_len >= 2, f"seq_len: expected 2 or more, found {t.seq_len}")):
+        if not fine:
+            raise UserError(f"train.{text}")
     if cfg.bank.r is None and cfg.bank.ratio is None:
         raise UserError("bank: expected r or ratio, found neither")
     return cfg
+
+
+class _Plain(yaml.SafeLoader):
+    """SafeLoader that refuses aliases (a few lines of them unfold to gigabytes) and a key that comes twice."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"anchors and aliases are not supported, found one in line {self.peek_event().start_mark.line + 1}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            raise yaml.YAMLError(f"key {max(keys, key=keys.count)} twice in one mapping, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Plain data from YAML; UserError for anything else, however hostile."""
+    try:
+        return _Plain(text).get_single_data()
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(e).split())[:300]}") from None
 
 
 def load_config(path: str | None = None, overrides: Sequence[str] = (), base: dict | None = None) -> Config:
@@ -338,23 +388,18 @@ def load_config(path: str | None = None, overrides: Sequence[str] = (), base: di
     """
     cfg = Config()
     if base:
-        _merge(cfg, base, "", "saved config")
+        _merge(cfg, base, "", "the run's config.yaml")
     if path:
         try:
             text = Path(path).read_text(encoding="utf-8")
-            _merge(cfg, yaml.safe_load(text) or {}, "", path)
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"--config {path}: {getattr(e, 'strerror', None) or 'not a text file'}") from None
-        except yaml.YAMLError as e:
-            raise UserError(f"--config {path}: not valid YAML: {' '.join(str(e).split())}") from None
+        _merge(cfg, read_yaml(text, f"--config {path}") or {}, "", path)
     for item in overrides:
         key, eq, text = item.partition("=")
         if not eq:
             raise UserError(f"{item!r}: expected section.key=value")
-        try:
-            update = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"{item!r}: the value is not valid YAML") from None
+        update = read_yaml(text, short(item))
         for part in reversed(key.split(".")):
             update = {part: update}
         _merge(cfg, update, "", "command line")
@@ -776,12 +821,29 @@ def resolve_model(path: str, revision: str | None = None, force_download: bool =
                         f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from None
 
 
+LFS_POINTER = "version https://git-lfs"
+
+
+def is_pointer(path: Path) -> bool:
+    """A git-lfs pointer in place of the file it stands for."""
+    with open(path, "rb") as f:
+        return f.read(40).startswith(LFS_POINTER.encode())
+
+
 def read_json(path: Path) -> dict:
+    def once(pairs: list) -> dict:
+        if len(table := dict(pairs)) < len(pairs):
+            keys = [k for k, _ in pairs]
+            raise UserError(f"{path}: {max(keys, key=keys.count)}: found twice in one JSON object")
+        return table
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith(LFS_POINTER):
+            raise UserError(f"{path}: expected JSON, found a git-lfs pointer: run git lfs pull")
+        data = json.loads(text, object_pairs_hook=once)
     except FileNotFoundError:
         raise UserError(f"{path}: expected a JSON file, found none") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: expected JSON, found {type(e).__name__}: {e}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
@@ -791,11 +853,13 @@ def read_json(path: Path) -> dict:
 def layout_of(config: dict, where: str = "config.json") -> Layout:
     """The LAYOUTS row of a config.json; UserError lists what is supported."""
     kind = config.get("model_type")
-    if kind not in LAYOUTS:
+    if not isinstance(kind, str) or kind not in LAYOUTS:
+        kind = kind if isinstance(kind, str) else short(kind)
         why = f" ({UNSUPPORTED[kind]})" if kind in UNSUPPORTED else ""
         raise UserError(f"{where}: model_type {kind!r} is not supported{why}; supported: {', '.join(sorted(LAYOUTS))}")
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "?")
+        given = config["quantization_config"]
+        method = given.get("quant_method", "?") if isinstance(given, dict) else short(given)
         raise UserError(f"{where}: the checkpoint is quantized ({method}): expected plain float weights, since factors "
                         "are fitted to values, not to codes")
     return LAYOUTS[kind]
@@ -806,16 +870,24 @@ def dims_of(config: dict, where: str = "config.json") -> Dims:
 
     def size(key: str) -> int:
         value = config.get(key)
-        if not isinstance(value, int) or value <= 0:
-            raise UserError(f"{where}: {key}: expected a whole number above 0, found {value!r}")
+        if type(value) is not int or not 0 < value < 2 ** 20:
+            raise UserError(f"{where}: {key}: expected a whole number above 0 and below 2^20, found {short(value)}")
         return value
     size("num_hidden_layers")
     count = layout.num_experts if layout.num_experts in config else "num_local_experts"  # transformers 5 re-saves it so
-    p, shared = size(layout.width), layout.shared_width(config)
-    if shared % p:
-        shared = 0  # a shared expert that is no multiple of p cannot be sliced: it stays dense
-    return Dims(tuple(layout.layers(config)), size(count), p, size("hidden_size"),
-                size("num_experts_per_tok"), shared // p)
+    p, experts, top_k = size(layout.width), size(count), size("num_experts_per_tok")
+    if top_k > experts:
+        raise UserError(f"{where}: num_experts_per_tok: expected at most {count}, {experts}, found {top_k}")
+    try:
+        shared = layout.shared_width(config)
+        shared = 0 if shared % p else shared // p  # one that is no multiple of p cannot be sliced: it stays dense
+        layers = tuple(layout.layers(config))
+    except (TypeError, ValueError, ZeroDivisionError) as e:
+        raise UserError(f"{where}: expected numbers for which layers have experts and for the size of shared experts, found {e}") from None
+    if not layers or not 0 <= shared < 2 ** 20 or not len(layers) * experts < 2 ** 22:
+        raise UserError(f"{where}: expected experts in some layers, at most 2^22 of them, and 0 or more shared, found {len(layers) or 'none'} layers "
+                        f"of {experts} ({count}, num_hidden_layers {config['num_hidden_layers']}), {shared} shared")
+    return Dims(layers, experts, p, size("hidden_size"), top_k, shared)
 
 
 @dataclass(frozen=True)
@@ -852,8 +924,8 @@ class Checkpoint:
             table = read_json(index).get("weight_map")
             if not isinstance(table, dict) or not table:
                 raise UserError(f"{index}: expected a weight_map, found {type(table).__name__}")
-            for shard in sorted(set(table.values())):
-                if os.path.basename(str(shard)) != shard:
+            for shard in dict.fromkeys(s if isinstance(s, str) else short(s) for s in table.values()):
+                if os.path.basename(shard) != shard or "\0" in shard or shard not in table.values():
                     raise UserError(f"{index}: shard {shard!r}: expected a file name in this directory")
                 if not (self.dir / shard).is_file():
                     raise UserError(f"{index}: names shard {shard}, which is not in {self.dir}")
@@ -877,15 +949,19 @@ class Checkpoint:
     def _shard(self, name: str):
         """(lazy safetensors handle, set of its names); opened once."""
         if name not in self._open:
-            path = self.dir / name
+            path, home = self.dir / name, self.dir.resolve()
+            if not path.is_file():
+                raise UserError(f"{path}: expected safetensors, found no file")
+            # the hub's cache links snapshots/REVISION/NAME to blobs/HASH, beside snapshots
+            blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+            if not {home, blobs} & set((real := path.resolve()).parents):
+                raise UserError(f"{path}: expected a file in this directory, found a link to {real}, outside it; copy the file here")
             try:
                 f = safe_open(path, "pt")
                 self._open[name] = f, set(f.keys())
             except (SafetensorError, OSError) as e:
-                with open(path, "rb") as g:
-                    pointer = g.read(40).startswith(b"version https://git-lfs")
                 raise UserError(f"{path}: expected safetensors, found "
-                                + ("a git-lfs pointer: run git lfs pull" if pointer else f"{e}")) from None
+                                + ("a git-lfs pointer: run git lfs pull" if is_pointer(path) else f"{str(e)[:300]}")) from None
         return self._open[name]
 
     def shape(self, tensor: str) -> list:
@@ -928,6 +1004,8 @@ class Checkpoint:
                 bad.append(f"{name}: expected {tuple(shape)}, found none")
             elif self.shape(name) != shape:
                 bad.append(f"{name}: expected {tuple(shape)}, found {tuple(self.shape(name))} in {self.shard_of[name]}")
+            elif (kind := self._shard(self.shard_of[name])[0].get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                bad.append(f"{name}: expected float32, float16 or bfloat16, found {kind} in {self.shard_of[name]}")
         last = self.config["num_hidden_layers"]  # layers after it (multi-token prediction) are not the model's
         for name in self.shard_of:
             layer = re.search(r"\.layers\.(\d+)\..*\.experts\.", name)
@@ -943,7 +1021,13 @@ class Checkpoint:
         return self.expert("gate", self.dims.layers[0], 0).dtype
 
     def tensor(self, name: str) -> Tensor:
-        return self._shard(self.shard_of[name])[0].get_tensor(name)
+        return self._finite(self._shard(self.shard_of[name])[0].get_tensor(name), name)
+
+    def _finite(self, w: Tensor, name: str, part: str = "") -> Tensor:
+        """w; UserError with the count where it holds NaN or Inf. The sum comes first: it needs no copy."""
+        if not math.isfinite(w.sum(dtype=torch.float32)) and (bad := int((~torch.isfinite(w)).sum())):
+            raise UserError(f"{name}{part}: expected finite weights, found {bad} NaN or Inf in {self.shard_of[name]}")
+        return w
 
     def expert(self, family: str, layer: int, expert: int) -> Tensor:
         """One matrix, (p, d), in the checkpoint's dtype."""
@@ -953,6 +1037,7 @@ class Checkpoint:
         w = view[s.expert, rows, cols] if s.expert is not None else view[rows, cols]
         if not w.is_floating_point() or w.element_size() < 2:
             raise UserError(f"{s.tensor}: expected float32, float16 or bfloat16, found {w.dtype} in {self.shard_of[s.tensor]}")
+        self._finite(w, s.tensor, "" if s.expert is None else f" expert {s.expert}")
         return w.T if s.transposed else w
 
     def num_parameters(self) -> int:
@@ -1995,22 +2080,28 @@ def _meta_dims(meta: dict) -> Dims:
 
 def check_meta(meta: dict, where: str) -> dict:
     """Refuse another format version or a description that does not hold together; returns meta."""
+    if not isinstance(meta, dict):
+        raise UserError(f"{where}: its description is damaged (expected a JSON object, found {type(meta).__name__})")
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{where}: expected factors of format version {FORMAT_VERSION}, found {version!r}")
     try:
-        _meta_dims(meta)
-        fine = bool(meta["families"]) and all(isinstance(e, int) for es in meta["experts"].values() for e in es)
+        D, layers = _meta_dims(meta), [int(l) for l in meta["experts"]]
+        fine = all(type(v) is int and 0 <= v < 2 ** 32 for v in (*D.layers, *dataclasses.astuple(D)[1:])) and D.p * D.d > 0
+        fine &= bool(layers) and set(layers) <= set(D.layers) and len(set(layers)) == len(layers)
+        fine &= isinstance(meta.get("config", {}), dict) and all(isinstance(meta[k], str) for k in ("model_type", "fingerprint"))
+        fine &= bool(meta["families"]) and all(type(e) is int and 0 <= e < D.experts + D.shared for es in meta["experts"].values() for e in es)
+        fine &= all(es and len(set(es)) == len(es) for es in meta["experts"].values())
         for name, f in meta["families"].items():
             fine &= name in FAMILIES and f["activation"] in CHOICES["bank.activation"]
             owner = meta["families"][f["bank"]]
             fine &= owner["bank"] == f["bank"] and all(owner[k] == f[k] for k in ("m", "r", "groups", "group"))
             fine &= all(isinstance(f[k], int) and f[k] > 0 for k in ("m", "r", "s", "groups"))
-            fine &= all(0 <= f["group"][l] < f["groups"] for l in meta["experts"])
+            fine &= all(type(f["group"][l]) is int and 0 <= f["group"][l] < f["groups"] for l in meta["experts"])
             fine &= math.isfinite(f["shift"]) and math.isfinite(f["scale"])
         if not fine:
             raise ValueError("a value out of range")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise UserError(f"{where}: its description is damaged ({type(e).__name__} {e})") from None
     return meta
 
@@ -2030,8 +2121,8 @@ def load_factors(path: Path | str) -> Factors:
             meta = (f.metadata() or {}).get("globe")
         tensors = load_file(path)
         meta = json.loads(meta) if meta else None
-    except (SafetensorError, OSError, json.JSONDecodeError) as e:
-        raise UserError(f"{path}: expected a factors file, found {e}") from None
+    except (SafetensorError, OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: expected a factors file, found {'a git-lfs pointer: run git lfs pull' if is_pointer(path) else e}") from None
     if meta is None:
         raise UserError(f"{path}: expected a factors file, found safetensors without a globe description")
     check_meta(meta, str(path))
@@ -2041,6 +2132,9 @@ def load_factors(path: Path | str) -> Factors:
             if key not in tensors or tensors[key].shape != shape:
                 found = tuple(tensors[key].shape) if key in tensors else "none"
                 raise UserError(f"{path}: {key}: expected {shape}, found {found}")
+            whole, dtype = key.endswith(".idx"), tensors[key].dtype
+            if dtype != torch.int32 if whole else not dtype.is_floating_point or dtype.itemsize < 2:
+                raise UserError(f"{path}: {key}: expected {'int32' if whole else 'float32, float16 or bfloat16'}, found {dtype}")
             return tensors.pop(key)
         A, idx, val = {}, {}, {}
         for l, experts in ((int(l), e) for l, e in meta["experts"].items()):
@@ -2050,6 +2144,8 @@ def load_factors(path: Path | str) -> Factors:
             if not (0 <= int(idx[l].min()) and int(idx[l].max()) < f["m"]):
                 raise UserError(f"{path}: layers.{l}.{name}.idx: expected indices in [0, {f['m']}), found "
                                 f"{int(idx[l].min())}..{int(idx[l].max())}")
+            if not torch.isfinite(val[l]).all():
+                raise UserError(f"{path}: layers.{l}.{name}.val: expected finite numbers, found NaN or Inf")
         bank = [take(f"bank.{name}.{g}", (f["m"], f["r"], dims.d)) for g in range(f["groups"])] if f["bank"] == name else []
         families[name] = FamilyFactors(bank, A, idx, val, {int(l): g for l, g in f["group"].items()}, f["activation"],
                                        f["shift"], f["scale"], None if f["bank"] == name else f["bank"])
@@ -2058,7 +2154,7 @@ def load_factors(path: Path | str) -> Factors:
     if tensors:
         raise UserError(f"{path}: {sorted(tensors)[0]}: not expected (and {len(tensors) - 1} more)")
     return Factors(families, {int(l): e for l, e in meta["experts"].items()}, dims, meta["model_type"],
-                   meta["fingerprint"], meta["config"])
+                   meta["fingerprint"], meta.get("config", {}))
 
 
 def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
@@ -2533,13 +2629,26 @@ def streamed(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: 
     wrap = nn.ModuleDict({"model": model})  # tensor names begin with "model."
     for name in [n for n, _ in model.named_children() if n != "layers"]:
         fill(wrap, ckpt, device, dtype, f"model.{name}")
+        _filled(model.get_submodule(name), f"{ckpt.dir}: model.{name}")
     for i, layer in enumerate(model.layers):
         layer.forward = _one_at_a_time(layer.forward, layer, batch, tick, functools.partial(
-            fill, wrap, ckpt, device, dtype, f"model.layers.{i}"))
+            _fill_layer, wrap, ckpt, device, dtype, i))
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to(device) if buffer is not None else None
     return model
+
+
+def _filled(module: nn.Module, where: str) -> None:
+    """UserError where a tensor is still empty: a product with one that is would be noise, not an error."""
+    empty = [n for n, t in module.state_dict().items() if t.is_meta]
+    if empty:
+        raise UserError(f"{where}.{empty[0]}: expected a tensor, found none (and {len(empty) - 1} more)")
+
+
+def _fill_layer(wrap: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, i: int) -> None:
+    fill(wrap, ckpt, device, dtype, f"model.layers.{i}")
+    _filled(wrap.get_submodule(f"model.layers.{i}"), f"{ckpt.dir}: model.layers.{i}")
 
 
 def _one_at_a_time(run: Callable, layer: nn.Module, batch: int, tick: Callable, read: Callable) -> Callable:
@@ -2666,15 +2775,18 @@ def save_pretrained(model: nn.Module, meta: dict, directory: str | Path, **kwarg
 def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """The source model in stock transformers, in the checkpoint's dtype unless another is given."""
     from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto").to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto", trust_remote_code=False).to(device).eval()
 
 
 def load_tokenizer(directory: Path):
     from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{directory}: expected a tokenizer, found none ({str(e).splitlines()[0]})") from None
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # never asks, never runs a checkpoint's code
+        if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # transformers makes up an empty one where files are missing
+            raise ValueError("its vocabulary is empty")
+        return tokenizer
+    except Exception as e:  # tokenizers raises bare Exception for a damaged tokenizer.json
+        raise UserError(f"{directory}: expected a tokenizer, found none ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]})") from None
 
 
 def copy_side_files(source: Path, to: Path) -> None:
@@ -3053,7 +3165,7 @@ def dense_start(cfg: TrainConfig):
         kind = read_json(path / "config.json").get("model_type")
         if kind not in ("qwen2", "llama"):
             raise UserError(f"train.dense_from {cfg.dense_from}: expected model_type qwen2 or llama, found {kind!r}")
-        return load_tokenizer(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        return load_tokenizer(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     tokenizer = byte_tokenizer()
     return tokenizer, Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=cfg.hidden_size, num_hidden_layers=cfg.layers,
@@ -3396,7 +3508,7 @@ def run_config(run: Path, args: argparse.Namespace) -> Config:
     """A run's resolved config, then the command line's."""
     path = run / "config.yaml"
     return load_config(getattr(args, "config", None), args.overrides,
-                       yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None)
+                       read_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else None)
 
 
 def run_of(args: argparse.Namespace) -> Path:
@@ -3409,8 +3521,12 @@ def run_of(args: argparse.Namespace) -> Path:
 
 def fresh(path: Path, overwrite: bool, source: Path | None = None) -> Path:
     """A directory that the user named: must not exist (or --overwrite), nor lie in the source checkpoint."""
-    if source and (path.resolve() == source.resolve() or source.resolve() in path.resolve().parents):
+    place = path.resolve()
+    if source and (place == source.resolve() or source.resolve() in place.parents):
         raise UserError(f"{path}: expected a directory outside the source checkpoint {source}")
+    for kept in (*([source] if source else ()), Path()):  # --overwrite would delete it
+        if place in (kept.resolve(), *kept.resolve().parents):
+            raise UserError(f"{path}: expected a directory that does not hold {kept.resolve()}")
     if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
         raise UserError(f"{path}: exists; choose another name or add --overwrite")
     return path
@@ -3469,6 +3585,8 @@ def bank_shape(cfg: Config, family: str, n: int, groups: int, D: Dims) -> tuple:
         r = int((cfg.bank.ratio * n * D.p * D.d - mixtures) // (n * D.p + groups * m * D.d))
     if r < 1:
         raise UserError(f"bank: {groups} x {m} bases leave no room for r >= 1 at ratio {cfg.bank.ratio}; take fewer (bank.m)")
+    if m > (most := max(1024, 4 * n)):
+        raise UserError(f"bank.m: expected at most {most} bases for {n} experts, found {m}")
     if r > 4 * max(D.p, D.d):
         raise UserError(f"bank.r: expected at most {4 * max(D.p, D.d)} (4 x the larger side of W), found {r}")
     return m, r
@@ -3499,6 +3617,8 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     if cfg.calib.load:
         return load_moments(Path(cfg.calib.load), ckpt.fingerprint())
     windows = token_windows(load_tokenizer(ckpt.dir), read_text(cfg.calib.text, "calibration"), cfg.calib.tokens, cfg.calib.length)
+    if int(windows.max()) >= (vocab := ckpt.config.get("vocab_size") or math.inf):
+        raise UserError(f"{ckpt.dir}: expected token ids below vocab_size {vocab}, found {int(windows.max())}: is the tokenizer another model's?")
     if cfg.calib.sampled:
         say(f"sampling {cfg.calib.sampled} tokens from the dense model")
         length = windows.shape[1]
@@ -3509,6 +3629,11 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     with tqdm(total=passes * ckpt.config["num_hidden_layers"], desc="calibrate", file=sys.stderr, leave=False) as line:
         trunk = streamed(ckpt, device, ckpt.dtype, cfg.calib.batch, line.update)
         moments = activation_moments(trunk, windows, at_once)
+    for kind, parts in moments.items():
+        for l, C in parts.items():
+            if not torch.isfinite(C).all():
+                raise UserError(f"{ckpt.dir}: expected finite activations in calibration, found NaN or Inf in layer {l} ({kind}): do sums "
+                                f"overflow in {ckpt.dtype}?")
     if cfg.calib.save:
         save_moments(Path(cfg.calib.save), moments, ckpt.fingerprint())
     return moments
@@ -3579,6 +3704,29 @@ def cmd_fit(args: argparse.Namespace) -> dict:
         f"families {', '.join(families)}")
     for f, (m, r) in shapes.items():
         say(f"  {f}: {groups} bank{'s' * (groups > 1)} of {m} bases of {r} x {D.d}, support at most {cfg.sparsity.support}")
+    with discarded_on_error(out):
+        return fit_run(args, cfg, ckpt, jobs, shapes, keys, out, device, begin)
+
+
+@contextlib.contextmanager
+def discarded_on_error(out: Path) -> Iterator[None]:
+    """Remove a run that failed before it had saved any state, and the directories made for it."""
+    before = [p for p in (out, *out.parents) if p.is_dir() and (p != out or any(p.iterdir()))]
+    try:
+        yield
+    except (UserError, OSError, SafetensorError):
+        if out not in before and not list(out.glob("state/*.safetensors")):
+            shutil.rmtree(out, ignore_errors=True)
+            for parent in out.parents:
+                with contextlib.suppress(OSError):
+                    parent.rmdir() if parent not in before or parent == Path("runs") else None
+        raise
+
+
+def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list, shapes: dict, keys: list, out: Path, device: torch.device,
+            begin: float) -> dict:
+    """The fit itself, in the run directory `out`."""
+    D, families = ckpt.dims, families_of(cfg.model)
     write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
     rewind_log(out, list(shapes))
     moments = {}
@@ -3622,7 +3770,8 @@ def cmd_sweep(args: argparse.Namespace) -> dict:
         return cmd_fit(args)
     base, rows = Path(args.out) if args.out else new_run(Config(model=ModelConfig(path="sweep"))), []
     if args.overwrite:
-        shutil.rmtree(base, ignore_errors=True)
+        source = Path(load_config(args.config, plain).model.path)
+        shutil.rmtree(fresh(base, True, source if source.is_dir() else None), ignore_errors=True)
     for values in itertools.product(*grid.values()):
         settings = [*plain, *(f"{k}={v}" for k, v in zip(grid, values))]
         load_config(args.config, settings)  # an unknown key or a wrong value stops the sweep before its first fit
@@ -3697,6 +3846,8 @@ def cmd_export(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, _ = open_run(args)
     dtype = as_dtype(args.dtype or cfg.export.dtype) or ckpt.dtype
     to = fresh(Path(args.to) if args.to else run / "export", args.overwrite or not args.to, ckpt.dir)
+    if args.to and to.resolve() in (run.resolve(), *run.resolve().parents):
+        raise UserError(f"{to}: expected a directory that does not hold the run {run}")
     with written(to) as tmp:
         tmp.mkdir()
         if args.format == "dense":
@@ -3792,7 +3943,8 @@ def cmd_train(args: argparse.Namespace) -> dict:
     if not args.resume:
         fresh(to, args.overwrite)
         shutil.rmtree(to, ignore_errors=True)
-    return {"path": str(to)} | run_train(cfg, to, pick_device(args.device), args.resume)
+    with discarded_on_error(to):
+        return {"path": str(to)} | run_train(cfg, to, pick_device(args.device), args.resume)
 
 
 @torch.no_grad()
@@ -3924,6 +4076,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = args.run(args)
     except UserError as e:
         say(f"globe.py {args.command}: {e}")
+        return 2
+    except (OSError, SafetensorError) as e:  # a full disk, a place that cannot be written, a file that went away
+        say(f"globe.py {args.command}: {' '.join(str(e).split())}")
         return 2
     except Diverged as e:
         say(f"globe.py {args.command}: diverged: {e}; the last good state is kept")

@@ -46,7 +46,7 @@ setup(
     python_requires=">=3.10",
     py_modules=["globe"],
     install_requires=["torch>=2.10", "safetensors", "transformers>=5", "numpy", "tqdm", "PyYAML"],
-    extras_require={"test": ["pytest", "matplotlib"], "plots": ["matplotlib"], "gguf": ["gguf", "accelerate"]},
+    extras_require={"test": ["pytest", "matplotlib", "hypothesis"], "plots": ["matplotlib"], "gguf": ["gguf", "accelerate"]},
     entry_points={"console_scripts": ["globe=globe:main"]},
     **extension(),
 )

@@ -1,5 +1,6 @@
 """Tests of globe.py. Each name is a claim; `pytest -m "not slow"` leaves out what takes longest. No network is used."""
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -1549,7 +1550,8 @@ def test_native_operators_refuse_what_they_cannot_read():
             globe.compose(bank, idx, val, "silu", out=out)
     args, _ = decode_case(torch.float32, "basis", "dense")
     for place, value, match in ((1, args[1] + 90, "expert in"), (3, args[3] + 90, "slot in"), (4, args[4] - 90, "adapter in"),
-                                (0, args[0].bfloat16(), "dtype|shape"), (5, args[5][:, :, 1:], "shape")):
+                                (0, args[0].bfloat16(), "dtype|shape"), (5, args[5][:, :, 1:], "shape"),
+                                (6, args[6][:0], "adapters"), (8, args[8][:0], "adapters")):  # an empty one read beyond the basis (ASan)
         with pytest.raises(RuntimeError, match=match):
             ops.experts_decode(*args[:place], value, *args[place + 1:])
 
@@ -2149,6 +2151,649 @@ print(json.dumps([before, peak(), len(globe.globe_modules(model))]))
     assert got.returncode == 0, got.stderr[-3000:]
     before, after, modules = json.loads(got.stdout)
     assert modules == 4 and stored < 0.2 * dense and after - before < 2.2 * stored + 2 ** 25 < 0.5 * dense
+
+
+# ======================================================================================================
+# Hard to break: one row a claim; every wrong input gets one clear line, exit code 2, and nothing is written or changed
+# ======================================================================================================
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 99)}]\n" for a, b in zip("abcdefg", "bcdefgh")) + "bank: {m: *h}\n"
+
+
+def snapshot(root: Path) -> dict:
+    """{path: hash} of every file, and None of every directory, below root; the shared cache of kernels apart."""
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else None
+            for p in sorted(root.rglob("*")) if "cache" not in p.relative_to(root).parts}
+
+
+def test_factors_without_the_config_of_their_fit_are_read(run):
+    shutil.copytree(run, "r")  # found by atheris: KeyError
+    edit_meta(lambda m: m.pop("config") and None)(Path("r/factors.safetensors"))
+    assert globe.load_factors("r").config == {}
+
+
+def refused_whole(*argv, capsys, late: bool = False) -> str:
+    """The one line of a refusal (late: after lines that say how far it came) that leaves every file below here as it was."""
+    before = snapshot(Path())
+    capsys.readouterr()
+    assert globe.main([str(a) for a in argv]) == 2
+    out, err = capsys.readouterr()
+    lines = err.replace("\r", "\n").strip().splitlines()
+    assert out == "" and "Traceback" not in err and lines[-1].startswith(f"globe.py {argv[0]}: ") and (late or len(lines) == 1), err
+    assert len(lines[-1]) < 2000 and snapshot(Path()) == before
+    return lines[-1]
+
+
+def edit_config(**changes):
+    def damage(src: Path) -> None:
+        config = json.loads((src / "config.json").read_text()) | changes
+        (src / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    return damage
+
+
+def write(name: str, content: bytes | str):
+    return lambda src: (src / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def cut(keep: float):
+    """Keep so many bytes of the weights; a fraction of them where below 1; from the end where negative."""
+    def damage(src: Path) -> None:
+        raw = (src / "model.safetensors").read_bytes()
+        write("model.safetensors", raw[:int(keep * len(raw)) if 0 < keep < 1 else int(keep)])(src)
+    return damage
+
+
+def edit_header(change):
+    """Rewrite the safetensors header by change(dict), or put bytes in its place."""
+    def damage(src: Path) -> None:
+        raw = (src / "model.safetensors").read_bytes()
+        end = 8 + int.from_bytes(raw[:8], "little")
+        header = change if isinstance(change, bytes) else None
+        if header is None:
+            table = json.loads(raw[8:end])
+            change(table)
+            header = json.dumps(table).encode()
+        write("model.safetensors", len(header).to_bytes(8, "little") + header + raw[end:])(src)
+    return damage
+
+
+def edit_tensors(change):
+    def damage(src: Path) -> None:
+        tensors = {k: v.clone() for k, v in load_file(src / "model.safetensors").items()}
+        change(tensors)
+        save_file(tensors, src / "model.safetensors")
+    return damage
+
+
+def put(name: str, value: float, count: int):
+    return edit_tensors(lambda t: t[name].view(-1)[:count].fill_(value))
+
+
+def index(change=None, **more):
+    """Split the weights in two shards with an index, whose weight_map change(dict) then edits."""
+    def damage(src: Path) -> None:
+        tensors = load_file(src / "model.safetensors")
+        table = {n: f"model-{i % 2}.safetensors" for i, n in enumerate(sorted(tensors))}
+        for shard in set(table.values()):
+            save_file({n: tensors[n].clone() for n in table if table[n] == shard}, src / shard)
+        (src / "model.safetensors").unlink()
+        if change:
+            change(table)
+        (src / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table} | more))
+    return damage
+
+
+def link_out(src: Path) -> None:
+    shutil.move(src / "model.safetensors", src.parent / "elsewhere.safetensors")
+    (src / "model.safetensors").symlink_to("../elsewhere.safetensors")
+
+
+def twice(src: Path) -> None:
+    save_file({EXPERT: load_file(src / "model.safetensors")[EXPERT].clone()}, src / "more.safetensors")
+
+
+def repeated(src: Path) -> None:
+    text = (src / "config.json").read_text()
+    (src / "config.json").write_text(text.replace("{", '{"num_experts": 5,', 1))
+
+
+def overlap(t: dict) -> None:
+    t[EXPERT]["data_offsets"] = t[EXPERT.replace("up", "gate")]["data_offsets"]
+
+
+def quantized(**q):
+    return edit_config(quantization_config=q), (q.get("quant_method", "quantized"), "quantized", "plain float weights")
+
+
+def dropped(*names: str):
+    return lambda src: [(src / n).unlink() for n in names]
+
+
+FIT = ("model.path=src", "bank.m=3", "bank.r=6", "sparsity.support=2", "fit.steps=2", "fit.metric=weights")
+WEIGHTS = "model.safetensors"
+CHECKPOINT_ROWS = {  # name: (damage to the copy `src` of a good checkpoint, words of the line)
+    "weights empty": (write(WEIGHTS, b""), (WEIGHTS, "safetensors")),
+    "weights cut after 7 bytes": (cut(7), (WEIGHTS,)),
+    "weights cut after 8 bytes": (cut(8), (WEIGHTS,)),
+    "weights cut in the header": (cut(200), (WEIGHTS,)),
+    "weights cut in the middle": (cut(0.5), (WEIGHTS,)),
+    "weights cut by one byte": (cut(-1), (WEIGHTS,)),
+    "weights with bytes too many": (lambda src: write(WEIGHTS, (src / WEIGHTS).read_bytes() + b"more")(src), (WEIGHTS,)),
+    "header length 2^64 - 1": (write(WEIGHTS, b"\xff" * 8 + b"{}"), (WEIGHTS,)),
+    "header length 2^40": (write(WEIGHTS, (2 ** 40).to_bytes(8, "little") + b"{}" * 50), (WEIGHTS,)),
+    "header not JSON": (edit_header(b"not json"), (WEIGHTS,)),
+    "header a JSON list": (edit_header(b"[1, 2]"), (WEIGHTS,)),
+    "header nested 100,000 deep": (edit_header(b"[" * 100000), (WEIGHTS,)),
+    "header not UTF-8": (edit_header(b'{"\xff\xfe": 1}'), (WEIGHTS,)),
+    "offsets overlap": (edit_header(overlap), (WEIGHTS,)),
+    "offsets past the end": (edit_header(lambda t: t[EXPERT].update(data_offsets=[0, 2 ** 50])), (WEIGHTS,)),
+    "offsets negative": (edit_header(lambda t: t[EXPERT].update(data_offsets=[-8, 0])), (WEIGHTS,)),
+    "shape of 2^60 numbers": (edit_header(lambda t: t[EXPERT].update(shape=[2 ** 30, 2 ** 30])), (WEIGHTS,)),
+    "an expert of int8": (edit_tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.int8)})), (EXPERT, "float32", "I8", WEIGHTS)),
+    "an expert of int32": (edit_tensors(lambda t: t.update({EXPERT: t[EXPERT].int()})), (EXPERT, "float32", "I32")),
+    "an expert of float8": (edit_tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.float8_e4m3fn)})), (EXPERT, "F8_E4M3")),
+    "7 NaN in an expert": (put(EXPERT, math.nan, 7), (EXPERT, "finite", "7", WEIGHTS)),
+    "1 Inf in an expert": (put(EXPERT, math.inf, 1), (EXPERT, "finite", "1 ", WEIGHTS)),
+    "a missing expert": (edit_tensors(lambda t: t.pop(EXPERT)), (EXPERT, "(16, 32)", "none")),
+    "an expert of zero rows": (edit_tensors(lambda t: t.update({EXPERT: torch.zeros(0, 32)})), (EXPERT, "(16, 32)", "(0, 32)")),
+    "an expert that is flat": (edit_tensors(lambda t: t.update({EXPERT: torch.zeros(512)})), (EXPERT, "(16, 32)", "(512,)")),
+    "an expert twice": (twice, (EXPERT, "both", "more.safetensors")),
+    "index names a missing shard": (index(lambda t: t.update({EXPERT: "model-9.safetensors"})), ("index.json", "model-9.safetensors")),
+    "index names the wrong shard": (index(lambda t: t.update({EXPERT: {"model-0.safetensors": "model-1.safetensors"}.get(
+        t[EXPERT], "model-0.safetensors")})), (EXPERT, "by the index")),
+    "index names ../x": (index(lambda t: t.update({EXPERT: "../elsewhere.safetensors"})), ("../elsewhere", "directory")),
+    "index names ..": (index(lambda t: t.update({EXPERT: ".."})), ("..", "index.json")),
+    "index names an absolute path": (index(lambda t: t.update({EXPERT: "/etc/passwd"})), ("/etc/passwd", "directory")),
+    "index names a NUL byte": (index(lambda t: t.update({EXPERT: "a\0b"})), ("index.json", "file name")),
+    "index names a number": (index(lambda t: t.update({EXPERT: 5})), ("index.json", "5")),
+    "index names a list": (index(lambda t: t.update({EXPERT: ["a"]})), ("index.json", "'a'")),
+    "index names config.json": (index(lambda t: t.update({EXPERT: "config.json"})), ("config.json", "safetensors")),
+    "index without weight_map": (index(None, weight_map=None), ("index.json", "weight_map")),
+    "index with an empty weight_map": (index(None, weight_map={}), ("index.json", "weight_map")),
+    "index not JSON": (write("model.safetensors.index.json", "{"), ("index.json", "JSON")),
+    "a shard linked to outside": (link_out, (WEIGHTS, "elsewhere.safetensors", "outside")),
+    "a shard that links to nothing": (lambda src: (src / "x.safetensors").symlink_to("nowhere"), ("x.safetensors",)),
+    "a shard that is a directory": (lambda src: (src / "x.safetensors").mkdir(), ("x.safetensors",)),
+    "an LFS pointer": (write(WEIGHTS, LFS), (WEIGHTS, "git lfs pull")),
+    "an LFS pointer for config.json": (write("config.json", LFS), ("config.json", "git lfs pull")),
+    "an LFS pointer for the index": (write("model.safetensors.index.json", LFS), ("index.json", "git lfs pull")),
+    "pickles alone": (lambda src: (src / WEIGHTS).rename(src / "pytorch_model.bin"), ("pytorch_model.bin", "pickle")),
+    "no weights": (dropped(WEIGHTS), ("*.safetensors", "none")),
+    "no config.json": (dropped("config.json"), ("config.json", "none")),
+    "config.json empty": (write("config.json", ""), ("config.json", "JSON")),
+    "config.json binary": (write("config.json", bytes(range(128, 256))), ("config.json", "JSON")),
+    "config.json nested 100,000 deep": (write("config.json", "[" * 100000), ("config.json", "JSON")),
+    "config.json with a number of 10,000 digits": (write("config.json", '{"a": ' + "9" * 10000 + "}"), ("config.json", "JSON")),
+    "config.json a list": (write("config.json", "[1]"), ("config.json", "object", "list")),
+    "config.json says num_experts twice": (repeated, ("config.json", "num_experts", "twice")),
+    "model_type a list": (edit_config(model_type=["qwen2_moe"]), ("config.json", "model_type", "qwen2_moe")),
+    "model_type missing": (edit_config(model_type=...), ("config.json", "model_type", "None")),
+    "config of more experts": (edit_config(num_experts=5), ("experts.4.", "(16, 32)", "none")),
+    "config of fewer experts": (edit_config(num_experts=3), ("experts.3.", "not expected")),
+    "config of another width": (edit_config(moe_intermediate_size=8), ("(8, 32)", "(16, 32)")),
+    "config of another hidden size": (edit_config(hidden_size=64), ("(16, 64)", "(16, 32)")),
+    "config of 10^9 experts": (edit_config(num_experts=10 ** 9), ("config.json", "num_experts", "1000000000")),
+    "config of 10^12 layers": (edit_config(num_hidden_layers=10 ** 12), ("config.json", "num_hidden_layers", "1000000000000")),
+    "config of 0 layers": (edit_config(num_hidden_layers=0), ("config.json", "num_hidden_layers", "0")),
+    "config of -1 experts": (edit_config(num_experts=-1), ("config.json", "num_experts", "-1")),
+    "config of true experts": (edit_config(num_experts=True), ("config.json", "num_experts", "True")),
+    "config of no layer with experts": (edit_config(mlp_only_layers=[0, 1]), ("config.json", "experts", "none")),
+    "mlp_only_layers a number": (edit_config(mlp_only_layers=7), ("config.json", "layers")),
+    "decoder_sparse_step text": (edit_config(decoder_sparse_step="x"), ("config.json", "layers")),
+    "shared size text": (edit_config(shared_expert_intermediate_size="wide"), ("config.json", "shared")),
+    "top-k missing": (edit_config(num_experts_per_tok=...), ("config.json", "num_experts_per_tok", "None")),
+    "top-k above the experts": (edit_config(num_experts_per_tok=9), ("config.json", "num_experts_per_tok", "9", "4")),
+    "quantized by gptq": quantized(quant_method="gptq", bits=4),
+    "quantized by awq": quantized(quant_method="awq", bits=4),
+    "quantized by fp8": quantized(quant_method="fp8"),
+    "quantized by bitsandbytes": quantized(quant_method="bitsandbytes", load_in_4bit=True),
+    "quantized by a list": (edit_config(quantization_config=["x"]), ("config.json", "quantized")),
+    "packed tensors without a word in config.json": (edit_tensors(lambda t: t.update(
+        {EXPERT.replace("weight", "qweight"): t.pop(EXPERT).int()})), (EXPERT, "none")),
+}
+
+
+@pytest.mark.parametrize("row", CHECKPOINT_ROWS)
+def test_a_checkpoint_is_refused_whole_for(row, small, capsys):
+    damage, said = CHECKPOINT_ROWS[row]
+    shutil.copytree(small, "src")
+    damage(Path("src"))
+    line = refused_whole("fit", "--out", "out", *FIT, capsys=capsys, late=row.endswith("in an expert"))
+    assert all(w in line for w in said), line
+
+
+def test_the_undamaged_checkpoint_of_these_rows_is_fitted(small, capsys):
+    shutil.copytree(small, "src")
+    index()(Path("src"))
+    answer("fit", "--out", "out", *FIT, capsys=capsys)  # else the rows above could be refused for another reason
+    assert Path("out/factors.safetensors").is_file()
+
+
+def test_the_hubs_own_links_into_its_blobs_are_followed(small, capsys):
+    snap, blobs = Path("hub/snapshots/abc"), Path("hub/blobs")
+    shutil.copytree(small, snap)
+    blobs.mkdir()
+    for f in list(snap.iterdir()):
+        shutil.move(f, blobs / f"{f.name}-hash")
+        f.symlink_to(Path("../../blobs") / f"{f.name}-hash")
+    answer("fit", "--out", "out", f"model.path={snap}", *FIT[1:], capsys=capsys)
+
+
+YAML_ROWS = {  # name: (text of the file, words of the line)
+    "tabs": ("bank:\n\tm: 3\n", ("c.yaml", "YAML", r"'\t'", "line 2")), "not closed": ("bank: {m: 3", ("c.yaml", "YAML")),
+    "an anchor bomb": (BOMB, ("c.yaml", "anchor")), "nested 100,000 deep": ("[" * 100000, ("c.yaml", "YAML")),
+    "a date that is none": ("model: {path: 2024-99-99}", ("c.yaml", "YAML")), "a Python object": (
+        "bank: !!python/object/apply:os.system ['true']", ("c.yaml", "YAML")), "a broken tag": ("fit: {steps: !!int x}", ("c.yaml", "YAML")),
+    "a key of a mapping": ("? {a: b}\n: 3\n", ("c.yaml", "YAML")), "a list": ("- 1\n", ("c.yaml", "mapping")), "a word": ("hello", ("c.yaml", "mapping")),
+    "a number as key": ("5: 3", ("c.yaml", "unknown key 5")), "an unknown key": ("bank: {rnak: 3}", ("bank.rnak", "did you mean bank.r")),
+    "an unknown section": ("bnak: {m: 3}", ("bnak", "did you mean bank")), "two documents": ("a: 1\n---\nb: 2\n", ("c.yaml", "YAML")),
+    "not UTF-8": (b"bank: {m: \xff}", ("c.yaml", "not a text file")), "a NUL byte": (b"bank: {m: \0}", ("c.yaml", "YAML")),
+    "a key twice": ("bank: {m: 3}\nbank: {r: 4}\n", ("c.yaml", "bank", "twice")),
+    "a sweep of numbers": ("sweep: {bank.m: 3}", ("sweep", "list")), "a sweep of nothing": ("sweep: {bank.m: []}", ("sweep", "list")),
+    "a sweep of an unknown key": ("sweep: {bank.mm: [1, 2]}", ("bank.mm",)),
+}
+
+
+@pytest.mark.parametrize("row", YAML_ROWS)
+def test_a_config_file_is_refused_for(row, small, capsys):
+    text, said = YAML_ROWS[row]
+    Path("c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    line = refused_whole("fit", "--out", "out", "--config", "c.yaml", f"model.path={small}", capsys=capsys)
+    assert all(w in line for w in said), line
+
+
+VALUE_ROWS = {  # override: words of the line
+    "bank.m=-3": ("bank.m", "above 0", "-3"), "bank.m=1000000000": ("bank.m", "at most", "1000000000"), "bank.m={gate: -1}": ("bank.m", "above 0"),
+    "bank.m={gate: 1.5}": ("bank.m", "whole number"), "bank.m={}": ("bank.m", "gate"), "bank.m={3: 3}": ("bank.m", "gate"),
+    "bank.m={gate: true}": ("bank.m", "whole number"), "bank.m=[3]": ("bank.m", "int"), "bank.m=true": ("bank.m", "int"),
+    "bank.r=1000000": ("bank.r", "at most", "1000000"), "bank.r=0": ("bank.r", "above 0"), "bank.r=1e9": ("bank.r", "at most"),
+    "bank.ratio=-1": ("bank.ratio", "above 0"), "bank.memory=9kg": ("bank.memory", "18GiB"), "bank.scope=0": ("bank.scope", "0"),
+    "bank.scope=²": ("bank.scope", "²"), "bank.scope=-2": ("bank.scope", "-2"), "fit.steps=-1": ("fit.steps", "above 0"), "fit.steps=1e3": ("fit.steps", "int"),
+    "fit.seed=-1": ("fit.seed", "0 or more"), "fit.seed=99999999999999999999999": ("fit.seed", "at most"), "fit.lr=" + "9" * 400: ("fit.lr", "float"),
+    "fit.lr=.inf": ("fit.lr", "float"), "fit.dtype=int8": ("fit.dtype", "int8"), "fit.device=gpu": ("device", "gpu"),
+    "fit.adam=3": ("fit.adam", "mapping"), "model.single_layer=2": ("single_layer", "2"), "model.max_experts=0": ("max_experts", "above 0"),
+    "model.path=": ("model.path",), "calib.tokens=0": ("calib.tokens", "above 0"), "cache.budget=-1": ("cache.budget", "above 0"),
+    "sparsity.support=0": ("sparsity.support", "above 0"), "x.y.z=1": ("unknown key x", "did you mean"), "=1": ("unknown key",),
+    "bank.=1": ("unknown key bank.",), "bank.m=[": ("bank.m=[", "YAML"), "fit.lr=*x": ("fit.lr=*x", "YAML"),
+    "bank.m.x=3": ("bank.m", "gate"), "model.path=2024-99-99": ("model.path", "YAML"),
+}
+
+
+@pytest.mark.parametrize("row", VALUE_ROWS)
+def test_a_value_is_refused_for(row, small, capsys):
+    values = [v for v in (f"model.path={small}", *FIT[1:]) if v.partition("=")[0] != row.partition("=")[0]]
+    line = refused_whole("fit", "--out", "out", *values, row, capsys=capsys)
+    assert all(w in line for w in VALUE_ROWS[row]), line
+
+
+TRAIN_ROWS = {
+    "train.hidden_size=-8": ("train.hidden_size", "above 0"), "train.layers=0": ("train.layers", "above 0"), "train.heads=0": ("train.heads", "above 0"),
+    "train.heads=5": ("train.hidden_size", "heads = 10", "32"), "train.kv_heads=3": ("train.heads", "kv_heads", "3"), "train.experts=0": ("train.experts", "above 0"),
+    "train.top_k=9": ("train.top_k", "9", "4"), "train.batch=0": ("train.batch", "above 0"), "train.seq_len=1": ("train.seq_len", "2"),
+    "train.lr=-1": ("train.lr", "above 0"), "train.autocast=int3": ("int3",), "train.dense_from=nowhere": ("nowhere",), "train.text=nowhere": ("nowhere",),
+    "train.dense_steps=-1": ("train.dense_steps", "0 or more"), "train.seed=-1": ("train.seed", "0 or more"), "train.clip=-1": ("train.clip", "above 0"),
+}
+
+
+@pytest.mark.parametrize("row", TRAIN_ROWS)
+def test_a_training_is_refused_for(row, words, capsys):
+    line = refused_whole("train", "--to", "out", *TRAIN, f"train.text={words}", row, capsys=capsys)
+    assert all(w in line for w in TRAIN_ROWS[row]), line
+
+
+def no_tokenizer(src: Path) -> None:
+    for f in src.glob("token*"):
+        f.unlink()
+    (src / "special_tokens_map.json").unlink(missing_ok=True)
+
+
+def foreign_tokenizer(src: Path) -> None:
+    """A tokenizer that asks to run its own code."""
+    no_tokenizer(src)
+    (src / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}))
+    (src / "mine.py").write_text("open('ran', 'w').close()\nclass Mine: pass\n")
+
+
+CALIBRATION_ROWS = {
+    "an empty text": (lambda src: Path("t.txt").write_text(""), ("t.txt", "none")),
+    "a text of blanks": (lambda src: Path("t.txt").write_text(" \n\t"), ("t.txt", "none")),
+    "a text of one token": (lambda src: Path("t.txt").write_text("a"), ("2 tokens", "found 1")),
+    "a binary text": (lambda src: Path("t.txt").write_bytes(bytes(range(256))), ("t.txt", "UTF-8")),
+    "no text": (lambda src: None, ("t.txt", "No such file")),
+    "an empty directory": (lambda src: Path("t.txt").mkdir(), ("t.txt", "none")),
+    "no tokenizer": (lambda src: [no_tokenizer(src), Path("t.txt").write_text("some words")], ("src", "tokenizer")),
+    "a tokenizer.json of garbage": (lambda src: [write("tokenizer.json", "{]")(src), Path("t.txt").write_text("some words")], ("src", "tokenizer")),
+    "a tokenizer with code of its own": (lambda src: [foreign_tokenizer(src), Path("t.txt").write_text("some words")], ("src", "tokenizer")),
+    "tokens outside the vocabulary": (lambda src: [edit_tensors(lambda t: t.update({n: t[n][:50].clone() for n in list(t) if n.endswith(
+        ("embed_tokens.weight", "lm_head.weight"))}))(src), edit_config(vocab_size=50)(src), Path("t.txt").write_text("some words")], ("token", "50")),
+    "an embedding of another size": (lambda src: [edit_config(vocab_size=512)(src), Path("t.txt").write_text("some words")],
+                                     ("embed_tokens", "(512, 32)")),
+    "no router": (lambda src: [edit_tensors(lambda t: t.pop("model.layers.1.mlp.gate.weight"))(src), Path("t.txt").write_text("some words")],
+                  ("model.layers.1.mlp.gate.weight", "none")),
+    "NaN in an expert": (lambda src: [put(EXPERT, math.nan, 3)(src), Path("t.txt").write_text("some words")], (EXPERT, "finite", "3")),
+    "NaN in the attention": (lambda src: [put("model.layers.1.self_attn.q_proj.weight", math.nan, 3)(src), Path("t.txt").write_text("some words")],
+                             ("model.layers.1.self_attn.q_proj.weight", "finite", "3")),
+    "activations that overflow": (lambda src: [edit_tensors(lambda t: t["model.layers.1.mlp.experts.2.up_proj.weight"].fill_(3e38))(src),
+                                               Path("t.txt").write_text("some words " * 20)], ("layer 1", "finite")),
+    "a calib.load of words": (lambda src: [Path("t.txt").write_text("some words"), Path("m").write_text("nonsense")], ("calib.load", "m")),
+}
+
+
+@pytest.mark.parametrize("row", CALIBRATION_ROWS)
+def test_a_calibration_is_refused_for(row, small, capsys):
+    damage, said = CALIBRATION_ROWS[row]
+    shutil.copytree(small, "src")
+    damage(Path("src"))
+    more = ["calib.load=m"] if Path("m").is_file() else []
+    line = refused_whole("fit", "--out", "out", *FIT[:-1], "calib.text=t.txt", "calib.tokens=64", "calib.length=8", *more, capsys=capsys, late=True)
+    assert all(w in line for w in said), line
+
+
+def edit_meta(change):
+    """Change the description of the run's factors."""
+    def damage(f: Path) -> None:
+        with safe_open(f, "pt") as g:
+            meta = json.loads(g.metadata()["globe"])
+        meta = change(meta) or meta
+        save_file({k: v.clone() for k, v in load_file(f).items()}, f, metadata={"globe": meta if isinstance(meta, str) else json.dumps(meta)})
+    return damage
+
+
+def edit_factors(change):
+    def damage(f: Path) -> None:
+        with safe_open(f, "pt") as g:
+            meta = g.metadata()
+        tensors = {k: v.clone() for k, v in load_file(f).items()}
+        change(tensors)
+        save_file(tensors, f, metadata=meta)
+    return damage
+
+
+def of_family(**changes):
+    return edit_meta(lambda meta: meta["families"]["gate"].update(changes))
+
+
+IDX, VAL, A_ = "layers.1.gate.idx", "layers.1.gate.val", "layers.1.gate.A"
+FACTORS_ROWS = {
+    "a config that is a list": (edit_meta(lambda m: m.update(config=[1])), ("description",)),
+    "another version": (edit_meta(lambda m: m.update(format_version=99)), ("version 1", "99")),
+    "no version": (edit_meta(lambda m: m.pop("format_version") and None), ("version 1", "None")),
+    "another model": (edit_meta(lambda m: m.update(fingerprint="0" * 16)), ("fingerprint", "0" * 16)),
+    "a description that is a list": (edit_meta(lambda m: [m]), ("factors.safetensors", "description")),
+    "a description that is not JSON": (edit_meta(lambda m: "{"), ("factors.safetensors",)),
+    "a description nested 100,000 deep": (edit_meta(lambda m: "[" * 100000), ("factors.safetensors",)),
+    "no families": (edit_meta(lambda m: m.update(families={})), ("description",)), "a family of another name": (
+        edit_meta(lambda m: m["families"].update(left=m["families"].pop("gate"))), ("description",)),
+    "no experts": (edit_meta(lambda m: m.update(experts={})), ("description",)), "a layer without experts": (
+        edit_meta(lambda m: m["experts"].update({"1": []})), ("description",)),
+    "an expert out of range": (edit_meta(lambda m: m["experts"]["1"].__setitem__(0, 99)), ("description",)),
+    "an expert twice": (edit_meta(lambda m: m["experts"]["1"].__setitem__(0, 1)), ("description",)),
+    "a layer that is a word": (edit_meta(lambda m: (m["experts"].update(x=m["experts"].pop("1")), m["families"]["gate"]["group"].update(x=0),
+                                                    m["families"]["up"]["group"].update(x=0)) and None), ("description",)),
+    "dims missing": (edit_meta(lambda m: m.pop("dims") and None), ("description",)), "dims of words": (
+        edit_meta(lambda m: m["dims"].update(p="wide")), ("description",)), "dims negative": (edit_meta(lambda m: m["dims"].update(d=-32)), ("description",)),
+    "m of 10^12": (edit_meta(lambda m: [f.update(m=10 ** 12) for f in m["families"].values()] and None), ("bank.gate.0", "1000000000000")),
+    "10^12 groups": (edit_meta(lambda m: [f.update(groups=10 ** 12) for f in m["families"].values()] and None), ("bank.gate.1",)),
+    "a group of half": (edit_meta(lambda m: [f["group"].update({"1": 0.5}) for f in m["families"].values()] and None), ("description",)),
+    "an activation of another name": (of_family(activation="relu"), ("description",)), "a scale of NaN": (of_family(scale=math.nan), ("description",)),
+    "a bank of nobody": (of_family(bank="down"), ("description",)), "a missing tensor": (edit_factors(lambda t: t.pop(IDX)), (IDX, "none")),
+    "a tensor too many": (edit_factors(lambda t: t.update(more=torch.zeros(1))), ("more", "not expected")),
+    "a wrong shape": (edit_factors(lambda t: t.update({A_: t[A_][:, :-1].clone()})), (A_, "(4, 16, 6)", "(4, 15, 6)")),
+    "an index past the bank": (edit_factors(lambda t: t[IDX].fill_(3)), (IDX, "[0, 3)", "3..3")),
+    "an index below 0": (edit_factors(lambda t: t[IDX].fill_(-1)), (IDX, "[0, 3)", "-1")),
+    "indices of float": (edit_factors(lambda t: t.update({IDX: t[IDX].float()})), (IDX, "int32", "float32")),
+    "adapters of int8": (edit_factors(lambda t: t.update({A_: t[A_].to(torch.int8)})), (A_, "float", "int8")),
+    "mixtures of NaN": (edit_factors(lambda t: t[VAL].fill_(math.nan)), (VAL, "finite")),
+    "a cut file": (lambda f: f.write_bytes(f.read_bytes()[:-9]), ("factors.safetensors",)),
+    "an empty file": (lambda f: f.write_bytes(b""), ("factors.safetensors",)),
+    "an LFS pointer": (lambda f: f.write_text(LFS), ("factors.safetensors", "git lfs pull")),
+    "no file": (lambda f: f.unlink(), ("factors.safetensors", "none")),
+    "a config.yaml with tabs": (lambda f: (f.parent / "config.yaml").write_text("a:\n\tb"), ("config.yaml", "YAML")),
+    "a config.yaml of a bomb": (lambda f: (f.parent / "config.yaml").write_text(BOMB), ("config.yaml", "anchor")),
+    "a config.yaml that is a list": (lambda f: (f.parent / "config.yaml").write_text("[1]"), ("config.yaml", "mapping")),
+}
+
+
+@pytest.mark.parametrize("row", FACTORS_ROWS)
+def test_factors_are_refused_for(row, run, capsys):
+    damage, said = FACTORS_ROWS[row]
+    shutil.copytree(run, "r")
+    damage(Path("r/factors.safetensors"))
+    line = refused_whole("export", "--factors", "r", "--to", "out", "--no-check", capsys=capsys)
+    assert all(w in line for w in said), line
+
+
+def filled(name: str) -> None:
+    Path(name).mkdir()
+    Path(name, "mine.txt").write_text("kept")
+
+
+OUTPUT_ROWS = {  # name: (preparation, arguments, words); src is the source, r a finished run
+    "fit into the source": (None, ("fit", "--out", "src", *FIT), ("src", "outside")),
+    "fit below the source": (None, ("fit", "--out", "src/a/b", *FIT, "--overwrite"), ("src/a/b", "outside")),
+    "fit below the source by a link": (lambda: Path("l").symlink_to("src"), ("fit", "--out", "l/a", *FIT, "--overwrite"), ("l/a", "outside")),
+    "fit over a directory of the source": (lambda: (Path("d").mkdir(), shutil.move("src", "d/src")),
+                                           ("fit", "--out", "d", "model.path=d/src", *FIT[1:], "--overwrite"), ("d", "d/src")),
+    "fit over where it stands": (None, ("fit", "--out", ".", *FIT, "--overwrite"), (".",)),
+    "fit onto a full directory": (lambda: filled("out"), ("fit", "--out", "out", *FIT), ("out", "exists", "--overwrite")),
+    "fit onto a file": (lambda: Path("out").write_text("kept"), ("fit", "--out", "out", *FIT), ("out", "exists")),
+    "fit below a file": (lambda: Path("f").write_text("kept"), ("fit", "--out", "f/out", *FIT), ("f",)),
+    "fit where nothing can be made": (None, ("fit", "--out", "/proc/globe/out", *FIT), ("/proc/globe",)),
+    "sweep over the source": (None, ("fit", "--out", "src", *FIT, "bank.m=2,3", "--overwrite"), ("src", "outside")),
+    "sweep over where it stands": (None, ("fit", "--out", ".", *FIT, "bank.m=2,3", "--overwrite"), (".",)),
+    "export into the source": (None, ("export", "--factors", "r", "--model", "src", "--to", "src", "--overwrite"), ("src", "outside")),
+    "export below the source": (None, ("export", "--factors", "r", "--model", "src", "--to", "src/x"), ("src/x", "outside")),
+    "export over its own run": (None, ("export", "--factors", "r", "--to", "r", "--overwrite", "--no-check"), ("r",)),
+    "export over the directory of its run": (lambda: (Path("d").mkdir(), shutil.move("r", "d/r")),
+                                             ("export", "--factors", "d/r", "--to", "d", "--overwrite", "--no-check"), ("d",)),
+    "export onto a full directory": (lambda: filled("out"), ("export", "--factors", "r", "--to", "out"), ("out", "exists", "--overwrite")),
+    "export below a file": (lambda: Path("f").write_text("kept"), ("export", "--factors", "r", "--to", "f/out", "--no-check"), ("f",)),
+    "train onto a full directory": (lambda: filled("out"), ("train", "--to", "out", *TRAIN), ("out", "exists")),
+    "train over where it stands": (None, ("train", "--to", ".", *TRAIN, "--overwrite"), (".",)),
+    "train over the directory it stands in": (None, ("train", "--to", "..", *TRAIN, "--overwrite"), ("..",)),
+}
+
+
+@pytest.mark.parametrize("row", OUTPUT_ROWS)
+def test_an_output_is_refused_for(row, small, run, capsys):
+    prepare, argv, said = OUTPUT_ROWS[row]
+    shutil.copytree(small, "src")
+    shutil.copytree(run, "r")
+    if prepare:
+        prepare()
+    line = refused_whole(*argv, capsys=capsys, late=True)
+    assert all(w in line for w in said), line
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes into read-only directories")
+@pytest.mark.parametrize("argv", (("fit", "--out", "ro/out", *FIT), ("export", "--factors", "r", "--to", "ro/out", "--no-check"),
+                                  ("train", "--to", "ro/out", *TRAIN)), ids=("fit", "export", "train"))
+def test_a_read_only_place_is_refused_by(argv, small, run, capsys):
+    shutil.copytree(small, "src")
+    shutil.copytree(run, "r")
+    Path("ro").mkdir(mode=0o500)
+    assert "ro" in refused_whole(*argv, capsys=capsys, late=True)
+
+
+@pytest.mark.parametrize("argv", (("fit", "--out", "out", *FIT), ("fit", *FIT), ("export", "--factors", "r", "--to", "out", "--no-check"),
+                                  ("export", "--factors", "r", "--to", "out", "--format", "dense", "--no-check"), ("train", "--to", "out", *TRAIN)),
+                         ids=("fit", "fit in runs", "export", "export dense", "train"))
+def test_a_full_disk_leaves_nothing_behind_of(argv, small, run, words, capsys):
+    resource = pytest.importorskip("resource")
+    shutil.copytree(small, "src")
+    shutil.copytree(run, "r")
+    shutil.copy(words, "words.txt")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # config.yaml fits, factors and weights do not
+    try:
+        line = refused_whole(*argv, *["train.text=words.txt"] * (argv[0] == "train"), capsys=capsys, late=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in line, line
+
+
+# ---- numbers: what a fit makes of degenerate weights ------------------------------------------------------
+NUMBERS = {  # name: (what happens to every expert tensor, fit settings)
+    "zero weights": (torch.zeros_like, ()), "constant weights": (lambda W: torch.full_like(W, 0.3), ()),
+    "constant weights, zscore": (lambda W: torch.full_like(W, 0.3), ("model.normalize=zscore",)),
+    "one expert": (lambda W: W, ("model.max_experts=1", "model.single_layer=1")), "more bases than experts": (lambda W: W, ("bank.m=20",)),
+    "r above d": (lambda W: W, ("bank.r=40",)), "duplicate experts": (lambda W: torch.linspace(-1, 1, W.numel()).view_as(W).to(W.dtype), ()),
+    "scale 1e-8": (lambda W: (W.double() * 1e-8).to(W.dtype), ()), "scale 1e8": (lambda W: (W.double() * 1e8).clamp(
+        torch.finfo(W.dtype).min / 4, torch.finfo(W.dtype).max / 4).to(W.dtype), ()),
+    "scale 1e-8 unnormalised": (lambda W: (W.double() * 1e-8).to(W.dtype), ("model.normalize=none",)),
+    "one huge weight": (lambda W: W.index_fill(0, torch.tensor(0), 3e4), ()),
+}
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+@pytest.mark.parametrize("row", NUMBERS)
+def test_a_fit_ends_finite_and_sensible_on(row, dtype, small, capsys):
+    change, settings = NUMBERS[row]
+    shutil.copytree(small, "src")
+    kind = getattr(torch, dtype)
+    edit_tensors(lambda t: t.update({n: change(v.to(kind)) if ".experts." in n else v.to(kind) for n, v in t.items()}))(Path("src"))
+    for more in ((), ("bank.activation=silu",), ("bank.init=svd", "fit.method=am")):
+        got = answer("fit", "--out", "out", "--overwrite", *FIT, "fit.steps=8", *settings, *more, capsys=capsys)
+        assert all(0 <= e <= 1.02 for e in got["rel_frob"].values()), (more, got["rel_frob"])
+        factors, ckpt = globe.load_factors("out"), Checkpoint("src")
+        for name, f in factors.families.items():
+            assert all(torch.isfinite(t.float()).all() for t in (*f.bank, *f.A.values(), *f.val.values())), (more, name)
+            W, found = ckpt.expert(name, 1, 0).float(), f.weight(1, 0)
+            assert torch.isfinite(found).all() and found.abs().max() <= 4 * W.abs().max() + 1e-30, (more, name)
+
+
+def test_the_same_seed_gives_the_same_bytes_of_factors_and_another_seed_others(small, words, capsys):
+    settings = (f"model.path={small}", *FIT[1:-1], f"calib.text={words}", "calib.tokens=128", "calib.length=32", "model.families=all", "fit.steps=6")
+    for out, seed in (("a", 5), ("b", 5), ("c", 6)):
+        answer("fit", "--out", out, *settings, f"fit.seed={seed}", capsys=capsys)
+    a, b, c = (Path(d, "factors.safetensors").read_bytes() for d in "abc")
+    assert a == b != c
+
+
+# ---- fuzzing: any input ends in a value or in UserError ---------------------------------------------------
+CHECKPOINT_FIELDS = {"model_type": "qwen2_moe", "num_hidden_layers": 2, "hidden_size": 8, "moe_intermediate_size": 4, "num_experts": 2,
+                     "num_experts_per_tok": 1, "shared_expert_intermediate_size": 4, "mlp_only_layers": [0], "decoder_sparse_step": 1,
+                     "quantization_config": None}
+GOOD_META = {"format_version": 1, "globe_version": "0", "model_type": "qwen2_moe", "fingerprint": "0", "experts": {"1": [0, 1]}, "config": {},
+             "dims": {"layers": [1], "experts": 2, "p": 4, "d": 8, "top_k": 1, "shared": 0}, "families": {"gate": {
+                 "m": 2, "r": 3, "s": 1, "groups": 1, "group": {"1": 0}, "activation": "silu", "shift": 0.0, "scale": 1.0, "bank": "gate"}}}
+try:
+    from hypothesis import HealthCheck, given, settings as fuzz_settings, strategies as st
+except ImportError:
+    def fuzzed(*_, **__):
+        return lambda test: pytest.mark.skip(reason="hypothesis is not installed: pip install hypothesis")(lambda: None)
+    st = None
+else:
+    def fuzzed(*strategies):
+        """Small, repeatable, and allowed to share the test's directory between examples."""
+        def wrap(test):
+            return fuzz_settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))(
+                given(*strategies)(test))
+        return wrap
+    JSON = st.recursive(st.none() | st.booleans() | st.integers(-2 ** 70, 2 ** 70) | st.floats() | st.text(max_size=8),
+                        lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=6), x, max_size=3), max_leaves=8)
+    SECTION = {f.name: [k.name for k in dataclasses.fields(getattr(globe.Config(), f.name))] for f in dataclasses.fields(globe.Config)
+               if dataclasses.is_dataclass(getattr(globe.Config(), f.name))}
+    CONFIGS = st.sampled_from(sorted(SECTION)).flatmap(lambda s: st.dictionaries(st.sampled_from(SECTION[s]), JSON, max_size=3).map(lambda v: {s: v}))
+
+
+def value_or_usererror(call) -> None:
+    """Runs call(): UserError with one short line, or a value; anything else fails, as does an allocation of 256 MiB."""
+    with at_most_more(256 * 2 ** 20):
+        try:
+            call()
+        except UserError as e:
+            assert 0 < len(str(e)) < 3000
+
+
+@contextlib.contextmanager
+def at_most_more(size: int):
+    """Address space may grow by `size` bytes within the block, where /proc says how much there is; else no limit."""
+    if not Path("/proc/self/statm").is_file():
+        yield
+        return
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no /proc here to read the address space from")
+def test_the_fuzzers_limit_on_memory_bites():
+    with pytest.raises(MemoryError):
+        value_or_usererror(lambda: bytearray(2 ** 29))
+
+
+@fuzzed(st and st.text(max_size=60) | CONFIGS.map(json.dumps))
+def test_any_text_as_a_config_file_is_read_or_refused(text):
+    Path("f.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
+    value_or_usererror(lambda: load_config("f.yaml"))
+
+
+@fuzzed(st and st.sampled_from(sorted(CHECKPOINT_FIELDS)), st and JSON)
+def test_any_value_in_a_models_config_is_read_or_refused(key, value):
+    value_or_usererror(lambda: globe.dims_of(CHECKPOINT_FIELDS | {key: value}))
+
+
+@fuzzed(st and st.binary(max_size=40), st and st.dictionaries(st.text(max_size=4), JSON, max_size=3), st and st.integers(-4, 4))
+def test_any_header_of_safetensors_is_read_or_refused(raw, header, off):
+    text = raw + json.dumps(header).encode()
+    Path("c").mkdir(exist_ok=True)
+    Path("c/config.json").write_text(json.dumps(CHECKPOINT_FIELDS))
+    Path("c/m.safetensors").write_bytes((max(0, len(text) + off)).to_bytes(8, "little") + text)
+    value_or_usererror(lambda: Checkpoint("c"))
+
+
+@fuzzed(st and JSON | st.dictionaries(st.just("weight_map"), st.dictionaries(st.text(max_size=4), JSON, max_size=3)))
+def test_any_index_is_read_or_refused(table):
+    Path("i").mkdir(exist_ok=True)
+    Path("i/config.json").write_text(json.dumps(CHECKPOINT_FIELDS))
+    Path("i/model.safetensors.index.json").write_text(json.dumps(table))
+    value_or_usererror(lambda: Checkpoint("i"))
+
+
+@fuzzed(st and st.lists(st.sampled_from(("dims", "families", "experts", "p", "gate", "m", "r", "s", "groups", "group", "bank", "1", "layers", "config")),
+                        min_size=1, max_size=3), st and JSON)
+def test_any_description_of_factors_is_read_or_refused(path, value):
+    meta = json.loads(json.dumps(GOOD_META))
+    node = meta
+    for key in path[:-1]:
+        node = node[key] if isinstance(node.get(key), dict) else node
+    node[path[-1]] = value
+    save_file({"bank.gate.0": torch.zeros(2, 3, 8), "layers.1.gate.A": torch.zeros(2, 4, 3), "layers.1.gate.val": torch.ones(2, 1),
+               "layers.1.gate.idx": torch.zeros(2, 1).int()}, "f.safetensors", metadata={"globe": json.dumps(meta)})
+
+    def read() -> None:
+        factors = globe.load_factors("f.safetensors")
+        assert factors.ratio() > 0 and factors.meta() and all(f.weight(1, 1).shape == (4, 8) for f in factors.families.values())
+    value_or_usererror(read)
+
+
+@slow
+def test_memory_is_flat_over_2000_tokens_with_a_tiny_cache(small):
+    import resource
+    ckpt = Checkpoint(small)
+    model = globe.assemble(ckpt, random_factors(ckpt), cache=globe.CacheConfig(per_layer=1))
+    pages = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 20
+    if not Path("/proc/self/statm").is_file():
+        pytest.skip("no /proc here to read the resident size from")
+    seen, ids = [], torch.randint(0, 200, (1, 1), generator=gen())
+    with torch.no_grad():
+        for i in range(20):  # 20 x 100 tokens; each starts from where the last one ended
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=100, min_new_tokens=100, do_sample=False, pad_token_id=0)
+            ids = out[:, -1:]
+            seen.append(pages())
+            for m in globe.globe_modules(model):
+                assert len(m.cache.slot_of) <= m.cache.slots == 1
+    x = torch.arange(10.0)
+    y = torch.tensor(seen[10:])
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()) * 10  # MiB per 1,000 tokens
+    assert slope < 1, (slope, seen)
 
 
 # ======================================================================================================

@@ -142,6 +142,7 @@ inline Family family(const char* name, const Tensor& W, const std::optional<Tens
   expect(op, name, W, x.scalar_type(), x, {-1, A ? -1 : rows, cols});
   if (A) expect(op, name, *A, x.scalar_type(), x, {-1, p, W.size(1)});
   check(cached || !A, op, ": ", name, ": adapters belong to a cached basis");
+  check(!A || A->numel() > 0, op, ": ", name, ": expected adapters, found an empty tensor");  // its null pointer would read as none
   return {W.const_data_ptr(), A ? A->const_data_ptr() : nullptr, W.size(0), A ? A->size(0) : 0, W.size(1), cached, float(scale), float(shift)};
 }
 
