@@ -2126,6 +2126,7 @@ def load_factors(path: Path | str) -> Factors:
     if meta is None:
         raise UserError(f"{path}: expected a factors file, found safetensors without a globe description")
     check_meta(meta, str(path))
+    meta["experts"] = dict(sorted(meta["experts"].items(), key=lambda item: int(item[0])))  # JSON's keys are text: 10 before 2
     dims, families = _meta_dims(meta), {}
     for name, f in meta["families"].items():
         def take(key: str, shape: tuple) -> Tensor:

@@ -1184,6 +1184,15 @@ def test_a_dry_run_says_what_a_fit_then_does_and_writes_nothing(small, capsys, m
         assert plan["families"] == list(got["rel_frob"]) and plan["seconds"] > 0 and plan["flops_per_pass"] > 0
 
 
+def test_layers_come_back_in_order():
+    layers = range(12)
+    f = FamilyFactors([torch.ones(1, 1, 3)], {l: torch.ones(1, 2, 1) for l in layers}, {l: torch.zeros(1, 1, dtype=torch.int32) for l in layers},
+                      {l: torch.ones(1, 1) for l in layers}, {l: 0 for l in layers}, "identity")
+    globe.save_factors(Factors({"up": f}, {l: [0] for l in layers}, globe.Dims(tuple(layers), 1, 2, 3, 1, 0), "qwen2_moe", "x"), Path("f.safetensors"))
+    back = globe.load_factors("f.safetensors")
+    assert list(back.experts) == list(back.families["up"].A) == list(layers)
+
+
 def test_gate_and_up_share_a_bank_that_is_stored_once(small, capsys):
     got = {share: answer("fit", "--out", share, f"model.path={small}", "model.families=all", *QUICK, f"bank.share={share}", capsys=capsys)
            for share in ("true", "false")}
