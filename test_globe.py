@@ -1038,7 +1038,7 @@ def test_every_file_in_configs_resolves_and_tiny_is_the_defaults():
 # ======================================================================================================
 # Commands
 # ======================================================================================================
-QUICK = ["bank.m=3", "bank.r=6", "sparsity.support=2", "fit.steps=6", "fit.homotopy.every=2", "fit.save_every=100"]
+QUICK = ["bank.m=3", "bank.r=6", "calib.tokens=2048", "sparsity.support=2", "fit.steps=6", "fit.homotopy.every=2", "fit.save_every=100"]
 SPEED = ["eval.tokens=256", "eval.length=64", "cache.warmup_tokens=32"]
 TRAIN = [f"train.{k}" for k in (
     "hidden_size=32", "layers=2", "heads=2", "kv_heads=2", "experts=4", "top_k=2", "moe_intermediate_size=16", "seq_len=32", "batch=2",
