@@ -566,7 +566,7 @@ def build_kernels(csrc: Path, compiler: str) -> Path:
     that start at once build the same file twice, each under its own name until it is whole.
     """
     home = Path(torch.__file__).parent
-    nvcc = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")) if torch.version.cuda else None
+    nvcc = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")) if pick_device().type == "cuda" else None
     flags = ["-std=c++17", "-O3", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += ["-Xcompiler", "-fPIC", "-DUSE_CUDA", "-arch=native"] if nvcc else ["-fPIC"]
     files = sorted(p for p in csrc.iterdir() if p.suffix in (".h", ".cpp") + (".cu",) * bool(nvcc))
