@@ -230,6 +230,25 @@ class TrainConfig:
 
 
 @dataclass
+class HealConfig:
+    """Recovery after the fit. Text and windows are calib.text, calib.length and calib.batch."""
+    stack: int | str = "auto"           # decoder layers trained together; auto: all where the memory allows, else one
+    steps: int = 400                    # at most, per stack
+    batch: int = 2                      # windows per step
+    lr: float = 5e-4                    # size of a step relative to the tensor's own, at its peak
+    warmup: int = 10
+    tokens: int = 262144
+    held_out: float = 0.05              # fraction of the windows that is never trained on, and decides
+    check_every: int = 25               # steps between two looks at the held-out windows
+    patience: int = 4                   # looks in a row without a gain after which a stack is done
+    logits_weight: float | None = None  # of KL(dense || healed) of the logits, against the error of the stack's output;
+                                        # default: 1 where the stack is the whole model, else 0
+    bank: str = "auto"                  # train | freeze | auto: train the banks all of whose layers are in the stack
+    save_every: int = 50
+    grad_checkpoint: bool = False       # compute a layer's activations again on the way back, in less memory
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     bank: BankConfig = field(default_factory=BankConfig)
@@ -240,6 +259,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    heal: HealConfig = field(default_factory=HealConfig)
     sweep: dict = field(default_factory=dict)   # {section.key: [values]}: fit once for each combination
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -250,21 +270,23 @@ CHOICES = {
     "bank.init": ("auto", "experts", "svd", "dictionary", "random"), "sparsity.map": ("auto", "sparsemax", "entmax", "softmax", "signed"),
     "sparsity.alpha": (1.0, 1.5, 2.0), "fit.method": ("varpro", "am", "adam"), "fit.metric": ("data", "weights"),
     "cache.mode": ("lru", "all", "none"), "log.to": ("none", "trackio", "wandb"),
+    "heal.bank": ("auto", "train", "freeze"),
     "fit.dtype": ("float64", "float32", "bfloat16", "float16"),
     "export.dtype": (None, "float32", "bfloat16", "float16"), "cache.dtype": (None, "float32", "bfloat16", "float16"),
 }
 POSITIVE = ("bank.m", "bank.r", "bank.ratio", "model.max_experts", "sparsity.support", "sparsity.T0", "fit.steps",
             "fit.lr", "fit.save_every", "fit.memory", "fit.homotopy.every", "calib.tokens", "calib.length", "calib.batch",
+            "heal.steps", "heal.batch", "heal.lr", "heal.tokens", "heal.check_every", "heal.patience", "heal.save_every",
             "cache.per_layer", "cache.budget", "eval.tokens", "eval.length", "eval.stride", "eval.context",
             *(f"train.{k}" for k in ("hidden_size", "layers", "heads", "kv_heads", "experts", "top_k", "moe_intermediate_size", "batch",
                                      "seq_len", "lr", "clip")))
 NON_NEGATIVE = ("model.single_layer", "sparsity.l1", "sparsity.eps_prune", "fit.batch", "fit.ridge", "fit.lambda_A",
                 "fit.lambda_B", "fit.lambda_T", "fit.spectral", "fit.tol", "fit.seed", "cache.warmup_tokens",
-                "fit.homotopy.lam_steps", "fit.homotopy.beta_steps", "calib.sampled",
+                "fit.homotopy.lam_steps", "fit.homotopy.beta_steps", "calib.sampled", "heal.warmup",
                 *(f"train.{k}" for k in ("shared_expert_intermediate_size", "upcycle_noise", "dense_steps", "moe_steps", "warmup",
                                          "weight_decay", "aux_coef", "save_every", "seed")))
 FRACTIONS = ("sparsity.eta", "sparsity.freeze", "fit.adam.beta1", "fit.adam.beta2", "fit.homotopy.lam_start",
-             "fit.homotopy.lam_end", "fit.homotopy.beta_start", "fit.homotopy.beta_end")
+             "fit.homotopy.lam_end", "fit.homotopy.beta_start", "fit.homotopy.beta_end", "heal.held_out", "heal.logits_weight")
 
 
 def _coerce(value: Any, kind: str, where: str) -> Any:
@@ -353,6 +375,8 @@ def check_config(cfg: Config) -> Config:
                        (t.seq_len >= 2, f"seq_len: expected 2 or more, found {t.seq_len}")):
         if not fine:
             raise UserError(f"train.{text}")
+    if cfg.heal.stack != "auto" and not (isinstance(cfg.heal.stack, int) and cfg.heal.stack > 0):
+        raise UserError(f"heal.stack: expected auto or a number of layers, found {cfg.heal.stack!r}")
     if cfg.bank.r is None and cfg.bank.ratio is None:
         raise UserError("bank: expected r or ratio, found neither")
     return cfg
@@ -2626,18 +2650,24 @@ def streamed(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: 
              tick: Callable[[], Any] = lambda: None) -> nn.Module:
     """The dense model's trunk (no head) with one decoder layer in memory at a time, for calibration: a layer is read when
     the forward pass reaches it, runs the whole input in parts of `batch` windows, and is let go; tick() after each."""
-    model = _skeleton(ckpt.config, dtype).model
-    wrap = nn.ModuleDict({"model": model})  # tensor names begin with "model."
-    for name in [n for n, _ in model.named_children() if n != "layers"]:
-        fill(wrap, ckpt, device, dtype, f"model.{name}")
-        _filled(model.get_submodule(name), f"{ckpt.dir}: model.{name}")
-    for i, layer in enumerate(model.layers):
+    model = _skeleton(ckpt.config, dtype)
+    _fill_around(model, ckpt, device, dtype, head=False)
+    for i, layer in enumerate(model.model.layers):
         layer.forward = _one_at_a_time(layer.forward, layer, batch, tick, functools.partial(
-            _fill_layer, wrap, ckpt, device, dtype, i))
+            _fill_layer, model, ckpt, device, dtype, i))
+    return model.model
+
+
+def _fill_around(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, head: bool = True) -> None:
+    """Fill all but the decoder layers of a model on the meta device."""
+    for name in [f"model.{n}" for n, _ in model.model.named_children() if n != "layers"] + ["lm_head"] * head:
+        fill(model, ckpt, device, dtype, name)
+        if name == "lm_head":
+            model.tie_weights()
+        _filled(model.get_submodule(name), f"{ckpt.dir}: {name}")
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to(device) if buffer is not None else None
-    return model
 
 
 def _filled(module: nn.Module, where: str) -> None:
@@ -2647,9 +2677,15 @@ def _filled(module: nn.Module, where: str) -> None:
         raise UserError(f"{where}.{empty[0]}: expected a tensor, found none (and {len(empty) - 1} more)")
 
 
-def _fill_layer(wrap: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, i: int) -> None:
-    fill(wrap, ckpt, device, dtype, f"model.layers.{i}")
-    _filled(wrap.get_submodule(f"model.layers.{i}"), f"{ckpt.dir}: model.layers.{i}")
+def _fill_layer(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, i: int) -> None:
+    fill(model, ckpt, device, dtype, f"model.layers.{i}")
+    _filled(model.get_submodule(f"model.layers.{i}"), f"{ckpt.dir}: model.layers.{i}")
+
+
+def _empty_layer(layer: nn.Module) -> None:
+    for module in layer.modules():
+        for key, w in module._parameters.items():
+            module._parameters[key] = w if w is None else nn.Parameter(w.to("meta"), requires_grad=False)
 
 
 def _one_at_a_time(run: Callable, layer: nn.Module, batch: int, tick: Callable, read: Callable) -> Callable:
@@ -2658,9 +2694,7 @@ def _one_at_a_time(run: Callable, layer: nn.Module, batch: int, tick: Callable, 
         read()
         out = [run(x[k:k + batch], *(part(a, k) for a in args), **{n: part(v, k) for n, v in kwargs.items()})
                for k in range(0, len(x), batch)]
-        for module in layer.modules():
-            for key, w in module._parameters.items():
-                module._parameters[key] = w if w is None else nn.Parameter(w.to("meta"), requires_grad=False)
+        _empty_layer(layer)
         tick()
         return torch.cat(out) if isinstance(out[0], Tensor) else (torch.cat([o[0] for o in out]), *out[0][1:])
     return forward
@@ -3142,7 +3176,7 @@ Made by globe.py {__version__}, sha256 `{hashlib.sha256(Path(__file__).read_byte
 
 
 # ======================================================================================================
-# 10. Training: the default model
+# 10. Training: the default model, and recovery after the fit
 # ======================================================================================================
 def byte_tokenizer():
     """A tokenizer whose ids 0..255 are the bytes of the UTF-8 text; 256 ends a text, 257 pads."""
@@ -3399,6 +3433,283 @@ def _cut(text: str) -> tuple:
     return text[:len(text) * 19 // 20], text[len(text) * 19 // 20:]
 
 
+class Student:
+    """The factors of the layers `span` as trainable float32 tensors, over the stock model's matrices that they stand for.
+
+    write() puts W^ (p, d) of every fitted expert in the dense one's place; backward() turns the gradients that the model
+    left there into those of A, of the mixtures on their fixed supports and, where they train, of the banks. The model
+    itself stays the stock one, so that every architecture and experts implementation serves.
+    """
+
+    def __init__(self, model: nn.Module, factors: Factors, span: range, bank: str, device: torch.device):
+        self.factors, self.span, self.device, self.frozen = factors, span, device, {}
+        self.at = {l: v for l, v in experts_modules(model).items() if l in span and l in factors.experts}
+        start = {}
+        for name, f in factors.families.items():
+            for l in self.at:
+                start |= {f"layers.{l}.{name}.A": f.A[l], f"layers.{l}.{name}.val": f.val[l]}
+            for g in sorted({f.group[l] for l in self.at}) if bank != "freeze" and not f.owner else ():
+                outside = [l for l in f.group if f.group[l] == g and l not in span]
+                if outside and bank == "train":
+                    raise UserError(f"heal.bank: train needs all layers of a bank in one stack, found layers {span[0]}..{span[-1]} "
+                                    f"without layer {outside[0]}; raise heal.stack, or take heal.bank=auto or freeze")
+                if not outside:
+                    start[f"bank.{name}.{g}"] = f.bank[g]
+        self.params = {k: nn.Parameter(t.to(device, torch.float32, copy=True)) for k, t in start.items()}
+        for matrix, _ in self._places():
+            matrix.requires_grad_()
+
+    def _places(self, layer: int | None = None, family: str | None = None) -> Iterator[tuple]:
+        """(parameter of the model, function that cuts an expert's (p, d) out of it), fitted expert by fitted expert."""
+        p, E = self.factors.dims.p, self.factors.dims.experts
+        for l, name in itertools.product(self.at if layer is None else [layer], [family] if family else self.factors.families):
+            parent, _, module = self.at[l]
+            mlp = getattr(parent, "shared_expert", getattr(parent, "shared_experts", None))
+            for e in self.factors.experts[l]:
+                i, rows = "gate up down".split().index(name), slice((e - E) * p, (e - E + 1) * p)
+                if e >= E:  # a slice of the shared expert
+                    yield getattr(mlp, f"{name}_proj").weight, lambda w, i=i, rows=rows: w[:, rows].T if i == 2 else w[rows]
+                else:
+                    yield (module.gate_up_proj, module.gate_up_proj, module.down_proj)[i], lambda w, i=i, e=e: w[e].T if i == 2 else w[e].chunk(2)[i]
+
+    def weights(self, l: int, name: str) -> Tensor:
+        """W^ (E_l, p, d) float32, differentiable."""
+        f = self.factors.families[name]
+        key = f"bank.{f.owner or name}.{f.group[l]}"
+        if key not in self.params and key not in self.frozen:
+            self.frozen[key] = f.bank[f.group[l]].to(self.device, torch.float32)
+        bank = self.params[key] if key in self.params else self.frozen[key]
+        X = compose(bank, f.idx[l].to(self.device), self.params[f"layers.{l}.{name}.val"], f.activation)
+        return f.shift + f.scale * (self.params[f"layers.{l}.{name}.A"] @ X)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        for l, name in itertools.product(self.at, self.factors.families):
+            for W, (matrix, cut) in zip(self.weights(l, name), self._places(l, name)):
+                cut(matrix.data).copy_(W)
+
+    def backward(self) -> None:
+        for l, name in itertools.product(self.at, self.factors.families):
+            self.weights(l, name).backward(torch.stack([cut(matrix.grad).float() for matrix, cut in self._places(l, name)]))
+        for matrix, _ in self._places():
+            matrix.grad = None
+
+    def optimizer(self, lr: float) -> Muon:
+        """Muon for adapters and banks, AdamW for mixtures; a step moves a tensor by lr times its own root mean square."""
+        groups = []
+        for name, w in self.params.items():
+            rate, matrix = lr * (float(w.detach().square().mean().sqrt()) or 1.0), not name.endswith("val")
+            groups.append({"params": [w], "parts": int(matrix), "weight_decay": 0.0, "peak": rate / 0.2 if matrix else rate})
+        return Muon(groups, betas=(0.9, 0.95))
+
+    def store(self, tensors: dict) -> None:
+        """Put trained tensors into the factors, in their stored dtypes, and go on from what these then hold."""
+        for name, f in self.factors.families.items():
+            places = [(f"layers.{l}.{name}.{kind}", getattr(f, kind), l) for l in self.at for kind in ("A", "val")]
+            for key, where, i in (*places, *((f"bank.{name}.{g}", f.bank, g) for g in range(0 if f.owner else len(f.bank)))):
+                if key in tensors:
+                    where[i] = tensors[key].to(where[i].dtype).cpu()
+                if key in self.params:
+                    self.params[key].data.copy_(where[i])
+
+
+class Walk:
+    """A dense model of which a stack of decoder layers is in memory at a time, and the hidden states that it works on."""
+
+    def __init__(self, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: int):
+        self.ckpt, self.device, self.dtype, self.batch, self.calls = ckpt, device, dtype, batch, []
+        self.model = _skeleton(ckpt.config, dtype)
+        self.layers = self.model.model.layers
+        _fill_around(self.model, ckpt, device, dtype)
+
+    @torch.no_grad()
+    def embed(self, windows: Tensor, x: Tensor) -> None:
+        """Fill x (N, T, d) with the first layer's inputs; keeps what the trunk hands to each layer besides (positions, mask)."""
+        forwards, self.calls = [layer.forward for layer in self.layers], [None] * len(self.layers)
+        for i, part in enumerate(windows.split(self.batch)):
+            for l, layer in enumerate(self.layers):
+                def record(h, *args, l=l, i=i, **kwargs):
+                    if l == 0:
+                        x[i * self.batch:i * self.batch + len(h)] = h.to(x.device)
+                    self.calls[l] = self.calls[l] or (args, kwargs)  # of a whole batch: the first
+                    return h
+                layer.forward = record
+            self.model.model(part.to(self.device), use_cache=False)
+        for layer, forward in zip(self.layers, forwards):
+            layer.forward = forward
+
+    def run(self, span: Sequence[int], x: Tensor, checkpoint: bool = False) -> Tensor:
+        """x (b, T, d) through the layers of span, b at most the batch."""
+        def cut(v):
+            return v[:len(x)] if isinstance(v, Tensor) and v.ndim and len(v) == self.batch else v
+        x = x.to(self.device)
+        for l in span:
+            args, kwargs = self.calls[l]
+            call = functools.partial(self.layers[l], **{k: cut(v) for k, v in kwargs.items()})
+            rest = tuple(map(cut, args))
+            y = torch.utils.checkpoint.checkpoint(call, x, *rest, use_reentrant=False) if checkpoint else call(x, *rest)
+            x = y if isinstance(y, Tensor) else y[0]
+        return x
+
+    @torch.no_grad()
+    def advance(self, span: Sequence[int], x: Tensor, progress: Callable = lambda it: it) -> None:
+        """Every window of x (N, T, d) through the layers of span, in place."""
+        for part in progress(x.split(self.batch)):
+            part.copy_(self.run(span, part))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.model.lm_head(self.model.model.norm(x)).float()
+
+    def fill(self, span: Sequence[int]) -> None:
+        for l in span:
+            if any(w.is_meta for w in self.layers[l].parameters()):
+                _fill_layer(self.model, self.ckpt, self.device, self.dtype, l)
+
+    def empty(self, span: Sequence[int]) -> None:
+        for l in span:
+            _empty_layer(self.layers[l])
+
+
+def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor whose memory is a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as f:
+        os.posix_fallocate(f.fileno(), 0, math.prod(shape) * dtype.itemsize)  # a full disk says so here, not in the middle
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
+
+
+def heal_loss(walk: Walk, span: Sequence[int], rest: Sequence[int], x: Tensor, target: Tensor, final: Tensor | None,
+              weight: float, checkpoint: bool) -> Tensor:
+    """(1 - weight) * mean over tokens of |y - t|^2 / |t|^2 + weight * KL(dense || healed) in nats per token.
+
+    x, target (b, T, d): the stack's input in the healed model, its output in the dense one; final (b, T, d): the last
+    layer's output in the dense one. Per token: a few tokens of a sequence are hundreds of times longer than the others.
+    """
+    y, loss = walk.run(span, x, checkpoint), torch.zeros((), device=walk.device)
+    if weight < 1:
+        t = target.to(walk.device).float()
+        loss = (1 - weight) * ((y.float() - t).square().sum(-1) / t.square().sum(-1)).mean()
+    if weight:
+        with torch.no_grad():
+            dense = walk.logits(final.to(walk.device)).log_softmax(-1)
+        healed = walk.logits(walk.run(rest, y, checkpoint)).log_softmax(-1)
+        loss = loss + weight * F.kl_div(healed.flatten(0, 1), dense.flatten(0, 1), log_target=True, reduction="batchmean")
+    return loss
+
+
+def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int, held: int, cfg: Config, state: Path,
+               progress: Callable[[dict], None], stop: Callable[[], bool]) -> tuple:
+    """Train one stack; returns (its best tensors, {} where none beat the start; loss on the held-out windows before, after).
+
+    loss(ids): mean loss of the windows ids, of which 0..held-1 are held out; it must be small enough for one backward pass.
+    The state is saved every heal.save_every steps and when stop() asks; a state that is there is resumed.
+    """
+    H, optimizer, best, step, bad, first, lowest = cfg.heal, student.optimizer(cfg.heal.lr), {}, 0, 0, None, math.inf
+    micro = cfg.calib.batch
+
+    def held_out() -> float:
+        student.write()
+        with torch.no_grad():
+            return sum(float(loss(part)) * len(part) for part in torch.arange(held).split(micro)) / held
+    if state.is_file():
+        tensors = load_file(state)
+        with safe_open(state, "pt") as f:
+            step, bad, first, lowest = json.loads(f.metadata()["heal"])
+        for k, w in student.params.items():
+            w.data.copy_(tensors[f"now/{k}"])
+            optimizer.state[w] = {n: tensors[f"{n}/{k}"] for n in ("step", "exp_avg", "exp_avg_sq") if f"{n}/{k}" in tensors}
+        best = {k: tensors[f"best/{k}"] for k in student.params if f"best/{k}" in tensors}
+    first = lowest = held_out() if first is None else first
+    while step < H.steps and bad < H.patience:
+        g = torch.Generator().manual_seed(cfg.fit.seed * 1_000_003 + student.span[0] * 10_007 + step)
+        ids = held + torch.randperm(windows - held, generator=g)[:H.batch]
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * min(1.0, (step + 1) / max(1, H.warmup)) * (0.55 + 0.45 * math.cos(math.pi * step / H.steps))
+        student.write()
+        total = 0.0
+        for part in ids.split(micro):
+            value = loss(part) * (len(part) / len(ids))
+            value.backward()
+            total += float(value.detach())
+        if not math.isfinite(total):
+            break  # diverged: the best so far, or the start, is kept
+        student.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        row = {"family": "heal", "layer": student.span[0], "step": step, "loss": total}
+        if step % H.check_every == 0 or step == H.steps:
+            row["held_out"] = now = held_out()
+            bad = 0 if now < lowest else bad + 1
+            if now < lowest:
+                lowest, best = now, {k: w.detach().clone() for k, w in student.params.items()}
+        progress(row)
+        if stop() or step % H.save_every == 0:
+            moments = {f"{n}/{k}": v for k, w in student.params.items() for n, v in optimizer.state.get(w, {}).items()}
+            with written(state) as tmp:
+                save_file({k: v.contiguous() for k, v in ({f"now/{k}": w.detach() for k, w in student.params.items()} | moments
+                          | {f"best/{k}": w for k, w in best.items()}).items()}, tmp,
+                          metadata={"heal": json.dumps([step, bad, first, lowest])})
+        if stop():
+            raise KeyboardInterrupt(f"state saved at step {step} of the stack at layer {student.span[0]}")
+    return best, first, lowest
+
+
+def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state: Path, device: torch.device, dtype: torch.dtype,
+         progress: Callable[[dict], None] = lambda row: None, stop: Callable[[], bool] = lambda: False) -> list:
+    """Layer-wise recovery: train `factors` (in place) stack by stack against the dense model on windows (N, T) of token ids.
+
+    The model is walked once, in order, with one stack of cfg.heal.stack decoder layers in memory; hidden states of the
+    dense and of the healed model are kept in files below `state`. Each stack sees the healed model's own inputs and is
+    trained to give the dense model's outputs, so that it also mends what the stacks before it left over (block
+    reconstruction: Li et al. 2021, arXiv:2102.05426; the logits' term: Hinton et al. 2015, arXiv:1503.02531). A stack keeps its old factors where the held-out windows gained
+    nothing. Returns a row {"layers", "before", "after", "steps"} per stack. Finished stacks are saved below `state`
+    and are not trained again; KeyboardInterrupt after stop(), with the state saved.
+    """
+    H, L, rows = cfg.heal, ckpt.config["num_hidden_layers"], []
+    whole = 6 * ckpt.num_parameters() * dtype.itemsize < free_memory(device)  # weights, gradients, float32 factors and moments
+    size = min(L, (L if whole else 1) if H.stack == "auto" else H.stack)
+    weight = float(size == L) if H.logits_weight is None else H.logits_weight
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(cfg.fit.seed))
+    windows, held = windows[order], max(1, round(H.held_out * len(windows)))
+    if len(windows) < 2:
+        raise UserError(f"heal: expected text for 2 windows of calib.length = {cfg.calib.length} tokens or more, found 1")
+    walk = Walk(ckpt, device, dtype, min(cfg.calib.batch, len(windows)))
+    shape = (*windows.shape, ckpt.dims.d)
+    x, dense = (on_disk(state / f"{name}.bin", shape, dtype) for name in ("healed", "dense"))
+    walk.embed(windows, x)
+    dense.copy_(x)
+    final = on_disk(state / "final.bin", shape, dtype) if weight else None
+    if weight:  # the logits need the dense model's last hidden states, and the way to them
+        walk.fill(range(L))
+        walk.advance(range(L), final.copy_(x))
+    for i in range(0, L, size):
+        span = range(i, min(i + size, L))
+        walk.fill(span)
+        student = Student(walk.model, factors, span, H.bank, device)
+        if weight < 1:
+            walk.advance(span, dense)
+        if student.params:
+            done = state / f"stack-{i:03d}.safetensors"
+            if not done.is_file():
+                def loss(ids: Tensor) -> Tensor:
+                    return heal_loss(walk, span, range(span[-1] + 1, L), x[ids], dense[ids], None if final is None else final[ids],
+                                     weight, H.grad_checkpoint)
+                best, before, after = heal_stack(student, loss, len(windows), held, cfg, state / "step.safetensors", progress, stop)
+                with written(done) as tmp:
+                    save_file(best, tmp, metadata={"heal": json.dumps([before, after])})
+                (state / "step.safetensors").unlink(missing_ok=True)
+            with safe_open(done, "pt") as f:
+                before, after = json.loads(f.metadata()["heal"])
+            student.store(load_file(done))
+            student.write()
+            rows.append({"layers": [span[0], span[-1]], "before": before, "after": after})
+        walk.advance(span, x)
+        if not weight:
+            walk.empty(span)
+    return rows
+
+
 @contextlib.contextmanager
 def held_interrupt() -> Iterator[threading.Event]:
     """An event that Ctrl-C (or SIGTERM) sets instead of raising, so that a step is never cut in half."""
@@ -3613,11 +3924,9 @@ def fit_memory(cfg: Config, ckpt: Checkpoint) -> None:
                         f"found {cfg.bank.memory}")
 
 
-def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
-    """Moments of the dense model's activations on the calibration text, layer by layer; from calib.load where given."""
-    if cfg.calib.load:
-        return load_moments(Path(cfg.calib.load), ckpt.fingerprint())
-    windows = token_windows(load_tokenizer(ckpt.dir), read_text(cfg.calib.text, "calibration"), cfg.calib.tokens, cfg.calib.length)
+def calibration_windows(ckpt: Checkpoint, cfg: Config, device: torch.device, tokens: int) -> Tensor:
+    """(N, length) ids of `tokens` tokens of the calibration text, and of calib.sampled more that the dense model writes."""
+    windows = token_windows(load_tokenizer(ckpt.dir), read_text(cfg.calib.text, "calibration"), tokens, cfg.calib.length)
     if int(windows.max()) >= (vocab := ckpt.config.get("vocab_size") or math.inf):
         raise UserError(f"{ckpt.dir}: expected token ids below vocab_size {vocab}, found {int(windows.max())}: is the tokenizer another model's?")
     if cfg.calib.sampled:
@@ -3625,6 +3934,14 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
         length = windows.shape[1]
         windows = torch.cat([windows, sample_windows(load_dense(ckpt.dir, device, None), max(1, cfg.calib.sampled // length),
                                                      length, cfg.fit.seed)])
+    return windows
+
+
+def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
+    """Moments of the dense model's activations on the calibration text, layer by layer; from calib.load where given."""
+    if cfg.calib.load:
+        return load_moments(Path(cfg.calib.load), ckpt.fingerprint())
+    windows = calibration_windows(ckpt, cfg, device, cfg.calib.tokens)
     at_once = max(1, free_memory(device) // 16 // (windows[0].numel() * ckpt.dims.d * 4))  # hidden states of all windows
     passes = -(-len(windows) // at_once)
     with tqdm(total=passes * ckpt.config["num_hidden_layers"], desc="calibrate", file=sys.stderr, leave=False) as line:
@@ -3743,7 +4060,7 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
                 raise KeyboardInterrupt(f"state saved; go on with: python globe.py fit --resume --out {out}")
             fitted |= factors
     log.close()
-    kept = {k: v for k, v in config_dict(cfg).items() if k not in ("log", "train", "eval")}
+    kept = {k: v for k, v in config_dict(cfg).items() if k not in ("log", "train", "eval", "heal")}
     kept["calib"]["text"] = Path(cfg.calib.text).name
     kept["model"] = {k: v for k, v in kept["model"].items() if k not in ("path", "force_download")}
     factors = Factors(fitted, {l: [e for k, e in keys if k == l] for l in dict.fromkeys(l for l, _ in keys)}, D,
@@ -3933,6 +4250,42 @@ def cmd_info(args: argparse.Namespace) -> dict:
     return out
 
 
+def cmd_heal(args: argparse.Namespace) -> dict:
+    begin, out = time.perf_counter(), Path(args.out)
+    cfg_from = out if args.resume and (out / "config.yaml").is_file() else None
+    run, cfg, factors, ckpt, device, dtype = open_run(args)
+    if cfg_from:
+        cfg = run_config(cfg_from, args)
+    elif out.resolve() == run.resolve():
+        raise UserError(f"--out {out}: expected another directory than --factors")
+    dtype = torch.float32 if dtype is torch.float16 else dtype  # gradients of half precision would need a loss scale
+    if not args.resume:
+        fresh(out, args.overwrite, ckpt.dir)
+        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+    with discarded_on_error(out):
+        windows = calibration_windows(ckpt, cfg, device, cfg.heal.tokens)
+        write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
+        log = Log(out / "log.jsonl", cfg, out.name)
+        L = ckpt.config["num_hidden_layers"]
+        with held_interrupt() as stop, tqdm(desc="heal", file=sys.stderr, dynamic_ncols=True, leave=False, delay=1) as line:
+            def progress(row: dict) -> None:
+                log.row(row | {"seconds": round(time.perf_counter() - begin, 1)})
+                line.update(1)
+                line.set_postfix_str(f"layer {row['layer']} of {L}, step {row['step']}, loss {row['loss']:.4f}")
+            try:
+                rows = heal(ckpt, factors, windows, cfg, out / "state", device, dtype, progress, stop.is_set)
+            except KeyboardInterrupt as e:
+                raise KeyboardInterrupt(f"{e}; go on with: python globe.py heal --resume --factors {run} --out {out}") from None
+        log.close()
+        save_factors(factors, out / "factors.safetensors")
+        for file in (out / "state").glob("*.bin"):
+            file.unlink()
+    say(text_table(("layers", "held-out loss before", "after"), [(f"{a}..{b}", r["before"], r["after"]) for r in rows for a, b in [r["layers"]]]))
+    return {"factors": str(out), "ratio": factors.ratio(), "model_ratio": factors.model_ratio(ckpt.num_parameters()), "stacks": rows,
+            "healed": sum(r["after"] < r["before"] for r in rows), "seconds": round(time.perf_counter() - begin, 1),
+            "peak_rss_gib": round(peak_rss_gib(), 2)}
+
+
 def cmd_train(args: argparse.Namespace) -> dict:
     cfg = load_config(args.config, args.overrides)
     if args.print_config:
@@ -3994,6 +4347,11 @@ examples:
 examples:
   python globe.py train --to models/tiny
   python globe.py train --to models/up train.dense_from=DIR train.moe_steps=500"""),
+    "heal": (cmd_heal, "recover quality after the fit: train the factors against the dense model, stack by stack", """\
+examples:
+  python globe.py heal --factors runs/tiny-001 --out runs/tiny-001-healed
+  python globe.py heal --factors runs/qwen --out runs/qwen-healed heal.stack=1 heal.steps=100      one layer in memory at a time
+  python globe.py heal --resume --factors runs/qwen --out runs/qwen-healed                         go on where it stopped"""),
     "generate": (cmd_generate, "write text with the compressed model", """\
 example:
   python globe.py generate --factors runs/tiny-001 --prompt "def main(" """),
@@ -4016,12 +4374,13 @@ def build_parser() -> argparse.ArgumentParser:
         p.add_argument("--config", metavar="YAML", help="config file; see configs/")
         p.add_argument("--device", help="auto (default), cpu, cuda, cuda:N or mps")
         p.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's (fit: fit.dtype)")
-        if name in ("fit", "train"):
+        if name in ("fit", "train", "heal"):
             p.add_argument("--resume", action="store_true", help="go on from the saved state; starts afresh where there is none")
+        if name in ("fit", "train"):
             p.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
-        if name in ("fit", "train", "export"):
+        if name in ("fit", "train", "heal", "export"):
             p.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-        if name in ("eval", "export", "report", "generate"):
+        if name in ("eval", "export", "report", "heal", "generate"):
             p.add_argument("--factors", metavar="DIR", help="run directory; default: the newest below ./runs")
             p.add_argument("--model", metavar="M", help="source checkpoint, where it is no longer at the run's model.path")
         if name == "fit":
@@ -4030,6 +4389,8 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "eval":
             p.add_argument("--text", metavar="FILE", help="text to measure perplexity on; default: built-in held-out files")
             p.add_argument("--tasks", nargs="+", metavar="NAME", help="builtin, or tasks of lm-eval (names, or YAML files)")
+        if name == "heal":
+            p.add_argument("--out", metavar="DIR", required=True, help="the healed run's directory")
         if name == "export":
             p.add_argument("--to", metavar="DIR", help="where to; default: RUN/export")
             p.add_argument("--format", choices=("globe", "dense", "composed"), default="globe")

@@ -1337,6 +1337,99 @@ def test_a_half_type_runs_from_fit_to_eval(small, words, capsys):
 
 
 # ======================================================================================================
+# Recovery after the fit
+# ======================================================================================================
+def healed(ckpt: Checkpoint, factors: Factors, state: Path, *settings: str, stop=lambda: False, tokens: int = 8 * 32) -> tuple:
+    """(rows, log rows) of a heal on random tokens, in float32."""
+    cfg, log = load_config(None, ["heal.check_every=5", "heal.save_every=5", *settings]), []
+    ids = torch.randint(64, (tokens // 32, 32), generator=gen(3))
+    return globe.heal(ckpt, factors, ids, cfg, state, torch.device("cpu"), torch.float32, log.append, stop), log
+
+
+def tensors_of(factors: Factors) -> dict:
+    return {name: t.clone() for name, t in globe.factor_tensors(factors)}
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "mixtral", "deepseek_v2", "qwen3_moe"])
+def test_healing_lowers_the_held_out_error_and_the_distance_of_the_logits(kind, checkpoints, tmp_path):
+    ckpt = Checkpoint(checkpoints[kind])
+    want, factors = logits(stock(checkpoints[kind])), random_factors(ckpt, "all")
+    before = gap(logits(globe.assemble(ckpt, factors)), want)
+    for stack in (1, 2):
+        rows, _ = healed(ckpt, factors, tmp_path / str(stack), f"heal.stack={stack}", "heal.steps=60", "heal.lr=0.05")
+        assert [r["layers"] for r in rows] == ([[l, l] for l in ckpt.dims.layers] if stack == 1 else [[0, 1]])
+        assert all(r["after"] < r["before"] for r in rows)
+    assert gap(logits(globe.assemble(ckpt, factors)), want) < before
+
+
+def test_one_stack_overfits_a_small_batch(checkpoints, tmp_path):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    factors = random_factors(ckpt, "all", m=8, r=16)
+    _, log = healed(ckpt, factors, tmp_path, "heal.steps=400", "heal.lr=0.03", "heal.stack=1", "heal.batch=1", "heal.patience=99", tokens=2 * 32)
+    losses = [r["loss"] for r in log]
+    assert min(losses[-20:]) < 0.05 * losses[0]
+
+
+def test_what_healing_does_not_train_stays_bit_identical(checkpoints, tmp_path):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    for setting, changes in (("heal.bank=freeze", {"A", "val"}), ("heal.bank=train", {"A", "val", "bank"})):
+        factors = random_factors(ckpt)
+        old = tensors_of(factors)
+        healed(ckpt, factors, tmp_path / setting, "heal.stack=2", "heal.steps=10", "heal.lr=0.01", setting)
+        moved = {"bank" if "bank" in name else name.rpartition("_")[2] for name, t in tensors_of(factors).items() if not torch.equal(t, old[name])}
+        assert moved == changes
+    with pytest.raises(UserError, match="heal.bank: train needs all layers"):
+        healed(ckpt, random_factors(ckpt), tmp_path / "x", "heal.stack=1", "heal.bank=train")
+
+
+def test_a_stack_that_would_get_worse_keeps_its_factors(checkpoints, tmp_path):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    for lr in (3.0, 1e30):  # wild, and beyond float32
+        factors = exact_factors(ckpt, rank=15)
+        old = tensors_of(factors)
+        rows, log = healed(ckpt, factors, tmp_path / str(lr), "heal.stack=1", "heal.steps=10", f"heal.lr={lr}")
+        assert log and all(r["after"] == r["before"] for r in rows)
+        assert all(torch.equal(t, old[name]) for name, t in tensors_of(factors).items())
+
+
+def test_a_stopped_heal_goes_on_to_the_same_bits(checkpoints, tmp_path):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    settings = ("heal.stack=1", "heal.steps=20", "heal.lr=0.02")
+    whole, parts = random_factors(ckpt), random_factors(ckpt)
+    healed(ckpt, whole, tmp_path / "whole", *settings)
+    for stop_after in (7, 21, 3):
+        calls = itertools.count()
+        with pytest.raises(KeyboardInterrupt, match="state saved at step"):
+            healed(ckpt, random_factors(ckpt), tmp_path / "parts", *settings, stop=lambda: next(calls) >= 2 * stop_after)
+    healed(ckpt, parts, tmp_path / "parts", *settings)
+    for name, t in tensors_of(parts).items():
+        assert torch.equal(t, tensors_of(whole)[name]), name
+    assert (tmp_path / "parts" / "stack-000.safetensors").is_file() and not (tmp_path / "parts" / "step.safetensors").exists()
+
+
+def test_the_logits_term_reaches_through_the_dense_rest_of_the_model(checkpoints, tmp_path):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    factors = random_factors(ckpt)
+    rows, _ = healed(ckpt, factors, tmp_path, "heal.stack=1", "heal.logits_weight=0.5", "heal.steps=40", "heal.lr=0.03", "heal.grad_checkpoint=true")
+    assert len(rows) == 2 and all(r["after"] < r["before"] for r in rows)
+
+
+def test_heal_from_the_command_line(run, small, capsys, tmp_path):
+    settings = ["heal.steps=12", "heal.check_every=4", "heal.tokens=512", "calib.length=64", "heal.lr=0.005"]
+    got = answer("heal", "--factors", run, "--out", "healed", *settings, capsys=capsys)
+    assert got["factors"] == "healed" and len(got["stacks"]) == 1 and got["ratio"] == pytest.approx(globe.load_factors(run).ratio())
+    assert {"config.yaml", "factors.safetensors", "log.jsonl", "state"} == {p.name for p in Path("healed").iterdir()}
+    assert not list(Path("healed/state").glob("*.bin")) and len(globe.read_rows(Path("healed/log.jsonl"))) == 12
+    assert answer("eval", "--factors", "healed", *SPEED, capsys=capsys)["ratio"] == got["ratio"]
+    source = (run / "factors.safetensors").read_bytes()
+    assert "exists" in refused("heal", "--factors", run, "--out", "healed", capsys=capsys)
+    assert "another directory" in refused("heal", "--factors", run, "--out", run, "--overwrite", capsys=capsys)
+    assert "heal.stack" in refused("heal", "--factors", run, "--out", "x", "heal.stack=0", capsys=capsys)
+    assert "2 windows" in refused("heal", "--factors", run, "--out", "x", "heal.tokens=64", "calib.length=64", capsys=capsys)
+    assert not Path("x").exists() and (run / "factors.safetensors").read_bytes() == source
+
+
+# ======================================================================================================
 # Text and tokens
 # ======================================================================================================
 def test_the_splits_of_the_built_in_text_share_no_file_and_leave_out_the_reserved(monkeypatch):
