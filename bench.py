@@ -308,9 +308,18 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
         model = None  # one model in memory at a time
         result = quiet(["fit", *settings, "--out", f"{scratch}/{variant}-{ratio}", f"model.path={ckpt.dir}", f"bank.ratio={ratio}",
                         "bank.r=null", f"calib.load={scratch}/calibration.safetensors"])
-        factors = globe.load_factors(result["factors"])
-        add(variant, globe.assemble(ckpt, factors, device), result["ratio"], result["rel_frob"], result["seconds"],
-            factors.config["bank"]["scope"], result["support"], metric=factors.config["fit"]["metric"])
+        factors, seconds = globe.load_factors(result["factors"]), result["seconds"]
+
+        def measure(name: str, factors: globe.Factors, errors: dict, seconds: float) -> None:
+            add(name, globe.assemble(ckpt, factors, device), result["ratio"], errors, seconds,
+                factors.config["bank"]["scope"], result["support"], metric=factors.config["fit"]["metric"])
+        measure(variant, factors, result["rel_frob"], seconds)
+        if args.heal and variant == "globe":
+            healed = quiet(["heal", "--factors", result["factors"], "--out", f"{scratch}/healed-{ratio}", f"calib.text={text}",
+                            *(s for s in args.set if s.startswith("heal."))])
+            factors = globe.load_factors(healed["factors"])
+            errors = {f: e["all"] for f, e in globe.reconstruction(ckpt, factors).items()}
+            measure("globe+heal", factors, errors, seconds + healed["seconds"])
         model = globe.load_dense(ckpt.dir, device, None)
     configs = Path(globe.__file__).parent / "configs"
     peers = [q for p in args.peers for q in {"closed": CLOSED_FORM, "all": PEERS, "none": ()}.get(p, (p,))]
@@ -359,10 +368,10 @@ def plot_quality(rows: list, path: Path) -> None:
     texts, variants = list(dict.fromkeys(r["text"] for r in rows)), list(dict.fromkeys(r["variant"] for r in rows))
     fig, axes = plt.subplots(1, len(texts), figsize=(4.5 * len(texts), 4), sharey=True, squeeze=False)
     for ax, text in zip(axes[0], texts):
-        for variant, marker, line in zip(variants, "osv^D*PX", ("-", ":", "--", "-.", ":", "--", "-.", "-")):
+        for variant, marker, line in zip(variants, "osv^D*PX<", ("-", ":", "--", "-.", ":", "--", "-.", "-", "--")):
             mine = sorted((r["ratio"], r["delta_nats"]) for r in rows if (r["text"], r["variant"]) == (text, variant))
-            ours = variant == "globe"
-            ax.plot(*zip(*mine), marker=marker, linestyle="-" if ours else line, color="black" if ours else "0.5", label=variant)
+            ours = variant.startswith("globe")
+            ax.plot(*zip(*mine), marker=marker, linestyle="-" if variant == "globe" else line, color="black" if ours else "0.5", label=variant)
         ax.set(title=text, xlabel="stored / dense size of gate and up", yscale="log")
     axes[0][0].set_ylabel("increase of the loss (nats per token)")
     axes[0][0].legend(fontsize=8)
@@ -626,6 +635,7 @@ def main(argv=None) -> int:
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="config of the fits and of the tiny model")
     parser.add_argument("--peers", nargs="+", default=["closed"], choices=(*PEERS, "closed", "all", "none"),
                         help="quality: which peers; closed: those in closed form (default); mobe and slbf take hours on smol-moe")
+    parser.add_argument("--heal", action="store_true", help="quality: heal globe's factors too (variant globe+heal)")
     parser.add_argument("--png", metavar="FILE", help="quality: plot of the loss against the size")
     parser.add_argument("--windows", type=int, default=12, help="quality: evaluation windows of 512 tokens per text")
     parser.add_argument("--tokens", type=int, default=64, help="decode: new tokens")
