@@ -4267,7 +4267,8 @@ def cmd_heal(args: argparse.Namespace) -> dict:
         write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
         log = Log(out / "log.jsonl", cfg, out.name)
         L = ckpt.config["num_hidden_layers"]
-        with held_interrupt() as stop, tqdm(desc="heal", file=sys.stderr, dynamic_ncols=True, leave=False, delay=1) as line:
+        with (held_interrupt() as stop, threads_for(ckpt.dims.p, ckpt.dims.d),
+              tqdm(desc="heal", file=sys.stderr, dynamic_ncols=True, leave=False, delay=1) as line):
             def progress(row: dict) -> None:
                 log.row(row | {"seconds": round(time.perf_counter() - begin, 1)})
                 line.update(1)

@@ -2957,9 +2957,9 @@ def test_the_readmes_recipes_run_as_they_stand(words, monkeypatch, capsys):
     import bench
     smaller = {"train": [*TRAIN, f"train.text={words}"], "fit": [*TRAIN, f"train.text={words}", "bank.m=3", "sparsity.support=2",
                "fit.steps=6", "calib.tokens=512", "calib.length=64"], "eval": SPEED, "generate": [*SPEED, "--max-new-tokens", "4"],
-               "export": [], "report": [], "info": []}
+               "heal": ["heal.steps=4", "heal.tokens=512", "calib.length=64"], "export": [], "report": [], "info": []}
     fewer = ["--set", *TRAIN, f"train.text={words}", "bank.m=3", "sparsity.support=2", "fit.steps=6", "calib.tokens=512",
-             "--steps", "6", "--tokens", "4", "--prefill", "16", "--repeats", "1", "--windows", "2"]
+             "heal.steps=4", "heal.tokens=2048", "--steps", "6", "--tokens", "4", "--prefill", "16", "--repeats", "1", "--windows", "2"]
     seen = set()
     for line in "\n".join(readme_blocks("sh")).splitlines():
         for command in line.split("&&"):
