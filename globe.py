@@ -236,7 +236,7 @@ class HealConfig:
     steps: int = 400                    # at most, per stack
     batch: int = 2                      # windows per step
     lr: float = 5e-4                    # size of a step relative to the tensor's own, at its peak
-    warmup: int = 10
+    warmup: int = 20
     tokens: int = 262144
     held_out: float = 0.05              # fraction of the windows that is never trained on, and decides
     check_every: int = 25               # steps between two looks at the held-out windows
