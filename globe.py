@@ -44,12 +44,16 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import types
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
@@ -152,8 +156,9 @@ class FitConfig:
     tol: float = 0.0                    # stop where ten steps gain less than this, relatively
     seed: int = 0
     save_every: int = 25
+    budget: float | None = None         # GiB that the fit may plan on; default: what is free
     device: str = "auto"
-    dtype: str = "float32"              # of the products; sums and Cholesky are float32 or better
+    dtype: str = "float32"              # of the products (tf32: on CUDA); sums and Cholesky are float32 or better
 
 
 @dataclass
@@ -271,11 +276,11 @@ CHOICES = {
     "sparsity.alpha": (1.0, 1.5, 2.0), "fit.method": ("varpro", "am", "adam"), "fit.metric": ("data", "weights"),
     "cache.mode": ("lru", "all", "none"), "log.to": ("none", "trackio", "wandb"),
     "heal.bank": ("auto", "train", "freeze"),
-    "fit.dtype": ("float64", "float32", "bfloat16", "float16"),
+    "fit.dtype": ("float64", "float32", "tf32", "bfloat16", "float16"),
     "export.dtype": (None, "float32", "bfloat16", "float16"), "cache.dtype": (None, "float32", "bfloat16", "float16"),
 }
 POSITIVE = ("bank.m", "bank.r", "bank.ratio", "model.max_experts", "sparsity.support", "sparsity.T0", "fit.steps",
-            "fit.lr", "fit.save_every", "fit.memory", "fit.homotopy.every", "calib.tokens", "calib.length", "calib.batch",
+            "fit.lr", "fit.save_every", "fit.memory", "fit.budget", "fit.homotopy.every", "calib.tokens", "calib.length", "calib.batch",
             "heal.steps", "heal.batch", "heal.lr", "heal.tokens", "heal.check_every", "heal.patience", "heal.save_every",
             "cache.per_layer", "cache.budget", "eval.tokens", "eval.length", "eval.stride", "eval.context",
             *(f"train.{k}" for k in ("hidden_size", "layers", "heads", "kv_heads", "experts", "top_k", "moe_intermediate_size", "batch",
@@ -457,6 +462,91 @@ def write_text(path: Path, text: str) -> None:
         tmp.write_text(text, encoding="utf-8")
 
 
+def tensor_bytes(t: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, to read into or to write from without a copy."""
+    return memoryview(t.flatten().view(torch.uint8).numpy()) if t.numel() else memoryview(b"")
+
+
+def read_into(f, t: Tensor) -> Tensor:
+    """Fill the CPU tensor t from an open file; OSError where it ends too soon."""
+    view = tensor_bytes(t)
+    while len(view):
+        n = f.readinto(view[:2 ** 30])
+        if not n:
+            raise OSError(f"{f.name}: {len(view)} bytes short")
+        view = view[n:]
+    return t
+
+
+SAFE_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32",
+               torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8"}
+
+
+def write_tensors(path: Path, shapes: dict, tensors: dict | LazyDict, metadata: dict | None = None) -> None:
+    """Write a safetensors file one tensor at a time: {name: (dtype, shape)} first, then tensors[name], which may be made
+    only when it is asked for."""
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name, (dtype, shape) in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFE_DTYPES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with written(path) as tmp, open(tmp, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, (dtype, shape) in shapes.items():
+            t = tensors[name]
+            assert (t.dtype, tuple(t.shape)) == (dtype, tuple(shape)), name
+            f.write(tensor_bytes(t.detach().cpu().contiguous()))
+
+
+def read_tensors(path: Path) -> dict:
+    """{name: tensor} of a safetensors file of ours, in fresh aligned memory: what a memory map has touched would count as
+    the process's, and MKL rounds otherwise where tensors are not aligned."""
+    kinds = {v: k for k, v in SAFE_DTYPES.items()}
+    with open(path, "rb", buffering=0) as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        header.pop("__metadata__", None)
+        return {name: read_into(f, torch.empty(h["shape"], dtype=kinds[h["dtype"]])) for name, h in header.items()}
+
+
+class Shelved:
+    """A dict of CPU tensors, in memory or, after to(path), in a file that is read at every use."""
+
+    def __init__(self, tensors: dict):
+        self.tensors, self.path = tensors, None
+
+    def save(self, path: Path) -> None:
+        write_tensors(path, {k: (v.dtype, v.shape) for k, v in self.tensors.items()}, self.tensors)
+
+    def to(self, path: Path) -> Shelved:
+        self.save(path)
+        self.tensors, self.path = None, path
+        return self
+
+    def load(self) -> dict:
+        return self.tensors if self.path is None else read_tensors(self.path)
+
+
+class LazyDict(Mapping):
+    """{key: tensor} where each is made when it is asked for; the last one is kept."""
+
+    def __init__(self, make: dict):
+        self.make, self.last = make, (None, None)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        if self.last[0] != key or self.last[1] is None:
+            self.last = (None, None)  # two of them need never be in memory
+            self.last = key, self.make[key]()
+        return self.last[1]
+
+    def __iter__(self) -> Iterator:
+        return iter(self.make)
+
+    def __len__(self) -> int:
+        return len(self.make)
+
+
 def user_cache() -> Path:
     """Where the default model lives: $GLOBE_CACHE, else the user's cache directory."""
     base = os.environ.get("GLOBE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "globe"
@@ -469,7 +559,7 @@ def user_cache() -> Path:
 def pick_device(name: str | None = "auto") -> torch.device:
     """A torch.device for "auto", "cpu", "cuda[:i]" or "mps"; UserError where that one is not there."""
     if name in (None, "auto"):
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -488,15 +578,132 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def onednn_keeps_float32() -> bool:
+    """Whether oneDNN multiplies float32 matrices as float32 where it would be allowed bfloat16: true without AMX."""
+    if getattr(torch.backends.mkldnn, "matmul", None) is None or not torch.backends.mkldnn.is_available():
+        return False
+    a = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    before, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, "bf16"
+    try:
+        return all(float((x @ y - (x.double() @ y.double())).norm()) < 1e-5 * 512 ** 1.5
+                   for x, y in ((a, a), (a.T, a), (a, a.T), (a.expand(2, -1, -1), a.T.expand(2, -1, -1))))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
 @contextlib.contextmanager
-def threads_for(p: int, d: int) -> Iterator[None]:
-    """One CPU thread for work on small (p, d) matrices: measured on 96 x 96, a second thread made a fit 2 to 10 times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if p * d <= 2 ** 14 else before)
+def threads_for(p: int, d: int, dtype: str = "float32") -> Iterator[None]:
+    """Settings for work on (p, d) matrices. Small ones: one CPU thread (on 96 x 96 a second one made a fit 2 to 10 times
+    slower). Large ones: float32 products by oneDNN, which reach 375 GFLOP/s on two cores of an EPYC where MKL's reach 139."""
+    threads, small = torch.get_num_threads(), p * d <= 2 ** 14
+    settings = []
+    if not small and onednn_keeps_float32():
+        settings.append((torch.backends.mkldnn.matmul, "bf16"))
+    if dtype == "tf32":
+        settings.append((torch.backends.cuda.matmul, "tf32"))
+    before = [(backend, backend.fp32_precision) for backend, _ in settings]
+    torch.set_num_threads(1 if small else threads)
+    try:
+        for backend, value in settings:
+            backend.fp32_precision = value
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for backend, value in before:
+            backend.fp32_precision = value
+
+
+def host_buffer(shape: tuple, device: torch.device) -> Tensor:
+    """A float32 buffer on the CPU that is quick to copy to `device`."""
+    return torch.empty(shape, pin_memory=device.type == "cuda")
+
+
+def upload(t: Tensor, device: torch.device, stream: Any) -> tuple:
+    """(t on the device, what to wait for): on CUDA a copy on its own stream, beside the computing; t may be used again after
+    the wait of the next copy but one."""
+    if device.type != "cuda":
+        return t.to(device), None
+    with torch.cuda.stream(stream):
+        moved, done = t.to(device, non_blocking=True), torch.cuda.Event()
+        done.record(stream)
+        done.synchronize()  # in the reader's thread: the buffer is free from here on
+    return moved, done
+
+
+def arrived(t: Tensor, done: Any) -> Tensor:
+    """t, once the current stream may use it."""
+    if done is not None:
+        torch.cuda.current_stream(t.device).wait_event(done)
+        t.record_stream(torch.cuda.current_stream(t.device))
+    return t
+
+
+def side_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+class Lost(RuntimeError):
+    """Another process of a distributed fit is gone."""
+
+
+def ranks() -> tuple:
+    """(rank, number of ranks): (0, 1) but for processes that joined a job."""
+    on = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if on else (0, 1)
+
+
+@contextlib.contextmanager
+def joined_ranks(device: torch.device) -> Iterator[None]:
+    """Join the job that torchrun started this process for; nothing to join without it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with contextlib.suppress(RuntimeError):
+            torch.distributed.destroy_process_group()
+
+
+def first_rank_says(value: Any) -> Any:
+    """The first rank's value, on every rank."""
+    box = [value]
+    if ranks()[1] > 1:
+        torch.distributed.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def all_sum(*tensors: Tensor) -> None:
+    """Each tensor becomes its sum over the ranks, in place. Raises Lost where one of them is gone."""
+    if ranks()[1] == 1:
+        return
+    for t in tensors:
+        try:
+            there = t.to("cuda") if torch.distributed.get_backend() == "nccl" else t  # nccl knows no CPU
+            torch.distributed.all_reduce(there)
+            t.copy_(there) if there is not t else None
+        except RuntimeError as e:
+            raise Lost(f"rank {ranks()[0]} of {ranks()[1]}: another process is gone ({(str(e).splitlines() or ['?'])[0][:160]})") from None
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; the same answer on all."""
+    t = torch.tensor([float(flag)])
+    all_sum(t)
+    return bool(t)
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The first rank runs the block, then the others: for what it writes and they read."""
+    if ranks()[0]:
+        any_rank(False)
+    yield
+    if not ranks()[0]:
+        any_rank(False)
 
 
 def free_memory(device: torch.device) -> int:
@@ -529,7 +736,7 @@ def accumulator(device: torch.device) -> torch.dtype:
 def as_dtype(name: str | None) -> torch.dtype | None:
     if name in (None, "auto"):
         return None
-    table = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    table = {"float64": torch.float64, "float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
              "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if name not in table:
         raise UserError(f"--dtype: expected one of {', '.join(table)}, found {name!r}")
@@ -1100,26 +1307,31 @@ class Experts:
     keys: [(layer, expert)]; group: (n,) index of each one's bank. In the metric W_i becomes S_i^T W_i L: right {layer: L}
     weighs the input side, left {(layer, expert): S} the output side, S (p, p) lower triangular or (p,), a diagonal. The
     adapter takes S up in closed form. So does the bank L, where every bank belongs to one layer and phi is the identity
-    (absorb=True): the fit then works on B_j L. Kept in memory where they fit, else read on every pass.
+    (absorb=True): the fit then works on B_j L.
+
+    A pass needs V_i = S_i^T W_i C with C = L L^T (W_i alone without a metric, S_i^T W_i L where the bank absorbs L) and the
+    energies ||S_i^T W_i L||^2. V is kept in memory where it takes less than a quarter of it; else it is written once to a
+    nameless file in `scratch`; without a metric, or where the disk is too small, it is made from the checkpoint in every
+    pass. Under torchrun each rank holds its share of every layer. budget: bytes to plan on.
     """
 
     def __init__(self, read: Callable[[int, int], Tensor], keys: Sequence[tuple], scope: str | int = "global",
-                 device: torch.device = torch.device("cpu"), normalize: str = "none", batch: int = 0,
-                 right: dict | None = None, left: dict | None = None, absorb: bool = False):
+                 device: torch.device = torch.device("cpu"), normalize: str = "none", batch: int = 0, right: Mapping | None = None,
+                 left: dict | None = None, absorb: bool = False, budget: float | None = None, scratch: Path | None = None):
         self.read, self.keys, self.device = read, list(keys), device
         group = self.groups_of(self.keys, scope)
         self.group = torch.tensor([group[l] for l, _ in self.keys])
         self.group_of_layer, self.groups = group, max(group.values()) + 1
         self.p, self.d = read(*self.keys[0]).shape
-        self.shift, self.scale = self._moments(normalize)
-        self.right, self.left, self.level = right or {}, left or {}, {}
+        self.right, self.left = right or {}, left or {}
         self.absorbed = absorb and self.groups == len(group) and bool(self.right)
-        room, self.kept = free_memory(device), None
-        self.batch = batch or max(1, min(64, int(room / 8 / (12 * 4 * self.p * self.d))))
-        if right or left:
-            self.level = {l: self._level(l) for l in group}
-        if len(self.keys) * self.p * self.d * 4 < room / 4:
-            self.kept = [self._load(k) for k in self.keys]
+        room, self.metrics = budget or free_memory(device), {}
+        self.batch = batch or max(1, min(64, int(room / 16 / (6 * 4 * self.p * self.d))))
+        self.plan = self._plan(*ranks())
+        self.shift, self.scale = self._moments(normalize)
+        self.level, self.energy = dict.fromkeys(group, 1.0), torch.zeros(len(self.keys), dtype=torch.float64)
+        self.kept, self.file, self.buffers = None, None, {}
+        self._prepare(room, scratch)
 
     @staticmethod
     def groups_of(keys: Sequence[tuple], scope: str | int) -> dict:
@@ -1131,44 +1343,112 @@ class Experts:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def _plan(self, rank: int, world: int) -> list:
+        """[(ids (b,), layer)] of this rank's batches: a batch stays within a layer, a layer's batches are of even size."""
+        layer, out = torch.tensor([l for l, _ in self.keys]), []
+        for i, l in enumerate(self.group_of_layer):
+            ids = (layer == l).nonzero().flatten()[(rank + i) % world::world]  # who has one more changes with the layer
+            out += [(part, l) for part in ids.chunk(-(-len(ids) // self.batch))] if len(ids) else []
+        return out
+
     def _moments(self, normalize: str) -> tuple:
         """(mean or 0, standard deviation or 1) over the family, by one streaming pass; refuses NaN and Inf."""
-        total, square, n = 0.0, 0.0, 0
-        for l, e in self.keys:
-            w = self.read(l, e).double()
+        sums = torch.zeros(3, dtype=torch.float64)
+        for i in (i for ids, _ in self.plan for i in ids.tolist()):
+            w = self.read(*self.keys[i]).double()
             bad = int((~torch.isfinite(w)).sum())
             if bad:
-                raise UserError(f"layer {l} expert {e}: expected finite weights, found {bad} NaN or Inf")
-            total, square, n = total + float(w.sum()), square + float(w.square().sum()), n + w.numel()
+                raise UserError("layer {} expert {}: expected finite weights, found {} NaN or Inf".format(*self.keys[i], bad))
+            sums += torch.stack([w.sum(), w.square().sum(), torch.tensor(float(w.numel()))])
+        all_sum(sums)
+        total, square, n = sums.tolist()
         mean = total / n if normalize == "zscore" else 0.0
         std = math.sqrt(max(square / n - mean * mean, 0.0))
         return (mean, std or 1.0) if normalize != "none" else (0.0, 1.0)
 
-    def _level(self, layer: int) -> float:
-        """What brings the layer's experts to unit energy per entry in the metric: layers count by relative error."""
-        energy = [float(self._load(k).square().mean()) for k in self.keys if k[0] == layer]
-        return 1 / math.sqrt(sum(energy) / len(energy) or 1.0)
+    def _prepare(self, room: float, scratch: Path | None) -> None:
+        """Energies and levels by one pass from the checkpoint, which also puts V where later passes find it."""
+        size = 4 * self.p * self.d * sum(len(ids) for ids, _ in self.plan)
+        kept = [] if size < room / 4 else None
+        file = None
+        if kept is None and (self.right or self.left) and scratch and 1.2 * size < shutil.disk_usage(scratch).free:
+            file = tempfile.TemporaryFile(dir=scratch, buffering=0)  # nameless: gone with the process, however it ends
+        for (ids, l), (W, V) in zip(self.plan, self._ahead()):
+            self.energy[ids] = (V * W).sum((1, 2), dtype=accumulator(self.device)).double().cpu()
+            if kept is not None:
+                kept.append(V.clone())
+            elif file:
+                view = tensor_bytes(V.cpu().contiguous())
+                while len(view):
+                    view = view[file.write(view[:2 ** 30]):]
+        all_sum(self.energy)
+        if self.right or self.left:  # every layer at unit energy per entry in the metric: layers count by relative error
+            layer = torch.tensor([l for l, _ in self.keys])
+            for l in self.level:
+                mean = float(self.energy[layer == l].mean()) / self.p / self.d
+                self.level[l] = 1 / math.sqrt(mean or 1.0)
+                self.energy[layer == l] *= self.level[l] ** 2
+        self.kept = [V.mul_(self.level[l]) for V, (_, l) in zip(kept, self.plan)] if kept is not None else None
+        self.file = file
 
-    def _load(self, key: tuple) -> Tensor:
-        W, S, L = ((self.read(*key).float() - self.shift) / self.scale).to(self.device), self.left.get(key), self.right.get(key[0])
-        if S is not None:
-            W = S[:, None] * W if S.ndim == 1 else S.T @ W
-        W = W if L is None else W @ L
-        return W * self.level.get(key[0], 1.0)
+    def metric(self, layer: int) -> Tensor | None:
+        """C = L L^T of the layer; None without a metric and where the bank has absorbed it."""
+        if not self.right or self.absorbed:
+            return None
+        if layer not in self.metrics:
+            if not isinstance(self.right, dict):  # many and large: one at a time
+                self.metrics.clear()
+            L = self.right[layer]
+            self.metrics[layer] = L @ L.T
+        return self.metrics[layer]
 
-    def weights(self, ids: Tensor) -> Tensor:
-        """(b, p, d) float32 on the device."""
-        return torch.stack([self.kept[i] if self.kept else self._load(self.keys[i]) for i in ids.tolist()])
+    def _weighted(self, W: Tensor, i: int) -> Tensor:
+        """S^T (W - shift) / scale of expert i."""
+        W, S = (W - self.shift) / self.scale, self.left.get(self.keys[i])
+        return W if S is None else S[:, None] * W if S.ndim == 1 else S.T @ W
 
-    def batches(self, stored: bool = False) -> Iterator[tuple]:
-        """(ids (b,), group, L or None) in order; a batch never crosses groups nor, with L, layers. L is None where the
-        bank has absorbed it, unless stored=True asks for what the bank as it is stored needs."""
-        layer, apart = torch.tensor([l for l, _ in self.keys]), bool(self.right) and (stored or not self.absorbed)
-        for g in range(self.groups):
-            for l in layer[self.group == g].unique().tolist() if apart else [None]:
-                ids = ((self.group == g) & (layer == l) if apart else self.group == g).nonzero().flatten()
-                for part in ids.split(self.batch):
-                    yield part, g, self.right.get(l) if apart else None
+    def whitened(self, i: int) -> Tensor:
+        """One expert in the metric, S^T W L (p, d), from the checkpoint."""
+        W, l = self._weighted(self.read(*self.keys[i]).float().to(self.device), i), self.keys[i][0]
+        return (W @ self.right[l] if self.right else W) * self.level[l]
+
+    def _fetch(self, k: int, stream: Any) -> tuple:
+        """What lies on disk of batch k, in one of two buffers; runs beside the computing."""
+        ids = self.plan[k][0]
+        if k % 2 not in self.buffers:
+            self.buffers[k % 2] = host_buffer((max(len(ids) for ids, _ in self.plan), self.p, self.d), self.device)
+        buffer = self.buffers[k % 2][:len(ids)]
+        if self.file:
+            self.file.seek(4 * self.p * self.d * sum(len(ids) for ids, _ in self.plan[:k]))
+            read_into(self.file, buffer)
+        else:
+            for i, row in zip(ids.tolist(), buffer):
+                row.copy_(self.read(*self.keys[i]))
+        return upload(buffer, self.device, stream)
+
+    def _ahead(self) -> Iterator[tuple]:
+        """(S^T W or None, V) of every batch, each valid until the next is asked for; reads one batch ahead."""
+        stream = side_stream(self.device)
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(self._fetch, 0, stream) if self.plan else None
+            for k, (ids, l) in enumerate(self.plan):
+                W = arrived(*coming.result())
+                if k + 1 < len(self.plan):
+                    coming = reader.submit(self._fetch, k + 1, stream)
+                if self.file:
+                    yield None, W.mul_(self.level[l])
+                    continue
+                for i, row in zip(ids.tolist(), W):
+                    row.copy_(self._weighted(row, i))
+                side = self.right[l] if self.absorbed else self.metric(l)
+                V = W if side is None else W @ side
+                yield V if self.absorbed else W, V if self.level[l] == 1 else V.mul_(self.level[l])
+
+    def stream(self) -> Iterator[tuple]:
+        """(ids (b,), group, layer, V (b, p, d) on the device) batch by batch; V is valid until the next one is asked for."""
+        parts = self.kept if self.kept is not None else (V for _, V in self._ahead())
+        for (ids, l), V in zip(self.plan, parts):
+            yield ids, self.group_of_layer[l], l, V
 
     def bank(self, B: Tensor) -> Tensor:
         """The bank (G, m, r, d) as it is stored: what it has absorbed of the metric is taken out again."""
@@ -1181,7 +1461,7 @@ class Experts:
         """A in the metric -> A of W itself."""
         out = []
         for i, a in zip(ids.tolist(), A):
-            S, a = self.left.get(self.keys[i]), a / self.level.get(self.keys[i][0], 1.0)
+            S, a = self.left.get(self.keys[i]), a / self.level[self.keys[i][0]]
             if S is not None:
                 a = a / S[:, None] if S.ndim == 1 else torch.linalg.solve_triangular(S.T, a, upper=True)
             out.append(a)
@@ -1408,8 +1688,8 @@ def metric_factor(C: Tensor, ridge: float) -> Tensor:
 
 
 def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, device: torch.device) -> dict:
-    """{"right": {layer: L}, "left": {(layer, expert): S}} of a family, for Experts. Slices of a shared expert, which sees
-    every token, have no row weights."""
+    """{"right": {layer: L}, made when asked for, "left": {(layer, expert): S}} of a family, for Experts. Slices of a shared
+    expert, which sees every token, have no row weights."""
     if family == "down":
         S = {l: metric_factor(C, ridge).to(device) for l, C in moments["hidden"].items()}
         return {"right": {}, "left": {(l, e): S[l] for l, e in keys}}
@@ -1419,7 +1699,7 @@ def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, d
         if e < len(moments[family][l]):
             M = moments[family][l]
             left[l, e] = (M[e] + ROW_FLOOR * M.mean()).sqrt().float().to(device)
-    return {"right": {l: metric_factor(moments["inputs"][l], ridge).to(device) for l in layers}, "left": left}
+    return {"right": LazyDict({l: lambda l=l: metric_factor(moments["inputs"][l], ridge).to(device) for l in layers}), "left": left}
 
 
 # ======================================================================================================
@@ -1431,9 +1711,9 @@ class Diverged(RuntimeError):
 
 # ---- the small pure steps ----------------------------------------------------------------------------
 def blend(z: Tensor, activation: str, lam: float) -> tuple:
-    """phi_lam(z) = (1 - lam) z + lam phi(z) and its derivative (1 - lam) + lam phi'(z), elementwise."""
+    """phi_lam(z) = (1 - lam) z + lam phi(z) and its derivative (1 - lam) + lam phi'(z), elementwise; None stands for 1."""
     if activation == "identity" or lam == 0:
-        return z, torch.ones_like(z)
+        return z, None
     if activation == "silu":
         s = torch.sigmoid(z)
         f, df = z * s, s * (1 + z * (1 - s))
@@ -1459,13 +1739,23 @@ def mixture_vjp(alpha: Tensor, grad: Tensor, T: float, kind: str, mask: Tensor) 
     return v * (grad - (v * grad).sum(-1, keepdim=True) / v.sum(-1, keepdim=True)) / T
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+class Buffers(dict):
+    """Named tensors that a pass uses again and again: a fresh large one costs a page fault per 4 KiB, a fifth of the time."""
+
+    def __call__(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        size = math.prod(shape)
+        if name not in self or self[name].numel() < size:
+            self[name] = like.new_empty(size)
+        return self[name][:size].view(shape)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """a @ b with factors rounded to `dtype` and summed in float32 or better."""
     if dtype in (torch.float16, torch.bfloat16):
-        if a.device.type == "cuda" and a.ndim == 3:
-            return torch.bmm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+        if a.device.type == "cuda" and a.ndim == b.ndim:
+            return (torch.mm if a.ndim == 2 else torch.bmm)(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
         a, b = a.to(dtype).float(), b.to(dtype).float()
-    return a @ b
+    return torch.matmul(a, b, out=out)
 
 
 def spd_factor(K: Tensor, ridge: float) -> Tensor:
@@ -1476,21 +1766,49 @@ def spd_factor(K: Tensor, ridge: float) -> Tensor:
     for _ in range(8):
         C = K + (ridge * level)[..., None, None] * eye
         factor, info = torch.linalg.cholesky_ex(C.cpu() if where.type == "mps" else C)
+        if info.any() and C.dtype != torch.float64 and bool(torch.isfinite(C).all()):  # once more, in double
+            wide, info = torch.linalg.cholesky_ex(C.cpu().double() if where.type == "mps" else C.double())
+            factor = wide.to(C.dtype)
         if not info.any():
             return factor.to(where)
         ridge = torch.where(info.to(where) > 0, ridge * 10, ridge)
     raise Diverged("a Gram matrix is not finite or not positive: the step was too large")
 
 
-def adapters(W: Tensor, X: Tensor, ridge: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A-step: argmin_A ||W - A X||^2 + ridge ||A||^2 for W (b, p, d), X (b, r, d) -> (b, p, r), ridge relative."""
-    return torch.cholesky_solve(product(W, X.mT, dtype).mT, spd_factor(product(X, X.mT, dtype), ridge)).mT
+def solve_right(N: Tensor, factor: Tensor, block: int = 256) -> Tensor:
+    """N K^-1 for N (b, p, r), in place, from the Cholesky factor of K (b, r, r): block substitution, nearly all of it
+    products (LAPACK's own solve ran at a third of their rate)."""
+    r = N.shape[-1]
+    parts = [slice(i, min(i + block, r)) for i in range(0, r, block)]
+    eye = torch.eye(min(block, r), dtype=N.dtype, device=N.device)
+    inverse = [torch.linalg.solve_triangular(factor[..., s, s], eye[:s.stop - s.start, :s.stop - s.start], upper=False) for s in parts]
+    for s, inv in zip(parts, inverse):  # Y F^T = N
+        Y = N[..., s] - N[..., :s.start] @ factor[..., s, :s.start].mT if s.start else N[..., s]
+        N[..., s] = Y @ inv.mT
+    for s, inv in reversed([*zip(parts, inverse)]):  # A F = Y
+        Y = N[..., s] - N[..., s.stop:] @ factor[..., s.stop:, s] if s.stop < r else N[..., s]
+        N[..., s] = Y @ inv
+    return N
 
 
-def target_shift(A: Tensor, R: Tensor, L: Tensor | None, beta: float, ridge: float) -> Tensor:
-    """T - X for the blended target T = (1 - beta) X + beta argmin_T ||W - A T||^2, from the residual R = W - A X."""
-    D = beta * torch.cholesky_solve(A.mT @ R, spd_factor(A.mT @ A, ridge))
-    return D if L is None else torch.linalg.solve_triangular(L, D, upper=False, left=False)
+def normal_equations(V: Tensor, X: Tensor, C: Tensor | None, dtype: torch.dtype, buffers: Buffers) -> tuple:
+    """N = V X^T (b, p, r), K = X C X^T (b, r, r) and X C: with V = W C, A = N K^-1 minimises ||(W - A X) L||^2, C = L L^T."""
+    b, r, d = X.shape
+    XC = X if C is None else product(X.view(-1, d), C.to(X.dtype), dtype, buffers("XC", (b * r, d), X)).view(b, r, d)
+    return (product(V, X.mT, dtype, buffers("N", (b, V.shape[1], r), X)), product(XC, X.mT, dtype, buffers("K", (b, r, r), X)), XC)
+
+
+def adapters(V: Tensor, X: Tensor, ridge: float, dtype: torch.dtype = torch.float32, C: Tensor | None = None) -> Tensor:
+    """A-step: argmin_A ||(W - A X) L||^2 + ridge ||A||^2 for V = W C (b, p, d), X (b, r, d) -> (b, p, r), ridge relative."""
+    XC = X if C is None else X @ C.to(X.dtype)
+    return torch.cholesky_solve(product(V, X.mT, dtype).mT, spd_factor(product(XC, X.mT, dtype), ridge)).mT
+
+
+def target_shift(P: Tensor, G: Tensor, L: Tensor | None, beta: float, ridge: float) -> Tensor:
+    """T - X for the blended target T = (1 - beta) X + beta argmin_T ||(W - A T) L||^2, from P = A^T A and
+    G = A^T (W - A X) L L^T."""
+    D = beta * torch.cholesky_solve(G, spd_factor(P, ridge))
+    return D if L is None else torch.cholesky_solve(D.mT, L.to(D.dtype).expand(len(D), -1, -1)).mT
 
 
 def nnls(G: Tensor, c: Tensor, steps: int = 200) -> Tensor:
@@ -1552,25 +1870,29 @@ def init_bank(experts: Experts, m: int, r: int, how: str, g: torch.Generator) ->
         filled = torch.zeros(experts.groups, m, dtype=torch.bool)
         grams, own = torch.zeros(experts.groups, m, d, d) if how != "experts" else None, []
         metric_of: dict = {}
-        for ids, k, L in experts.batches():
-            for i, W in zip(ids.tolist(), experts.weights(ids).cpu()):
-                j = int(home[i])
-                if how == "experts" and not filled[k, j]:
-                    W = W if L is None else torch.linalg.solve_triangular(L.cpu(), W, upper=False, left=False)
-                    bank[k, j] = rotation(max(r, experts.p), g)[:r, :experts.p] @ W
-                elif how != "experts":
-                    grams[k, j] += W.T @ W
-                    own += [top_rows(W.T @ W, r, L, g)] if how == "dictionary" else []
-                filled[k, j], metric_of[k, j] = True, L
+        for i, (l, _) in enumerate(experts.keys):
+            k, j, metric = int(experts.group[i]), int(home[i]), bool(experts.right) and not experts.absorbed
+            if how == "experts" and filled[k, j]:
+                continue
+            W, L = experts.whitened(i).cpu(), experts.right[l] if metric else None
+            if how == "experts":
+                W = W if L is None else torch.linalg.solve_triangular(L.cpu(), W, upper=False, left=False)
+                bank[k, j] = rotation(max(r, experts.p), g)[:r, :experts.p] @ W
+            else:
+                grams[k, j] += W.T @ W
+                own += [top_rows(W.T @ W, r, L, g)] if how == "dictionary" else []
+            filled[k, j], metric_of[k, j] = True, l if metric else None
         for k, j in metric_of if how != "experts" else ():
-            bank[k, j] = rotation(r, g) @ top_rows(grams[k, j], r, metric_of[k, j], g)
-        bank /= bank.square().mean((-1, -2), keepdim=True).sqrt().clamp_min(1e-30)
+            L = None if metric_of[k, j] is None else experts.right[metric_of[k, j]]
+            bank[k, j] = rotation(r, g) @ top_rows(grams[k, j], r, L, g)
+        for b in bank.flatten(0, 1):
+            b /= b.square().mean().sqrt().clamp_min(1e-30)
         for k, j in (~filled).nonzero().tolist():  # more bases than experts: random mixtures of those that have one
             have = bank[k, filled[k]]
             bank[k, j] = rotation(r, g) @ torch.einsum("f,frd->rd", torch.randn(len(have), generator=g) / len(have) ** 0.5, have)
         if how == "dictionary":
             bank, alpha = kmeans(experts, bank, own)
-    return 0.3 * bank.to(experts.device), alpha.to(experts.device)  # small, so that phi starts near linear
+    return bank.mul_(0.3).to(experts.device), alpha.to(experts.device)  # small, so that phi starts near linear
 
 
 def kmeans(experts: Experts, bank: Tensor, own: list, rounds: int = 4) -> tuple:
@@ -1636,34 +1958,45 @@ def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s:
     am, pre = f.method == "am", f.method == "varpro"
     M = B.new_zeros(G, m, r, r) if pre else None
     shift, pull = (torch.zeros_like(B), torch.zeros_like(alpha)) if am else (None, None)
-    error, energy, penalty = 0.0, 0.0, 0.0
-    for ids, g, L in experts.batches():
-        W, a, flat = experts.weights(ids).to(wide), alpha[ids], B[g].reshape(m, -1)
-        X, dX = blend((a @ flat).view(-1, r, d), cfg.bank.activation, s.lam)
-        XL = X if L is None else product(X, L.to(wide), dtype)
-        A = x["A"][ids] if "A" in x else adapters(W, XL, f.lambda_A, dtype)
-        R = W - product(A, XL, dtype)
-        error, energy = error + float(R.square().sum()), energy + float(W.square().sum())
-        AR = product(A.mT, R, dtype)
-        gX = -2 * (AR if L is None else product(AR, L.T.to(wide), dtype))
-        if f.spectral:
-            more, gXs, gAs = spectral_penalty(A, X, W, XL, "A" in x, f, dtype, L)
-            penalty, gX = penalty + more, gX + gXs
-        gZ = (gX * dX).flatten(1)
-        gB[g] += (a.T @ gZ).view(m, r, d)
-        ga[ids] = gZ @ flat.T
-        if gA is not None:
-            gA[ids] = -2 * product(R, XL.mT, dtype) + 2 * f.lambda_A * A + (gAs if f.spectral else 0)
-            penalty += f.lambda_A * float(A.square().sum())
-        if pre:
-            M[g] += ((a * a).T @ product(A.mT, A, dtype).flatten(1)).view(m, r, r)
-        if am:
-            dZ = (target_shift(A, R, L, s.beta, f.lambda_T) * dX / dX.square().mean()).flatten(1)
-            shift[g] += (a.T @ dZ).view(m, r, d)
-            pull[ids] = dZ @ flat.T
+    error, penalty, buffers = 0.0, 0.0, experts.buffers.setdefault("pass", Buffers())
+    try:
+        for ids, g, layer, V in experts.stream():
+            V, a, flat, C = V.to(wide), alpha[ids], B[g].view(m, -1), experts.metric(layer)
+            X, dX = blend(torch.mm(a, flat, out=buffers("X", (len(ids), r * d), B)).view(-1, r, d), cfg.bank.activation, s.lam)
+            N, K, XC = normal_equations(V, X, C, dtype, buffers)
+            A = x["A"][ids] if "A" in x else solve_right(buffers("A", N.shape, N).copy_(N), spd_factor(K, f.lambda_A))
+            P = product(A.mT, A, dtype, buffers("P", K.shape, K))
+            error += float((P * K).sum(dtype=accumulator(V.device)) - 2 * (A * N).sum(dtype=accumulator(V.device)))
+            gX = product(A.mT, V, dtype, buffers("gX", X.shape, X))
+            gX -= product(P, XC, dtype, buffers("PX", X.shape, X))  # A^T (W - A X) C
+            if am:
+                dZ = target_shift(P, gX, None if C is None else experts.right[layer], s.beta, f.lambda_T)
+                dZ = (dZ if dX is None else dZ * dX / dX.square().mean()).flatten(1)
+                shift[g] += (a.T @ dZ).view(m, r, d)
+                pull[ids] = dZ @ flat.T
+            gX *= -2
+            if f.spectral:
+                more, gXs, gAs = spectral_penalty(A, X, V, C, "A" in x, f, dtype)
+                penalty, gX = penalty + more, gX + gXs
+            gZ = (gX if dX is None else gX.mul_(dX)).flatten(1)
+            gB[g].view(m, -1).addmm_(a.T, gZ)
+            ga[ids] = gZ @ flat.T
+            if gA is not None:
+                gA[ids] = -2 * (N - product(A, K, dtype)) + 2 * f.lambda_A * A + (gAs if f.spectral else 0)
+                penalty += f.lambda_A * float(A.square().sum())
+            if pre:
+                M[g].view(m, -1).addmm_((a * a).T, P.flatten(1))
+    except Diverged:
+        error = math.nan  # the other ranks must hear of it
+    sums = torch.tensor([error, penalty], dtype=torch.float64)
+    all_sum(sums, *(t for t in (gB, ga, gA, M, shift, pull) if t is not None))
+    (error, penalty), energy = sums.tolist(), float(experts.energy.sum())
+    error = max(error + energy, 0.0) if math.isfinite(error) else error
+    if math.isnan(error):
+        raise Diverged("a Gram matrix is not finite or not positive: the step was too large")
     energy = max(energy, 1e-30)
     value = (error + penalty) / energy
-    grad = {"B": gB / energy, "z": mixture_vjp(alpha, ga / energy + f_l1(alpha, cfg), s.T, kind, mask)}
+    grad = {"B": gB.div_(energy), "z": mixture_vjp(alpha, ga / energy + f_l1(alpha, cfg), s.T, kind, mask)}
     value += cfg.sparsity.l1 * float(alpha.abs().sum()) / len(alpha)
     if f.lambda_B or f.spectral:
         value, grad["B"] = bank_penalty(B, f, value, grad["B"])
@@ -1671,7 +2004,7 @@ def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s:
         grad["A"] = gA / energy
     if not math.isfinite(value):
         value = math.inf
-    return Pass(value, error / energy, energy, grad, M / energy if pre else None, shift, pull)
+    return Pass(value, error / energy, energy, grad, M.div_(energy) if pre else None, shift, pull)
 
 
 def f_l1(alpha: Tensor, cfg: Config) -> Tensor | float:
@@ -1685,12 +2018,11 @@ def spectral_norms(M: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(K)[..., -1].clamp_min(1e-30).sqrt().to(M.device)
 
 
-def spectral_penalty(A: Tensor, X: Tensor, W: Tensor, XL: Tensor, free_A: bool, f: FitConfig, dtype: torch.dtype,
-                     L: Tensor | None) -> tuple:
+def spectral_penalty(A: Tensor, X: Tensor, V: Tensor, C: Tensor | None, free_A: bool, f: FitConfig, dtype: torch.dtype) -> tuple:
     """fit.spectral * sum sigma_max(A_i)^2 and its gradients in X and A; through the A-step where A is eliminated."""
     with torch.enable_grad():
-        A, X = A.detach().requires_grad_(), X.detach().requires_grad_()
-        B = A if free_A else adapters(W, X if L is None else X @ L.to(X.dtype), f.lambda_A, dtype)
+        A, X = A.detach().clone().requires_grad_(), X.detach().clone().requires_grad_()
+        B = A if free_A else adapters(V, X, f.lambda_A, dtype, C)
         value = f.spectral * spectral_norms(B).square().sum()
         if free_A:
             return float(value.detach()), torch.zeros_like(X), torch.autograd.grad(value, A)[0]
@@ -1717,7 +2049,13 @@ def _dot(a: dict, b: dict) -> float:
 
 
 def _axpy(a: dict, t: float, b: dict) -> dict:
-    return {k: a[k] + t * b[k] for k in a}
+    return {k: torch.add(a[k], b[k], alpha=t) for k in a}
+
+
+def _add(a: dict, t: float, b: dict) -> None:
+    """a += t b, in place: a bank can be a gibibyte."""
+    for k in a:
+        a[k].add_(b[k], alpha=t)
 
 
 class Fitter:
@@ -1727,12 +2065,13 @@ class Fitter:
     L-BFGS; am alternates closed-form half-steps (A, targets, bank, mixtures); adam moves A, bank and logits together
     by Adam (MoBE's setting, with fit.adam.safeguard=false). An accepted step never raises the objective of its
     schedule; one that would is shortened, then refused. state() and load_state() make a run resumable to the bit on
-    a CPU. Raises Diverged where even the starting point is not finite.
+    a CPU. Raises Diverged where even the starting point is not finite. shelve(name, tensors) says where large things rest
+    that are needed now and then (L-BFGS pairs, finished adapters); default: in memory.
     """
 
     def __init__(self, experts: Experts, cfg: Config, shape: tuple, store: torch.dtype = torch.float32,
-                 start: dict | None = None):
-        self.experts, self.cfg, self.store = experts, cfg, store
+                 start: dict | None = None, shelve: Callable[[str, dict], Shelved] = lambda name, tensors: Shelved(tensors)):
+        self.experts, self.cfg, self.store, self.shelve = experts, cfg, store, shelve
         (m, r), n, sp = shape, len(experts), cfg.sparsity
         self.kind = {"entmax": {1.0: "softmax", 1.5: "entmax15", 2.0: "sparsemax"}[sp.alpha],
                      "auto": "signed" if cfg.bank.activation == "identity" else "softmax"}.get(sp.map, sp.map)
@@ -1741,7 +2080,8 @@ class Fitter:
         self.T, self.step_done, self.scale, self.frozen = sp.T0, 0, 1.0, False
         share = sp.freeze if sp.freeze is not None else 0.15 if self.kind == "signed" else 0.7
         self.freeze_at = share * cfg.fit.steps
-        self.pairs, self.moments, self.velocity = [], {}, {}
+        self.pairs: dict = {}  # {step: Shelved {"s.B", "s.z", "y.B", "y.z"}}, oldest first
+        self.moments, self.velocity = {}, {}
         self.here: Pass | None = None
         self.at: Schedule | None = None
         self.recent: list = []
@@ -1769,13 +2109,14 @@ class Fitter:
         return self.step_done >= self.cfg.fit.steps
 
     def _mean_metric(self) -> Tensor | None:
-        """(G, d, d) Cholesky factors of each group's mean L L^T: preconditions the bank from the right."""
+        """(G, d, d) inverses of each group's mean L L^T: precondition the bank from the right."""
         E = self.experts
         if E.absorbed or not E.right or self.cfg.fit.method != "varpro":
             return None
-        C = torch.stack([torch.stack([E.right[l] @ E.right[l].T for l, k in E.group_of_layer.items() if k == g]).mean(0)
-                         for g in range(E.groups)])
-        return spd_factor(C, 1e-6).to(self.wide)
+        C = torch.zeros(E.groups, E.d, E.d, device=E.device)
+        for l, g in E.group_of_layer.items():
+            C[g] += E.metric(l) / sum(k == g for k in E.group_of_layer.values())
+        return torch.cholesky_inverse(spd_factor(C, 1e-6)).to(self.wide)
 
     def alpha(self) -> Tensor:
         return mixture(self.x["z"], self.T, self.kind, self.mask)
@@ -1783,10 +2124,11 @@ class Fitter:
     def _solve(self, lam: float = 1.0) -> Tensor:
         """Every adapter in closed form, (n, p, r): the A-step alone."""
         E, B, alpha = self.experts, self.x["B"], self.alpha()
-        out = B.new_empty(len(E), E.p, B.shape[2])
-        for ids, g, L in E.batches():
+        out = B.new_zeros(len(E), E.p, B.shape[2])
+        for ids, g, l, V in E.stream():
             X = blend((alpha[ids] @ B[g].flatten(1)).view(len(ids), *B.shape[2:]), self.cfg.bank.activation, lam)[0]
-            out[ids] = adapters(E.weights(ids).to(self.wide), X if L is None else X @ L.to(self.wide), self.cfg.fit.lambda_A)
+            out[ids] = adapters(V.to(self.wide), X, self.cfg.fit.lambda_A, C=E.metric(l))
+        all_sum(out)
         return out
 
     # -- schedules
@@ -1819,39 +2161,51 @@ class Fitter:
     def _direction(self) -> dict:
         return {"varpro": self._lbfgs, "am": self._half_steps, "adam": self._adam}[self.cfg.fit.method]()
 
+    def _curvature(self) -> Tensor:
+        """(G, m, r, r): inverses of sum alpha^2 A^T A, damped (a basis that nobody uses has 0); some bases at a time."""
+        M = self.here.curvature
+        level, r = M.diagonal(dim1=-1, dim2=-2).mean(-1).mean(), M.shape[-1]
+        eye, out = torch.eye(r, dtype=M.dtype, device=M.device), torch.empty_like(M)
+        for part, to in zip(M.view(-1, r, r).split(64), out.view(-1, r, r).split(64)):  # a product is faster than a solve
+            to.copy_(torch.cholesky_inverse(spd_factor(part + 1e-3 * level * eye, 3e-2)))
+        return out
+
     def _precondition(self, q: dict) -> dict:
         """An estimate of the inverse Hessian times q: (sum alpha^2 A^T A)^-1 on the left of each basis's part, the mean
         metric's inverse on its right, a constant for the logits."""
-        B = self.curvature @ q["B"] / 2
-        if self.root is not None:
-            B = torch.cholesky_solve(B.mT, self.root[:, None].expand(-1, B.shape[1], -1, -1)).mT
-        return {"B": B, "z": q["z"] * (3 * len(self.experts) * (self.T ** 2 if self.kind != "signed" else 1))}
+        out = torch.empty_like(q["B"])
+        for g in range(len(out)):
+            for rows, M, to in zip(q["B"][g].split(64), self.curvature[g].split(64), out[g].split(64)):
+                torch.matmul(M, rows if self.root is None else rows @ self.root[g], out=to)
+        return {"B": out.div_(2), "z": q["z"] * (3 * len(self.experts) * (self.T ** 2 if self.kind != "signed" else 1))}
+
+    def _pair(self, step: int) -> tuple:
+        t = self.pairs[step].load()
+        return tuple({k: t[f"{n}.{k}"].to(self.experts.device) for k in self.x} for n in "sy")
 
     def _lbfgs(self) -> dict:
         """Two-loop recursion (Nocedal and Wright, Algorithm 7.4) around the preconditioner."""
-        M = self.here.curvature
-        level = M.diagonal(dim1=-1, dim2=-2).mean(-1).mean()
-        eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-        # a basis that nobody uses has M = 0; the inverse itself, since a product is faster than a solve on a CPU
-        self.curvature = torch.cholesky_inverse(spd_factor(M + 1e-3 * level * eye, 3e-2))
-        q, steps = self.here.grad, []
-        for s, y in reversed(self.pairs):
-            a = _dot(s, q) / _dot(s, y)
-            q = _axpy(q, -a, y)
-            steps.append(a)
+        self.curvature = self._curvature()
+        q, steps, gamma = {k: v.clone() for k, v in self.here.grad.items()}, {}, 1.0
+        for k in reversed(self.pairs):
+            s, y = self._pair(k)
+            if not steps:  # the newest pair: how much the preconditioner is off along it
+                gamma = _dot(s, y) / max(_dot(y, self._precondition(y)), 1e-300)
+            steps[k] = _dot(s, q) / _dot(s, y)
+            _add(q, -steps[k], y)
         q = self._precondition(q)
-        if self.pairs:
-            s, y = self.pairs[-1]
-            gamma = _dot(s, y) / max(_dot(y, self._precondition(y)), 1e-300)
-            q = {k: gamma * v for k, v in q.items()}
-        for (s, y), a in zip(self.pairs, reversed(steps)):
-            q = _axpy(q, a - _dot(y, q) / _dot(s, y), s)
-        delta = {k: -v for k, v in q.items()}
+        for v in q.values():
+            v.mul_(gamma)
+        for k in self.pairs:
+            s, y = self._pair(k)
+            _add(q, steps[k] - _dot(y, q) / _dot(s, y), s)
+        delta = {k: v.neg_() for k, v in q.items()}
         if _dot(delta, self.here.grad) >= 0:  # curvature went wrong: steepest descent in the preconditioner
-            self.pairs = []
-            delta = {k: -v for k, v in self._precondition(self.here.grad).items()}
+            self.pairs = {}
+            delta = {k: v.neg_() for k, v in self._precondition(self.here.grad).items()}
+        self.curvature = None
         reach = float(delta["B"].norm() / self.x["B"].norm().clamp_min(1e-30))
-        return {k: v * min(1.0, 0.5 / max(reach, 1e-30)) for k, v in delta.items()}
+        return {k: v.mul_(min(1.0, 0.5 / max(reach, 1e-30))) for k, v in delta.items()}
 
     def _half_steps(self) -> dict:
         """am: bank by least squares on the shifted targets, then mixtures on what is left of them; with momentum."""
@@ -1902,7 +2256,7 @@ class Fitter:
         """One accepted (or refused) step; returns its log row."""
         s, tries, taken = self._schedule(), 0, 0.0
         if self.here is None or s != self.at:  # the objective has moved: take it again where we stand
-            self.pairs, self.velocity = [], {}
+            self.pairs, self.velocity, self.here = {}, {}, None
             self.here, self.at = self._evaluate(self.x, s), s
             if self.here is None or not math.isfinite(self.here.value):
                 raise Diverged(f"step {self.step_done}: the objective is not finite")
@@ -1912,20 +2266,22 @@ class Fitter:
         slope = min(0.0, _dot(delta, self.here.grad))
         free = self.cfg.fit.method == "adam" and not self.cfg.fit.adam.safeguard
         for tries in range(1, 7):
+            x = new = None
             x = _axpy(self.x, t, delta)
             new = self._evaluate(x, s)
             if free and (new is None or not math.isfinite(new.value)):
                 raise Diverged(f"step {self.step_done}: the objective is not finite; lower fit.lr")
             if free or new is not None and new.value <= self.here.value + 1e-4 * t * slope * varpro:
+                self.velocity = delta if self.cfg.fit.method == "am" and t == 1 else {}
+                delta = None
                 if varpro:
                     self._remember(x, new)
-                self.velocity = {k: t * v for k, v in delta.items()} if self.cfg.fit.method == "am" and t == 1 else {}
                 self.x, self.here, taken = x, new, t
                 break
             rise = new.value - self.here.value - slope * t if new is not None else math.inf
             t *= min(0.5, max(0.1, -slope * t / (2 * rise))) if math.isfinite(rise) and rise > 0 else 0.25
         else:
-            self.pairs, self.moments, self.velocity = [], {}, {}
+            self.pairs, self.moments, self.velocity = {}, {}, {}
         if varpro:
             self.scale = min(1.0, max(1e-6, 2 * taken if taken else self.scale * 1e-2))
         else:
@@ -1937,7 +2293,9 @@ class Fitter:
     def _remember(self, x: dict, new: Pass) -> None:
         s, y = _axpy(x, -1, self.x), _axpy(new.grad, -1, self.here.grad)
         if _dot(s, y) > 1e-10 * math.sqrt(_dot(s, s) * _dot(y, y)):
-            self.pairs = [*self.pairs, (s, y)][-self.cfg.fit.memory:]
+            pair = {f"{n}.{k}": v.cpu() for n, part in zip("sy", (s, y)) for k, v in part.items()}
+            self.pairs[self.step_done + 1] = self.shelve(f"pair-{self.step_done + 1:06d}", pair)
+            self.pairs = {k: self.pairs[k] for k in [*self.pairs][-self.cfg.fit.memory:]}
 
     def _stop_early(self) -> None:
         self.recent = [*self.recent, self.here.value][-11:]
@@ -1955,33 +2313,30 @@ class Fitter:
 
     # -- state and outcome
     def state(self) -> dict:
-        """Tensors from which load_state goes on to the same bits."""
+        """Tensors from which load_state, with `pairs`, goes on to the same bits."""
         out = {f"x.{k}": v for k, v in self.x.items()} | {"mask": self.mask}
-        out |= {f"pair.{i:03d}.{n}.{k}": v for i, pair in enumerate(self.pairs) for n, part in zip("sy", pair) for k, v in part.items()}
         out |= {f"velocity.{k}": v for k, v in self.velocity.items()}
         out |= {f"moment.{n}.{k}": v for k, pair in self.moments.items() for n, v in zip("mv", pair)}
-        numbers = {"step": self.step_done, "T": self.T, "scale": self.scale, "frozen": float(self.frozen),
-                   "recent": self.recent, **{f"unit.{k}": v for k, v in self.unit.items()}}
+        numbers = {"step": self.step_done, "T": self.T, "scale": self.scale, "frozen": float(self.frozen), "batch": self.experts.batch,
+                   "recent": self.recent, "pairs": [*self.pairs], **{f"unit.{k}": v for k, v in self.unit.items()}}
         out |= {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
         if self.at:
             out["at"] = torch.tensor([self.at.lam, self.at.beta, self.at.T, self.at.frozen], dtype=torch.float64)
-        return {k: v.detach().cpu().contiguous().clone() for k, v in out.items()}
+        return {k: v.detach().cpu().contiguous() for k, v in out.items()}
 
-    def load_state(self, t: dict) -> None:
+    def load_state(self, t: dict, pairs: dict) -> None:
+        """Go on from state() and its pairs {step: Shelved}; tensors must be aligned in memory, since MKL rounds otherwise."""
         dev = self.experts.device
-        t = {k: v.clone() for k, v in t.items()}  # a file's tensors are not aligned, and MKL then rounds otherwise
         self.velocity = {k[9:]: v.to(dev) for k, v in t.items() if k.startswith("velocity.")}
         self.x = {k[2:]: v.to(dev) for k, v in t.items() if k.startswith("x.")}
-        self.mask = t["mask"].to(dev)
-        count = len({k[:8] for k in t if k.startswith("pair.")})
-        self.pairs = [tuple({k: t[f"pair.{i:03d}.{n}.{k}"].to(dev) for k in self.x} for n in "sy") for i in range(count)]
+        self.mask, self.pairs = t["mask"].to(dev), pairs
         self.moments = {k: (t[f"moment.m.{k}"].to(dev), t[f"moment.v.{k}"].to(dev)) for k in self.x if f"moment.m.{k}" in t}
         self.step_done, self.T, self.scale = int(t["step"]), float(t["T"]), float(t["scale"])
         self.frozen, self.recent = bool(t["frozen"]), t["recent"].tolist()
         self.unit = {k: float(t[f"unit.{k}"]) for k in self.x}
         if "at" in t:
             lam, beta, T, frozen = t["at"].tolist()
-            self.at = Schedule(lam, beta, T, bool(frozen))
+            self.at, self.here = Schedule(lam, beta, T, bool(frozen)), None
             self.here = self._evaluate(self.x, self.at)
 
     @torch.no_grad()
@@ -1990,22 +2345,26 @@ class Fitter:
         if not self.frozen:
             self._freeze()
         E, alpha = self.experts, self.alpha()
+        self.here, self.pairs = None, {}
         s = int((alpha != 0).sum(-1).max())
         order = alpha.abs().topk(s, -1).indices.sort(-1).values
         val = alpha.gather(1, order).float()
         idx = order.int().masked_fill(val == 0, 0).cpu()
         val = val.cpu()
         bank = E.bank(self.x["B"]).to(self.store).cpu()
-        rows = {l: [i for i, k in enumerate(E.keys) if k[0] == l] for l in E.group_of_layer}
-        A = {l: torch.empty(len(ids), E.p, bank.shape[2], dtype=self.store) for l, ids in rows.items()}
-        place = {i: (l, j) for l, ids in rows.items() for j, i in enumerate(ids)}
-        for ids, g, L in E.batches(stored=True):
-            X = compose(bank[g].float(), idx[ids], val[ids], self.cfg.bank.activation).to(E.device)
-            X = X.to(self.store).float()  # what the runtime composes
-            a = adapters(E.weights(ids), X if L is None else X @ L, self.cfg.fit.lambda_A)
-            for i, row in zip(ids.tolist(), E.adapters(ids, a).to(self.store).cpu()):
-                A[place[i][0]][place[i][1]] = row
-        return FamilyFactors(list(bank), A, {l: idx[i] for l, i in rows.items()}, {l: val[i] for l, i in rows.items()},
+        rows, A = {l: [i for i, k in enumerate(E.keys) if k[0] == l] for l in E.group_of_layer}, {}
+        mine = itertools.groupby(E.stream(), key=lambda batch: batch[2])
+        for l, ids in rows.items():
+            A_l, place = torch.zeros(len(ids), E.p, bank.shape[2]), {i: j for j, i in enumerate(ids)}
+            for part, g, _, V in next(mine)[1] if any(k == l for _, k in E.plan) else ():
+                X = compose(bank[g].float(), idx[part], val[part], self.cfg.bank.activation).to(E.device)
+                X, L = X.to(self.store).float(), E.right[l] if E.absorbed else None  # what the runtime composes
+                a = adapters(V, X if L is None else X @ L, self.cfg.fit.lambda_A, C=E.metric(l))
+                A_l[[place[i] for i in part.tolist()]] = E.adapters(part, a).cpu()
+            all_sum(A_l)
+            A[l] = self.shelve(f"A-{l:06d}", {"A": A_l.to(self.store)})
+        return FamilyFactors(list(bank), LazyDict({l: lambda at=at: at.load()["A"] for l, at in A.items()}),
+                             {l: idx[i] for l, i in rows.items()}, {l: val[i] for l, i in rows.items()},
                              dict(E.group_of_layer), self.cfg.bank.activation, E.shift, E.scale)
 
 
@@ -2041,14 +2400,15 @@ class FamilyFactors:
 
     def numbers(self) -> int:
         """Everything stored: bank (with its owner), adapters, mixtures with their indices, shift and scale."""
-        parts = [*(() if self.owner else self.bank), *self.A.values(), *self.idx.values(), *self.val.values()]
-        return sum(t.numel() for t in parts) + 2
+        parts = [*(() if self.owner else self.bank), *self.idx.values(), *self.val.values()]
+        each = next(iter(self.A.values()))[0].numel()  # all adapters need not be in memory
+        return sum(t.numel() for t in parts) + each * sum(map(len, self.val.values())) + 2
 
     def split(self, names: Sequence[str]) -> dict:
         """{family: factors} of several families that were fitted as one: a layer's rows are the first's, then the next's."""
-        def part(rows: dict, i: int) -> dict:
-            return {l: t.chunk(len(names))[i].contiguous() for l, t in rows.items()}
-        return {name: dataclasses.replace(self, A=part(self.A, i), idx=part(self.idx, i), val=part(self.val, i),
+        def part(rows: Mapping, i: int) -> LazyDict:
+            return LazyDict({l: lambda l=l: rows[l].chunk(len(names))[i].contiguous() for l in rows})
+        return {name: dataclasses.replace(self, A=part(self.A, i), idx=dict(part(self.idx, i)), val=dict(part(self.val, i)),
                                           owner=names[0] if i else None) for i, name in enumerate(names)}
 
 
@@ -2087,15 +2447,17 @@ class Factors:
 
 
 def save_factors(factors: Factors, path: Path) -> None:
-    """Write factors.safetensors: written whole or not at all."""
-    tensors = {}
+    """Write factors.safetensors: whole or not at all, one tensor in memory at a time."""
+    shapes, make = {}, {}
     for name, f in factors.families.items():
-        tensors |= {f"bank.{name}.{g}": b for g, b in enumerate(f.bank) if not f.owner}
+        parts, first = {} if f.owner else {f"bank.{name}.{g}": (b.dtype, b.shape, lambda b=b: b) for g, b in enumerate(f.bank)}, next(iter(f.A.values()))
         for l in f.A:
-            tensors |= {f"layers.{l}.{name}.A": f.A[l], f"layers.{l}.{name}.idx": f.idx[l], f"layers.{l}.{name}.val": f.val[l]}
-    with written(path) as tmp:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp,
-                  metadata={"globe": json.dumps(factors.meta(), sort_keys=True)})
+            parts |= {f"layers.{l}.{name}.A": (first.dtype, (len(f.val[l]), *first.shape[1:]), lambda f=f, l=l: f.A[l]),
+                      f"layers.{l}.{name}.idx": (f.idx[l].dtype, f.idx[l].shape, lambda f=f, l=l: f.idx[l]),
+                      f"layers.{l}.{name}.val": (f.val[l].dtype, f.val[l].shape, lambda f=f, l=l: f.val[l])}
+        shapes |= {k: v[:2] for k, v in parts.items()}
+        make |= {k: v[2] for k, v in parts.items()}
+    write_tensors(path, shapes, LazyDict(make), {"globe": json.dumps(factors.meta(), sort_keys=True)})
 
 
 def _meta_dims(meta: dict) -> Dims:
@@ -3729,8 +4091,9 @@ def held_interrupt() -> Iterator[threading.Event]:
 # 11. Command line
 # ======================================================================================================
 def say(*text: Any) -> None:
-    """For people: stderr. The last line of stdout is for programs."""
-    print(*text, file=sys.stderr, flush=True)
+    """For people: stderr, by the first rank. The last line of stdout is for programs."""
+    if not ranks()[0]:
+        print(*text, file=sys.stderr, flush=True)
 
 
 def bar(what: str) -> Callable:
@@ -3743,7 +4106,7 @@ class Log:
 
     def __init__(self, path: Path, cfg: Config, run_name: str):
         self.path, self.sink, to = path, None, cfg.log.to
-        if to == "none":
+        if to == "none" or ranks()[0]:
             return
         try:
             self.sink = __import__(to)
@@ -3753,6 +4116,8 @@ class Log:
         self.sink.init(project=cfg.log.project, name=cfg.log.run_name or run_name, config=config_dict(cfg), **more)
 
     def row(self, row: dict) -> None:
+        if ranks()[0]:
+            return
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         if self.sink:
@@ -3852,37 +4217,111 @@ def fit_jobs(cfg: Config) -> list:
     return [(f,) for f in families]
 
 
-def fit_family(names: tuple, ckpt: Checkpoint, keys: list, cfg: Config, moments: dict, device: torch.device, run: Path,
+class SavedFit:
+    """A fit's state below RUN/state: FAMILY.safetensors, and in FAMILY/ each L-BFGS pair in a file of its own, written once.
+
+    With `spill`, what shelve() is given goes to files there at once. Nothing that the saved state names is removed before a
+    new state is in place, so that a process killed at any instant leaves one that is whole.
+    """
+
+    def __init__(self, run: Path, family: str, spill: bool):
+        self.path, self.dir, self.spill, self.named = run / "state" / f"{family}.safetensors", run / "state" / family, spill, set()
+        self.mine = self.dir / f"rank-{ranks()[0]}" if ranks()[0] else self.dir
+
+    def shelve(self, name: str, tensors: dict) -> Shelved:
+        return Shelved(tensors).to(self.mine / f"{name}.safetensors") if self.spill else Shelved(tensors)
+
+    def load(self) -> tuple | None:
+        """(state, {step: pair}), or None where nothing was saved."""
+        if not self.path.is_file():
+            return None
+        try:
+            state, pairs = read_tensors(self.path), {}
+            for step in map(int, state["pairs"].tolist()):
+                pairs[step] = Shelved({})
+                pairs[step].path = self.dir / f"pair-{step:06d}.safetensors"
+                self.named.add(pairs[step].path)
+                if not self.spill or not pairs[step].path.is_file():
+                    pairs[step] = Shelved(pairs[step].load())
+        except (OSError, ValueError, KeyError, RuntimeError) as e:
+            raise UserError(f"{self.path}: expected the saved state of a fit, found {type(e).__name__}: {e}; to start afresh, remove "
+                            f"{self.path.parent}") from None
+        return state, pairs
+
+    def save(self, fitter: Fitter) -> None:
+        if not ranks()[0]:
+            for step, pair in fitter.pairs.items():
+                path = self.dir / f"pair-{step:06d}.safetensors"
+                if pair.path is None and path not in self.named:
+                    pair.save(path)
+            state = fitter.state()
+            write_tensors(self.path, {k: (v.dtype, v.shape) for k, v in state.items()}, state)
+        self.named = {self.dir / f"pair-{step:06d}.safetensors" for step in fitter.pairs}
+        self.tidy(fitter)
+
+    def tidy(self, fitter: Fitter | None) -> None:
+        """Remove the files that neither the saved state nor the fitter needs; without a fitter, all that is not state."""
+        used = {pair.path for pair in fitter.pairs.values()} if fitter else set()
+        for path in self.mine.glob("*.safetensors"):
+            if path not in self.named and path not in used and (fitter is None or path.name.startswith("pair-")):
+                path.unlink()
+
+
+def fit_experts(names: tuple, ckpt: Checkpoint, keys: list, cfg: Config, moments: dict, device: torch.device, saved: SavedFit,
+                batch: int) -> Experts:
+    """The families `names` as one set of experts: expert e of the i-th family is expert e + i * width of the fit."""
+    width, sides = ckpt.dims.experts + ckpt.dims.shared, {}
+    if moments:
+        parts = [metric_of(moments, f, keys, cfg.fit.ridge, device) for f in names]
+        right = dict(parts[0]["right"]) if not saved.spill else LazyDict(
+            {l: lambda at=saved.shelve(f"L-{l:06d}", {"L": L.cpu()}): at.load()["L"].to(device) for l, L in parts[0]["right"].items()})
+        sides = {"right": right, "left": {(l, e + i * width): S for i, part in enumerate(parts) for (l, e), S in part["left"].items()}}
+    saved.path.parent.mkdir(parents=True, exist_ok=True)
+    return Experts(lambda l, e: ckpt.expert(names[e // width], l, e % width), [(l, e + i * width) for i in range(len(names)) for l, e in keys],
+                   cfg.bank.scope, device, cfg.model.normalize, batch, **sides, absorb=cfg.bank.activation == "identity",
+                   budget=fit_budget(cfg, device), scratch=saved.path.parent)
+
+
+def fit_budget(cfg: Config, device: torch.device) -> float:
+    """Bytes that a rank may plan on."""
+    shared = ranks()[1] if device.type == "cpu" else 1
+    return cfg.fit.budget * 2 ** 30 if cfg.fit.budget else free_memory(device) / shared
+
+
+def fit_family(names: tuple, shape: tuple, ckpt: Checkpoint, keys: list, cfg: Config, moments: dict, device: torch.device, run: Path,
                log: Log, stop: Callable[[], bool]) -> dict | None:
     """Fit the families `names` on one bank, with progress, log rows and saved state; {family: factors}, None if stopped."""
-    family, width, sides = "+".join(names), ckpt.dims.experts + ckpt.dims.shared, {}
-    if moments:  # expert e of the i-th family is expert e + i * width of the fit
-        parts = [metric_of(moments, f, keys, cfg.fit.ridge, device) for f in names]
-        sides = {"right": parts[0]["right"], "left": {(l, e + i * width): S for i, part in enumerate(parts)
-                                                      for (l, e), S in part["left"].items()}}
-    experts = Experts(lambda l, e: ckpt.expert(names[e // width], l, e % width), [(l, e + i * width) for i in range(len(names))
-                      for l, e in keys], cfg.bank.scope, device, cfg.model.normalize, cfg.fit.batch, **sides,
-                      absorb=cfg.bank.activation == "identity")
-    fitter = Fitter(experts, cfg, bank_shape(cfg, names[0], len(experts), experts.groups, ckpt.dims), ckpt.dtype)
-    state = run / "state" / f"{family}.safetensors"
-    if state.is_file():
-        fitter.load_state(load_file(state))
-        say(f"{family}: resumed at step {fitter.step_done}")
-    begin = time.perf_counter()
-    with tqdm(total=cfg.fit.steps, initial=fitter.step_done, desc=family, file=sys.stderr, dynamic_ncols=True) as line:
-        row = {}
-        while not fitter.done:
-            row = {"family": family} | fitter.step()
-            log.row(row | {"seconds": round(time.perf_counter() - begin, 3)})
-            line.update(1)
-            line.set_postfix_str(f"error {row['rel_frob']:.4f} support {row['support']:g} T {row['T']:.3g}")
-            last = stop() or fitter.done
-            if fitter.step_done % cfg.fit.save_every == 0 or last:
-                with written(state) as tmp:
-                    save_file(fitter.state(), tmp)
-            if stop():
-                return None
-    return fitter.factors().split(names)
+    family, groups = "+".join(names), len(set(Experts.groups_of(keys, cfg.bank.scope).values()))
+    pairs = 8.0 * cfg.fit.memory * groups * math.prod(shape) * ckpt.dims.d
+    saved = SavedFit(run, family, pairs > fit_budget(cfg, device) / 4)
+    before, done = saved.load(), 0
+    saved.tidy(None)
+    try:
+        experts = fit_experts(names, ckpt, keys, cfg, moments, device, saved, cfg.fit.batch or (int(before[0]["batch"]) if before else 0))
+        start = {k[2:]: v for k, v in before[0].items() if k.startswith("x.")} if before else None
+        fitter = Fitter(experts, cfg, shape, ckpt.dtype, start, saved.shelve)
+        if before:
+            fitter.load_state(*before)
+            done = fitter.step_done
+            say(f"{family}: resumed at step {done}")
+        begin = time.perf_counter()
+        with tqdm(total=cfg.fit.steps, initial=done, desc=family, file=sys.stderr, dynamic_ncols=True, disable=ranks()[0] > 0) as line:
+            while not fitter.done:
+                row = {"family": family} | fitter.step()
+                log.row(row | {"seconds": round(time.perf_counter() - begin, 3)})
+                line.update(1)
+                line.set_postfix_str(f"error {row['rel_frob']:.4f} support {row['support']:g} T {row['T']:.3g}")
+                stopped = any_rank(stop())
+                if fitter.step_done % cfg.fit.save_every == 0 or fitter.done or stopped:
+                    saved.save(fitter)
+                    done = fitter.step_done
+                saved.tidy(fitter)
+                if stopped:
+                    return None
+        return fitter.factors().split(names)
+    except (OSError, Lost) as e:
+        stands = f"the state of step {done} stands" if done else "nothing was saved yet"
+        raise type(e)(f"{' '.join(str(e).split())}; {family}: {stands}; go on with: python globe.py fit --resume --out {run}") from None
 
 
 def bank_shape(cfg: Config, family: str, n: int, groups: int, D: Dims) -> tuple:
@@ -3957,10 +4396,25 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     return moments
 
 
+def kept_moments(ckpt: Checkpoint, cfg: Config, device: torch.device, run: Path, resume: bool) -> dict:
+    """The calibration's moments, by way of a file in the run's state: a resumed fit, and every rank, takes them from there."""
+    path, calib = run / "state" / "moments.st", json.dumps(dataclasses.asdict(cfg.calib), sort_keys=True)
+    tag = f"{ckpt.fingerprint()} {hashlib.sha256(calib.encode()).hexdigest()[:16]} {cfg.model.families}"
+    if not ranks()[0]:
+        try:
+            if resume and path.is_file():
+                return load_moments(path, tag)
+        except UserError:
+            pass  # of other settings
+        moments = calibrate(ckpt, cfg, device)
+        save_moments(path, {k: v for k, v in moments.items() if k != "hidden" or "down" in families_of(cfg.model)}, tag)
+    return load_moments(path, tag)
+
+
 def flops_per_pass(cfg: Config, n: int, m: int, r: int, D: Dims, right: bool) -> float:
     """Floating-point operations of one pass of varpro over n experts; right: with a metric that the bank has not absorbed."""
     p, d = D.p, D.d
-    products = 6 * p * r * d + 2 * r * r * d + 2 * r * r * p + 4 * r * d * d * right  # W X^T, A X, A^T R; X X^T; A^T A; L
+    products = 4 * p * r * d + 4 * r * r * d + 2 * r * r * p + 2 * r * d * d * right  # V X^T, A^T V; K, P X C; A^T A; X C
     return n * (products + r ** 3 / 3 + 2 * r * r * p + 6 * m * r * d + 2 * m * r * r)  # ... solve; compose and back
 
 
@@ -4005,7 +4459,14 @@ def cmd_fit(args: argparse.Namespace) -> dict:
     if args.print_config:
         print(yaml.safe_dump(config_dict(cfg), sort_keys=False), end="")
         return config_dict(cfg)
-    ckpt = open_model(cfg, device)
+    with joined_ranks(device):
+        return fit_joined(args, cfg, out, device, begin)
+
+
+def fit_joined(args: argparse.Namespace, cfg: Config, out: Path | None, device: torch.device, begin: float) -> dict:
+    """What every rank does of `fit`."""
+    with first_rank_first():
+        ckpt = open_model(cfg, device)
     fit_memory(cfg, ckpt)
     D, families, keys = ckpt.dims, families_of(cfg.model), select_experts(ckpt.dims, cfg.model)
     groups = len(set(Experts.groups_of(keys, cfg.bank.scope).values()))
@@ -4014,10 +4475,12 @@ def cmd_fit(args: argparse.Namespace) -> dict:
     if args.dry_run:
         return plan_fit(cfg, ckpt, keys, jobs, shapes, groups, device)
     if out is None:
-        out = new_run(cfg)
+        out = first_rank_says(new_run(cfg) if not ranks()[0] else None)
     elif not args.resume:
-        fresh(out, args.overwrite, ckpt.dir)
-        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+        with first_rank_first():
+            if not ranks()[0]:
+                fresh(out, args.overwrite, ckpt.dir)
+                shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
     say(f"{ckpt.config['model_type']}: {len(keys)} experts of {D.p} x {D.d} in {len(set(l for l, _ in keys))} layers; "
         f"families {', '.join(families)}")
     for f, (m, r) in shapes.items():
@@ -4029,6 +4492,9 @@ def cmd_fit(args: argparse.Namespace) -> dict:
 @contextlib.contextmanager
 def discarded_on_error(out: Path) -> Iterator[None]:
     """Remove a run that failed before it had saved any state, and the directories made for it."""
+    if ranks()[0]:
+        yield
+        return
     before = [p for p in (out, *out.parents) if p.is_dir() and (p != out or any(p.iterdir()))]
     try:
         yield
@@ -4044,22 +4510,25 @@ def discarded_on_error(out: Path) -> Iterator[None]:
 def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list, shapes: dict, keys: list, out: Path, device: torch.device,
             begin: float) -> dict:
     """The fit itself, in the run directory `out`."""
-    D, families = ckpt.dims, families_of(cfg.model)
-    write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
-    rewind_log(out, list(shapes))
-    moments = {}
-    if cfg.fit.metric == "data":
-        moments = calibrate(ckpt, cfg, device)
-    else:
+    D, families, moments, fitted = ckpt.dims, families_of(cfg.model), {}, {}
+    with first_rank_first():
+        if not ranks()[0]:
+            write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
+            rewind_log(out, list(shapes))
+        if cfg.fit.metric == "data":
+            moments = kept_moments(ckpt, cfg, device, out, args.resume)
+    if not moments:
         say("no calibration (fit.metric=weights): every input direction counts the same")
-    log, fitted = Log(out / "log.jsonl", cfg, out.name), {}
-    with held_interrupt() as stop, threads_for(D.p, D.d):
-        for job in jobs:
-            factors = fit_family(job, ckpt, keys, cfg, moments, device, out, log, stop.is_set)
+    log = Log(out / "log.jsonl", cfg, out.name)
+    with held_interrupt() as stop, threads_for(D.p, D.d, cfg.fit.dtype):
+        for job, shape in zip(jobs, shapes.values()):
+            factors = fit_family(job, shape, ckpt, keys, cfg, moments, device, out, log, stop.is_set)
             if factors is None:
                 raise KeyboardInterrupt(f"state saved; go on with: python globe.py fit --resume --out {out}")
             fitted |= factors
     log.close()
+    if ranks()[0]:
+        return {}
     kept = {k: v for k, v in config_dict(cfg).items() if k not in ("log", "train", "eval", "heal")}
     kept["calib"]["text"] = Path(cfg.calib.text).name
     kept["model"] = {k: v for k, v in kept["model"].items() if k not in ("path", "force_download")}
@@ -4067,6 +4536,8 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
                       ckpt.config["model_type"], ckpt.fingerprint(), kept)
     save_factors(factors, out / "factors.safetensors")
     errors = reconstruction(ckpt, factors)
+    for scratch in (*out.glob("state/*/[AL]-*.safetensors"), *out.glob("state/*/rank-*")):
+        scratch.unlink() if scratch.is_file() else shutil.rmtree(scratch)
     say(text_table(("family", "relative Frobenius error", "median support", "m", "r"),
                    [(f, errors[f]["all"], float(fam.support().float().median()), *fam.bank[0].shape[:2])
                     for f, fam in factors.families.items()]))
@@ -4114,7 +4585,8 @@ def rewind_log(run: Path, families: Sequence[str]) -> None:
     steps = {f: -1 for f in families}
     for f in families:
         if (run / "state" / f"{f}.safetensors").is_file():
-            steps[f] = int(load_file(run / "state" / f"{f}.safetensors")["step"])
+            with safe_open(run / "state" / f"{f}.safetensors", "pt") as state:
+                steps[f] = int(state.get_tensor("step"))
     rows = [r for r in read_rows(run / "log.jsonl") if r.get("step", 0) <= steps.get(r.get("family"), -1)]
     write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
 
@@ -4446,10 +4918,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Diverged as e:
         say(f"globe.py {args.command}: diverged: {e}; the last good state is kept")
         return 1
+    except Lost as e:
+        say(f"globe.py {args.command}: {e}")
+        return 1
     except KeyboardInterrupt as e:
         say(f"globe.py {args.command}: stopped; {e}")
         return 130
-    print(json.dumps(result))
+    if result:  # every rank but the first has none
+        print(json.dumps(result))
     return 0
 
 

@@ -262,8 +262,8 @@ def test_targets_blend_the_composed_basis_with_the_best_one_for_A():
     best, L = torch.linalg.pinv(A) @ W, spd_root(6, 5).double()
     for beta in (0.0, 0.4, 1.0):
         want = (1 - beta) * X + beta * best
-        torch.testing.assert_close(X + globe.target_shift(A, W - A @ X, None, beta, 1e-9), want, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(X + globe.target_shift(A, (W - A @ X) @ L, L, beta, 1e-9), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(X + globe.target_shift(A.mT @ A, A.mT @ (W - A @ X), None, beta, 1e-9), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(X + globe.target_shift(A.mT @ A, A.mT @ (W - A @ X) @ L @ L.mT, L, beta, 1e-9), want, atol=1e-5, rtol=1e-5)
 
 
 def test_nnls_finds_the_best_of_all_supports():
@@ -411,9 +411,10 @@ def test_the_same_seed_gives_the_same_factors_and_resuming_changes_no_bit(method
         first = fresh()
         for _ in range(stop):
             first.step()
-        save_file(first.state(), tmp_path / "state")
+        saved = globe.SavedFit(tmp_path, f"{method}-{stop}", spill=stop == 5)
+        saved.save(first)
         again = fresh(7)
-        again.load_state(load_file(tmp_path / "state"))
+        again.load_state(*globe.SavedFit(tmp_path, f"{method}-{stop}", spill=stop == 9).load())
         assert again.step_done == stop
         assert all(map(torch.equal, whole, finish(again))), stop
 
