@@ -22,20 +22,23 @@ import io
 import json
 import math
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import globe
 from globe import UserError, say
 
 SUITES = ("compose", "sparsemax", "decode", "fit", "quality")
-PRESETS = {"compose": (), "sparsemax": (), "decode": ("tiny", "qwen15-layer"), "fit": ("tiny",), "quality": ("tiny", "smol-moe")}
+PRESETS = {"compose": (), "sparsemax": (), "decode": ("tiny", "qwen15-layer"), "fit": ("tiny", "qwen15"), "quality": ("tiny", "smol-moe")}
 SMOL_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -602,26 +605,127 @@ def bench_decode(preset: str, args: argparse.Namespace) -> list:
 
 # ---- fit ---------------------------------------------------------------------------------------------
 def bench_fit(preset: str, args: argparse.Namespace) -> list:
-    """Seconds, passes and error of each method, and of a plain SVD of the same size, on the preset's gate matrices."""
+    """tiny: seconds, passes and error of each method, of a plain SVD of the same size, and of MoBE's setting, run until it is as
+    good as ours. qwen15: the growth of a pass with the number of experts, at true shapes."""
+    if preset == "qwen15":
+        return bench_scale(args)
     ckpt, rows = checkpoint_of(preset, args), []
-    keys = globe.select_experts(ckpt.dims, globe.ModelConfig())
+    keys, steps = globe.select_experts(ckpt.dims, globe.ModelConfig()), args.steps or 60
+
+    def fit(variant: str, cfg: globe.Config, most: int, target: float = 0.0) -> None:
+        with globe.threads_for(ckpt.dims.p, ckpt.dims.d):
+            begin, passes = time.perf_counter(), 0
+            experts = globe.Experts(lambda layer, e: ckpt.expert("gate", layer, e), keys, cfg.bank.scope, normalize="scale")
+            fitter = globe.Fitter(experts, cfg, globe.bank_shape(cfg, "gate", len(keys), experts.groups, ckpt.dims))
+            while not fitter.done and not (fitter.here and fitter.here.error <= target):
+                passes += fitter.step()["passes"]
+        rows.append({"suite": "fit", "preset": preset, "test": f"{fitter.step_done} of {most} steps", "variant": variant, "unit": "s", "ratio": None,
+                     "value": round(time.perf_counter() - begin, 2), "passes": passes, "rel_frob": math.sqrt(fitter.here.error)})
     for method in ("varpro", "am", "adam"):
-        cfg = globe.load_config(None, [*args.set, f"fit.method={method}", f"fit.steps={args.steps or 60}"])
-        experts = globe.Experts(lambda layer, e: ckpt.expert("gate", layer, e), keys, normalize="scale")
-        begin = time.perf_counter()
-        fitter = globe.Fitter(experts, cfg, globe.bank_shape(cfg, "gate", len(keys), 1, ckpt.dims))
-        passes = 0
-        while not fitter.done:
-            passes += fitter.step()["passes"]
-        seconds = time.perf_counter() - begin
-        rows.append({"suite": "fit", "preset": preset, "test": f"{args.steps or 60} steps", "variant": method, "value": round(seconds, 2),
-                     "unit": "s", "ratio": None, "passes": passes, "rel_frob": math.sqrt(fitter.here.error)})
+        cfg = globe.load_config(None, [*args.set, f"fit.method={method}", f"fit.steps={steps}"])
+        fit(method, cfg, steps)
     begin = time.perf_counter()
     error = frobenius(ckpt, peer_svd(ckpt, cfg.bank.ratio, {})[0])["gate"]
     rows.append({"suite": "fit", "preset": preset, "test": "closed form", "variant": "svd", "unit": "s", "ratio": None,
                  "value": round(time.perf_counter() - begin, 2), "passes": 1, "rel_frob": error})
-    say(globe.text_table(("method", "seconds", "passes", "relative error"),
-                         [(r["variant"], r["value"], r["passes"], r["rel_frob"]) for r in rows]))
+    mobe = globe.load_config(str(Path(globe.__file__).parent / "configs/mobe.yaml"),
+                             ["bank.r=null", f"bank.ratio={cfg.bank.ratio}", f"fit.steps={args.mobe_steps}"])
+    fit("mobe, until as good as varpro", mobe, args.mobe_steps, rows[0]["rel_frob"] ** 2)
+    rows[-1]["ratio"] = round(rows[-1]["value"] / rows[0]["value"], 1) if rows[-1]["rel_frob"] <= rows[0]["rel_frob"] else None
+    say(globe.text_table(("method", "steps", "seconds", "passes", "relative error"),
+                         [(r["variant"], r["test"], r["value"], r["passes"], r["rel_frob"]) for r in rows]))
+    return rows
+
+
+def random_checkpoint(to: Path, layers: int, experts: int, p: int, d: int) -> Path:
+    """A qwen2_moe checkpoint of one shard per layer whose up matrices are Gaussian in bfloat16; the other families are holes in
+    the files. Beside it the moments of a calibration with a decaying spectrum."""
+    to.mkdir(parents=True)
+    g, shard_of, moments = torch.Generator().manual_seed(0), {}, {"inputs": {}, "gate": {}, "up": {}}
+    decay = torch.logspace(0, -2, d, dtype=torch.float64)
+    for l in range(layers):
+        header, end, shard = {}, 0, f"model-{l:05d}.safetensors"
+        for e in range(experts):
+            for n, shape in (("gate_proj", [p, d]), ("up_proj", [p, d]), ("down_proj", [d, p])):
+                name = f"model.layers.{l}.mlp.experts.{e}.{n}.weight"
+                header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + 2 * p * d]}
+                end, shard_of[name] = end + 2 * p * d, shard
+        text = json.dumps(header).encode()
+        with open(to / shard, "wb") as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            for e in range(experts):
+                f.seek(8 + len(text) + (3 * e + 1) * 2 * p * d)
+                f.write(globe.tensor_bytes((0.02 * torch.randn(p, d, generator=g)).bfloat16()))
+            f.truncate(8 + len(text) + end)
+        x = torch.randn(4 * d, d, generator=g, dtype=torch.float64) * decay
+        moments["inputs"][l] = x.T @ x / len(x)
+        for family in ("gate", "up"):
+            moments[family][l] = torch.rand(experts, p, generator=g, dtype=torch.float64) + 0.5
+    (to / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
+    (to / "config.json").write_text(json.dumps({"model_type": "qwen2_moe", "hidden_size": d, "moe_intermediate_size": p, "num_experts": experts,
+                                                "num_experts_per_tok": 4, "num_hidden_layers": layers, "vocab_size": 32}))
+    globe.save_moments(to / "moments.st", moments, globe.Checkpoint(to).fingerprint())
+    return to
+
+
+def matmul_rate(size: int = 4096) -> float:
+    """FLOP/s of torch's own float32 product of two square matrices: the best of three."""
+    a, best = torch.randn(size, size), 0.0
+    for _ in range(4):
+        begin = time.perf_counter()
+        a @ a
+        best = max(best, 2 * size ** 3 / (time.perf_counter() - begin))
+    return best
+
+
+def bench_scale(args: argparse.Namespace) -> list:
+    """A pass over one family at Qwen1.5-MoE's shapes, random weights in shards on disk: seconds and peak memory against the number
+    of experts, a line through them, the rate against torch's own, and two processes against one. 24 layers follow from the line."""
+    p, d, r, m, threads = *args.shape, args.bases, torch.get_num_threads()
+    rows, here = [], Path(globe.__file__).parent
+    torch.set_num_threads(threads)
+    rate = matmul_rate()
+    with globe.threads_for(p, d):
+        rows.append({"suite": "fit", "preset": "qwen15", "test": "float32 product", "variant": "torch", "value": round(rate / 1e9, 1), "unit": "GFLOP/s", "ratio": None})
+        rows.append(rows[0] | {"variant": "as the fit sets it", "value": round(matmul_rate() / 1e9, 1)})
+
+    def run(n: int, ranks: int, folder: Path, each: int, steps: int) -> None:
+        layers, count = max(1, n // 60), min(n, 60)
+        model = folder / f"model-{n}"
+        if not model.is_dir():
+            random_checkpoint(model, layers, count, p, d)
+        start = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [])]
+        out = folder / f"run-{n}-{ranks}-{each}"
+        done = subprocess.run([*start, str(here / "globe.py"), "fit", "--out", str(out), f"model.path={model}", "model.families=up", f"bank.m={m}", f"bank.r={r}",
+                               "bank.init=random", f"fit.steps={steps}", "fit.save_every=100", f"calib.load={model}/moments.st", "sparsity.support=12", *args.set],
+                              env=os.environ | {"OMP_NUM_THREADS": str(each)}, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"fit of {n} experts: expected exit code 0, found {done.returncode}")
+        result, log = json.loads(done.stdout.splitlines()[-1]), globe.read_rows(out / "log.jsonl")
+        seconds = statistics.median(row["pass_seconds"] for row in log)
+        work = globe.flops_per_pass(globe.load_config(), n, m, r, globe.Dims((0,), n, p, d, 4, 0), True)
+        rows.append({"suite": "fit", "preset": "qwen15", "test": f"{n} experts", "variant": f"{ranks} x {each} threads", "value": round(seconds, 2), "unit": "s", "ratio": None,
+                     "peak_gib": result["peak_rss_gib"], "gflops": round(work / seconds / 1e9, 1), "of_torch": round(work / seconds / rate, 3),
+                     "step_seconds": round(log[-1]["seconds"] - log[-2]["seconds"], 2) if steps > 1 else None, "fit_seconds": result["seconds"], "steps": steps})
+        shutil.rmtree(out)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        for n in args.counts:
+            run(n, 1, Path(scratch), threads, 3)
+            if n != args.ranks_at:
+                shutil.rmtree(Path(scratch) / f"model-{n}")
+        line = np.array([(row["test"].split()[0], row["value"], row["peak_gib"]) for row in rows[2:]], float)
+        if len(line) > 2:
+            for k, (test, unit) in enumerate((("seconds a pass", "s"), ("peak memory", "GiB")), 1):
+                slope, at0 = np.polyfit(line[:, 0], line[:, k], 1)
+                left = line[:, k] - at0 - slope * line[:, 0]
+                rows.append({"suite": "fit", "preset": "qwen15", "test": f"1440 experts, {test}", "variant": "extrapolated", "value": round(slope * 1440 + at0, 2), "unit": unit,
+                             "ratio": None, "slope": slope, "intercept": at0, "r2": 1 - (left @ left) / max(((line[:, k] - line[:, k].mean()) ** 2).sum(), 1e-12)})
+        if args.ranks_at:
+            for ranks in (1, 2):
+                run(args.ranks_at, ranks, Path(scratch), 1, 2)
+            rows[-1]["ratio"] = round(rows[-2]["value"] / rows[-1]["value"], 2)
+    say(globe.text_table(("test", "variant", "value", "unit", "peak GiB", "GFLOP/s", "of torch's", "ratio", "R^2"),
+                         [(r["test"], r["variant"], r["value"], r["unit"], *(r.get(k, "") if r.get(k) is not None else "" for k in ("peak_gib", "gflops", "of_torch", "ratio", "r2"))) for r in rows]))
     return rows
 
 
@@ -642,6 +746,12 @@ def main(argv=None) -> int:
     parser.add_argument("--prefill", type=int, default=256, help="decode: prompt tokens of the prefill test")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, help="fit: steps of each method (default 60); quality: of mobe and slbf (default 3000)")
+    parser.add_argument("--mobe-steps", type=int, default=3000, help="fit: most steps of MoBE's setting on its way to our error")
+    parser.add_argument("--counts", nargs="+", type=int, default=[12, 60, 240], help="fit qwen15: numbers of experts (60 a layer)")
+    parser.add_argument("--ranks-at", type=int, default=60, help="fit qwen15: experts of the comparison of two processes with one; 0: none")
+    parser.add_argument("--shape", nargs=3, type=int, default=[1408, 2048, 768], metavar=("P", "D", "R"), help="fit qwen15: sizes of W and r")
+    parser.add_argument("--bases", type=int, default=128, help="fit qwen15: m")
+    parser.add_argument("--scratch", metavar="DIR", help="fit qwen15: where checkpoints and states go (about 12 GB)")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--json", metavar="FILE")

@@ -1966,9 +1966,16 @@ def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s:
             N, K, XC = normal_equations(V, X, C, dtype, buffers)
             A = x["A"][ids] if "A" in x else solve_right(buffers("A", N.shape, N).copy_(N), spd_factor(K, f.lambda_A))
             P = product(A.mT, A, dtype, buffers("P", K.shape, K))
-            error += float((P * K).sum(dtype=accumulator(V.device)) - 2 * (A * N).sum(dtype=accumulator(V.device)))
-            gX = product(A.mT, V, dtype, buffers("gX", X.shape, X))
-            gX -= product(P, XC, dtype, buffers("PX", X.shape, X))  # A^T (W - A X) C
+            norm = float(experts.energy[ids].sum())
+            part = norm + float((P * K).sum(dtype=accumulator(V.device)) - 2 * (A * N).sum(dtype=accumulator(V.device)))
+            if part > 1e-4 * norm:
+                gX = product(A.mT, V, dtype, buffers("gX", X.shape, X))
+                gX -= product(P, XC, dtype, buffers("PX", X.shape, X))  # A^T (W - A X) C
+            else:  # differences of large numbers would drown it
+                R = V - product(A, XC, dtype)
+                gX = product(A.mT, R, dtype, buffers("gX", X.shape, X))
+                part = float((R if C is None else torch.linalg.solve_triangular(experts.right[layer].to(wide), R.mT, upper=False)).square().sum())
+            error += part
             if am:
                 dZ = target_shift(P, gX, None if C is None else experts.right[layer], s.beta, f.lambda_T)
                 dZ = (dZ if dX is None else dZ * dX / dX.square().mean()).flatten(1)
@@ -1991,7 +1998,6 @@ def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s:
     sums = torch.tensor([error, penalty], dtype=torch.float64)
     all_sum(sums, *(t for t in (gB, ga, gA, M, shift, pull) if t is not None))
     (error, penalty), energy = sums.tolist(), float(experts.energy.sum())
-    error = max(error + energy, 0.0) if math.isfinite(error) else error
     if math.isnan(error):
         raise Diverged("a Gram matrix is not finite or not positive: the step was too large")
     energy = max(energy, 1e-30)
@@ -2247,10 +2253,13 @@ class Fitter:
     # -- one step
     def _evaluate(self, x: dict, s: Schedule) -> Pass | None:
         """None where x is so far off that a Gram matrix is not finite."""
+        begin = time.perf_counter()
         try:
             return evaluate(x, self.experts, self.cfg, self.kind, self.mask, s)
         except Diverged:
             return None
+        finally:
+            self.last_pass = time.perf_counter() - begin
 
     def step(self) -> dict:
         """One accepted (or refused) step; returns its log row."""
@@ -2309,7 +2318,7 @@ class Fitter:
         return {"step": self.step_done, "loss": self.here.value, "mse": self.here.error * self.here.energy / a.shape[0] /
                 self.experts.p / self.experts.d, "rel_frob": math.sqrt(self.here.error), "support": self._median(),
                 "effective_support": float((1 / share.square().sum(-1)).median()), "zeros": float((a == 0).float().mean()),
-                "lambda": self.at.lam, "beta": self.at.beta, "T": self.T, "step_size": taken, "passes": passes}
+                "lambda": self.at.lam, "beta": self.at.beta, "T": self.T, "step_size": taken, "passes": passes, "pass_seconds": round(self.last_pass, 3)}
 
     # -- state and outcome
     def state(self) -> dict:
@@ -2345,7 +2354,8 @@ class Fitter:
         if not self.frozen:
             self._freeze()
         E, alpha = self.experts, self.alpha()
-        self.here, self.pairs = None, {}
+        if self.here:  # its large parts are not needed any more
+            self.here.grad, self.here.curvature = {}, None
         s = int((alpha != 0).sum(-1).max())
         order = alpha.abs().topk(s, -1).indices.sort(-1).values
         val = alpha.gather(1, order).float()
