@@ -4523,6 +4523,8 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
     D, families, moments, fitted = ckpt.dims, families_of(cfg.model), {}, {}
     with first_rank_first():
         if not ranks()[0]:
+            for left in out.rglob(".*.tmp[0-9]*"):  # a killed run's unfinished files
+                left.unlink()
             write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
             rewind_log(out, list(shapes))
         if cfg.fit.metric == "data":
@@ -4546,15 +4548,16 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
                       ckpt.config["model_type"], ckpt.fingerprint(), kept)
     save_factors(factors, out / "factors.safetensors")
     errors = reconstruction(ckpt, factors)
-    for scratch in (*out.glob("state/*/[AL]-*.safetensors"), *out.glob("state/*/rank-*")):
-        scratch.unlink() if scratch.is_file() else shutil.rmtree(scratch)
     say(text_table(("family", "relative Frobenius error", "median support", "m", "r"),
                    [(f, errors[f]["all"], float(fam.support().float().median()), *fam.bank[0].shape[:2])
                     for f, fam in factors.families.items()]))
-    return {"factors": str(out), "ratio": factors.ratio(), "model_ratio": factors.model_ratio(ckpt.num_parameters()),
+    result = {"factors": str(out), "ratio": factors.ratio(), "model_ratio": factors.model_ratio(ckpt.num_parameters()),
             "rel_frob": {f: errors[f]["all"] for f in families},
             "support": {f: float(factors.families[f].support().float().median()) for f in families},
             "steps": cfg.fit.steps, "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(peak_rss_gib(), 2)}
+    for scratch in (*out.glob("state/*/[AL]-*.safetensors"), *out.glob("state/*/rank-*")):
+        scratch.unlink() if scratch.is_file() else shutil.rmtree(scratch)
+    return result
 
 
 def cmd_sweep(args: argparse.Namespace) -> dict:

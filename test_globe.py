@@ -13,12 +13,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 import warnings
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needed the network would fail, not hang
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -2900,6 +2902,170 @@ def test_memory_is_flat_over_2000_tokens_with_a_tiny_cache(small):
 
 
 # ======================================================================================================
+# Scale: streaming, resuming, several processes
+# ======================================================================================================
+LONG = [*QUICK, "fit.steps=60", "fit.save_every=3", "sparsity.freeze=0.5", "bank.init=experts", "calib.tokens=512", "calib.length=64"]
+
+
+def tensors_of(run: str) -> dict:
+    return load_file(f"{run}/factors.safetensors")
+
+
+def launch(*argv, ranks: int = 0) -> subprocess.Popen:
+    """globe.py in processes of their own; ranks: so many under torchrun."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.Popen([sys.executable, *start, str(HERE / "globe.py"), *map(str, argv)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=env)
+
+
+@pytest.mark.parametrize("settings", (["fit.metric=weights"], ["fit.metric=data"], ["fit.metric=data", "bank.scope=layer"],
+                                      ["fit.metric=data", "model.families=all", "bank.activation=silu"]), ids=str)
+def test_experts_streamed_from_disk_give_the_same_bits_as_experts_in_memory(settings, small, words, capsys, monkeypatch):
+    base = [f"model.path={small}", *QUICK, f"calib.text={words}", "fit.batch=2", *settings]
+    answer("fit", "--out", "memory", *base, capsys=capsys)
+    made = []
+    monkeypatch.setattr(globe.Experts, "__init__", lambda self, *a, _old=globe.Experts.__init__, **k: (_old(self, *a, **k), made.append(self))[0])
+    answer("fit", "--out", "disk", *base, "fit.budget=1e-6", capsys=capsys)
+    assert all(e.kept is None and (e.file is not None) == ("fit.metric=data" in settings) for e in made) and made
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    answer("fit", "--out", "source", *base, "fit.budget=1e-6", capsys=capsys)  # no room: made from the checkpoint in every pass
+    assert all(e.file is None for e in made[len(made) // 2:])
+    for run in ("disk", "source"):
+        for name, t in tensors_of("memory").items():
+            assert torch.equal(t, tensors_of(run)[name]), (run, name)
+    assert sorted(p.name for p in Path("disk/state").rglob("*") if p.name.startswith(("A-", "L-", "."))) == []
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    """What a pass holds of 4 and of 40 layers of equal size is the same: two buffers and one batch's temporaries."""
+    held = []
+    for layers in (4, 40):
+        keys, g = [(l, e) for l in range(layers) for e in range(4)], gen()
+        W = {l: torch.randn(8, 12, generator=g) for l in range(layers)}
+        experts = Experts(lambda l, e: W[l] + e, keys, budget=1, batch=2, scratch=tmp_path, right={l: torch.eye(12) for l in W})
+        fitter = Fitter(experts, load_config(None, ["bank.m=3", "bank.init=random", "fit.steps=2"]), (3, 4))
+        fitter.step()
+        assert experts.kept is None and experts.file is not None
+        held.append(sum(t.numel() for b in experts.buffers.values() for t in (b.values() if isinstance(b, dict) else [b])))
+    assert held[0] == held[1] > 0
+
+
+def test_a_signal_to_end_saves_the_fit(small, capsys, monkeypatch):
+    row = globe.Log.row
+    monkeypatch.setattr(globe.Log, "row", lambda self, data: (row(self, data), signal.raise_signal(signal.SIGTERM) if data["step"] == 4 else None))
+    assert globe.main(["fit", "--out", "cut", f"model.path={small}", *QUICK]) == 130
+    assert "go on with: python globe.py fit --resume --out cut" in capsys.readouterr().err
+    assert int(globe.read_tensors(Path("cut/state/gate+up.safetensors"))["step"]) == 4
+
+
+@slow
+@pytest.mark.parametrize("kills", (int(os.environ.get("GLOBE_KILLS", 4)),))
+def test_a_fit_killed_at_random_instants_ends_in_the_same_bits(kills, small, words, capsys):
+    """GLOBE_KILLS=20 for the figure in the README. Half of the runs keep their L-BFGS pairs in files."""
+    rng = np.random.default_rng(kills)
+    for spill in (False, True):
+        base = [f"model.path={small}", *LONG, "fit.steps=200", f"calib.text={words}", "fit.batch=4", *["fit.budget=1e-6"] * spill]
+        begin = time.perf_counter()
+        answer("fit", "--out", f"whole{spill}", *base, capsys=capsys)
+        seconds, killed, resumed = time.perf_counter() - begin, 0, 0
+        while True:
+            fit = launch("fit", "--out", f"cut{spill}", "--resume", *base)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if killed < (kills + spill) // 2:
+                    while fit.poll() is None and not Path(f"cut{spill}/config.yaml").is_file():
+                        time.sleep(0.02)
+                    fit.wait(rng.uniform(2, 4 + seconds))
+                    assert fit.returncode == 0
+                else:
+                    _, err = fit.communicate()
+                    assert fit.returncode == 0, err
+                break
+            fit.kill()
+            killed, resumed = killed + 1, resumed + ("resumed at step" in fit.communicate()[1])
+        assert Path(f"cut{spill}/factors.safetensors").read_bytes() == Path(f"whole{spill}/factors.safetensors").read_bytes(), killed
+        assert not [p for p in Path(f"cut{spill}").rglob(".*")]  # no half-written file is left
+        rows = [(r["family"], r["step"], r["loss"]) for r in globe.read_rows(Path(f"cut{spill}/log.jsonl"))]
+        assert rows == [(r["family"], r["step"], r["loss"]) for r in globe.read_rows(Path(f"whole{spill}/log.jsonl"))]
+
+
+def test_a_disk_that_fills_up_during_the_fit_says_from_which_step_it_goes_on(small, capsys, monkeypatch):
+    resource = pytest.importorskip("resource")
+    settings = [f"model.path={small}", *QUICK, "fit.save_every=2", "fit.metric=weights"]
+    answer("fit", "--out", "whole", *settings, capsys=capsys)
+    row, (soft, hard) = globe.Log.row, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(self, data):
+        row(self, data)
+        if data["step"] == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    with monkeypatch.context() as patch:
+        patch.setattr(globe.Log, "row", full)
+        try:
+            assert globe.main(["fit", "--out", "cut", *settings]) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "File too large" in line and "the state of step 2 stands; go on with: python globe.py fit --resume --out cut" in line
+    answer("fit", "--resume", "--out", "cut", capsys=capsys)
+    assert Path("cut/factors.safetensors").read_bytes() == Path("whole/factors.safetensors").read_bytes()
+
+
+def test_a_damaged_state_is_refused_in_one_line(small, capsys):
+    assert globe.main(["fit", "--out", "r", f"model.path={small}", *QUICK]) == 0
+    path = Path("r/state/gate+up.safetensors")
+    whole = path.read_bytes()
+    for size in (5, 60, len(whole) - 9):
+        path.write_bytes(whole[:size])
+        capsys.readouterr()
+        assert globe.main(["fit", "--resume", "--out", "r"]) == 2, size
+        err = capsys.readouterr().err
+        assert "gate+up.safetensors: expected" in err and "Traceback" not in err, err
+
+
+@slow
+def test_two_ranks_fit_what_one_process_fits_and_a_killed_rank_ends_the_job_resumably(small, words, capsys):
+    base = [f"model.path={small}", *LONG, f"calib.text={words}", "model.max_experts=3", "model.families=all"]
+    few = ["fit.steps=6", "fit.homotopy.every=10"]
+    answer("fit", "--out", "one", *base, *few, capsys=capsys)
+    two = launch("fit", "--out", "two", *base, *few, ranks=2)
+    out, err = two.communicate()
+    assert two.returncode == 0, err
+    result, = (json.loads(line) for line in out.splitlines() if line.startswith("{"))  # one document, by the first rank
+    assert result["factors"] == "two"
+    one, both = (globe.read_rows(Path(f"{run}/log.jsonl")) for run in ("one", "two"))
+    assert [(r["family"], r["step"]) for r in one] == [(r["family"], r["step"]) for r in both]
+    for a, b in zip(one, both):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    for name, t in tensors_of("one").items():
+        torch.testing.assert_close(tensors_of("two")[name], t, atol=2e-3 * float(t.abs().max()), rtol=2e-3)
+    answer("fit", "--out", "long", *base, capsys=capsys)
+
+    job = launch("fit", "--out", "cut", *base, "fit.steps=100000", ranks=2)
+    state = Path("cut/state/gate+up.safetensors")
+    while job.poll() is None and not (state.is_file() and globe.read_rows(Path("cut/log.jsonl"))[-1]["step"] > 9):
+        time.sleep(0.05)
+    workers = [int(p.name) for p in Path("/proc").glob("[0-9]*") if (p / "stat").is_file()
+               and (p / "stat").read_text().rpartition(")")[2].split()[1] == str(job.pid)]
+    assert len(workers) == 2
+    os.kill(max(workers), signal.SIGKILL)
+    _, err = job.communicate(timeout=120)
+    assert job.returncode != 0 and "another process is gone" in err and "Traceback" not in err.split("torch.distributed")[0], err
+    step = int(re.search(r"the state of step (\d+) stands; go on with: python globe.py fit --resume --out cut", err)[1])
+    assert step >= 3 and step % 3 == 0
+    got = answer("fit", "--resume", "--out", "cut", f"fit.steps={step + 5}", capsys=capsys)  # one process goes on
+    assert got["steps"] == step + 5
+    three = launch("fit", "--resume", "--out", "cut", f"fit.steps={step + 9}", ranks=3)  # then three, fewer experts than ranks in a layer
+    out, err = three.communicate()
+    assert three.returncode == 0 and f"resumed at step {step + 5}" in err, err
+    rows = globe.read_rows(Path("cut/log.jsonl"))
+    for family in {r["family"] for r in rows}:
+        assert [r["step"] for r in rows if r["family"] == family] == list(range(1, step + 10))
+    assert set(tensors_of("cut")) == set(tensors_of("long"))
+
+
+# ======================================================================================================
 # House rules
 # ======================================================================================================
 def dotted(node: ast.AST) -> str:
@@ -2960,7 +3126,8 @@ def test_the_readmes_recipes_run_as_they_stand(words, monkeypatch, capsys):
                "fit.steps=6", "calib.tokens=512", "calib.length=64"], "eval": SPEED, "generate": [*SPEED, "--max-new-tokens", "4"],
                "heal": ["heal.steps=4", "heal.tokens=512", "calib.length=64"], "export": [], "report": [], "info": []}
     fewer = ["--set", *TRAIN, f"train.text={words}", "bank.m=3", "sparsity.support=2", "fit.steps=6", "calib.tokens=512",
-             "heal.steps=4", "heal.tokens=2048", "--steps", "6", "--tokens", "4", "--prefill", "16", "--repeats", "1", "--windows", "2"]
+             "heal.steps=4", "heal.tokens=2048", "--steps", "6", "--mobe-steps", "6", "--tokens", "4", "--prefill", "16", "--repeats", "1",
+             "--windows", "2"]
     seen = set()
     for line in "\n".join(readme_blocks("sh")).splitlines():
         for command in line.split("&&"):
