@@ -1684,7 +1684,7 @@ def metric_factor(C: Tensor, ridge: float) -> Tensor:
     """
     C = C.double() / C.diagonal().mean()
     eye = torch.eye(len(C), dtype=C.dtype)
-    return torch.linalg.cholesky((C + (ridge + 1e-9) * eye) / (1 + ridge)).float()
+    return torch.linalg.cholesky((C + (ridge + 1e-9) * eye) / (1 + ridge)).float().contiguous()
 
 
 def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, device: torch.device) -> dict:
@@ -4421,6 +4421,9 @@ def kept_moments(ckpt: Checkpoint, cfg: Config, device: torch.device, run: Path,
     return load_moments(path, tag)
 
 
+PASS_RATE = 0.6  # of the machine's product rate, which a whole pass reaches (bench.py fit --preset qwen15)
+
+
 def flops_per_pass(cfg: Config, n: int, m: int, r: int, D: Dims, right: bool) -> float:
     """Floating-point operations of one pass of varpro over n experts; right: with a metric that the bank has not absorbed."""
     p, d = D.p, D.d
@@ -4428,34 +4431,48 @@ def flops_per_pass(cfg: Config, n: int, m: int, r: int, D: Dims, right: bool) ->
     return n * (products + r ** 3 / 3 + 2 * r * r * p + 6 * m * r * d + 2 * m * r * r)  # ... solve; compose and back
 
 
+def fit_needs(cfg: Config, n: int, layers: int, m: int, r: int, groups: int, D: Dims, budget: float, numbers: int, size: int) -> tuple:
+    """(bytes of memory, bytes on disk) of the fit of one job of n experts that stores `numbers` of `size` bytes."""
+    bank, data = 4 * groups * m * r * D.d, cfg.fit.metric == "data"
+    pairs, experts, metrics = 2 * cfg.fit.memory * bank, 4 * n * D.p * D.d, 8 * layers * D.d ** 2 * data
+    spill, stream = pairs > budget / 4, experts > budget / 4
+    batch = cfg.fit.batch or max(1, min(64, int(budget / 16 / (6 * 4 * D.p * D.d))))
+    batch = min(batch, -(-n // layers))
+    at_once = 4 * batch * (2 * D.p * D.d + 4 * r * D.d + 2 * D.p * r + 4 * r * r)
+    memory = 6 * bank + 8 * groups * m * r * r + at_once + (not spill) * (pairs + metrics) + (not stream) * experts
+    return memory, bank + pairs + stream * data * experts + spill * (metrics // 2 + numbers * size) + numbers * size
+
+
 def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict, groups: int, device: torch.device) -> dict:
     """What a fit will do and need, from the headers alone, and its time from five seconds of matrix products."""
-    D, right = ckpt.dims, cfg.fit.metric == "data" and not (cfg.bank.activation == "identity" and groups == len({l for l, _ in keys}))
-    size, total, free, rows, work, held = ckpt.dtype.itemsize, ckpt.num_parameters(), free_memory(device), [], 0.0, 0.0
+    D, layers = ckpt.dims, len({l for l, _ in keys})
+    right = cfg.fit.metric == "data" and not (cfg.bank.activation == "identity" and groups == layers)
+    size, total, rows, work, held, disk = ckpt.dtype.itemsize, ckpt.num_parameters(), [], 0.0, 0, 0
     stored = dense = 0
     for job, (name, (m, r)) in zip(jobs, shapes.items()):
         n = len(job) * len(keys)
         numbers = n * D.p * r + groups * m * r * D.d + 2 * n * min(cfg.sparsity.support, m) + 2 * len(job)
-        bank, experts = 4 * groups * m * r * D.d, 4 * n * D.p * D.d
-        # bank, gradient, direction, trial and L-BFGS pairs; the experts where they fit; a batch's temporaries; factors
-        need = bank * (6 + 2 * cfg.fit.memory) + (experts if experts < free / 4 else 0) + free / 8 + numbers * size
-        work, held, stored, dense = work + flops_per_pass(cfg, n, m, r, D, right and "down" not in job), max(held, need), stored + numbers, dense + n * D.p * D.d
+        memory, files = fit_needs(cfg, n, layers, m, r, groups, D, fit_budget(cfg, device), numbers, size)
+        work, held, disk = work + flops_per_pass(cfg, n, m, r, D, right and "down" not in job), max(held, memory + 2 ** 29), disk + files
+        stored, dense = stored + numbers, dense + n * D.p * D.d
         rows.append((name, n, m, r, numbers / (n * D.p * D.d)))
-    a, b, done, begin = torch.randn(8, D.p, D.d, device=device), torch.randn(8, D.d, D.p, device=device), 0, time.perf_counter()
-    while time.perf_counter() - begin < 5:
-        a @ b
-        synchronize(device)
-        done += 1
-    rate = done * 16 * D.p * D.p * D.d / (time.perf_counter() - begin)
-    seconds = work * cfg.fit.steps / (0.5 * rate)  # a pass reaches about half of the rate of plain products
+    a, b, done = torch.randn(8, D.p, D.d, device=device), torch.randn(8, D.d, D.p, device=device), 0
+    with threads_for(D.p, D.d, cfg.fit.dtype):
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < 5:
+            a @ b
+            synchronize(device)
+            done += 1
+        rate = done * 16 * D.p * D.p * D.d / (time.perf_counter() - begin)
+    seconds = work * (cfg.fit.steps + 2) / (PASS_RATE * rate)  # a pass to prepare, a pass for the last adapters
     after = (total - dense + stored) * size
     say(text_table(("families", "experts", "m", "r", "ratio"), rows))
     say(f"model {total * size / 2 ** 30:.3g} -> {after / 2 ** 30:.3g} GiB; memory of the fit about {held / 2 ** 30:.3g} GiB, disk about "
-        f"{(stored * size + held) / 2 ** 30:.3g} GiB; {work:.3g} operations a pass at {0.5 * rate / 1e9:.3g} GFLOP/s, "
+        f"{disk / 2 ** 30:.3g} GiB; {work:.3g} operations a pass at {PASS_RATE * rate / 1e9:.3g} GFLOP/s, "
         f"{cfg.fit.steps} steps in about {seconds / 60:.3g} minutes, calibration not counted")
     return {"dry_run": True, "families": list(families_of(cfg.model)), "r": {row[0]: row[3] for row in rows}, "ratio": stored / dense,
             "model_ratio": (total - dense + stored) / total, "bytes_dense": total * size, "bytes": after, "memory_bytes": int(held),
-            "disk_bytes": int(stored * size + held), "flops_per_pass": work, "flops_per_second": 0.5 * rate, "seconds": round(seconds, 1)}
+            "disk_bytes": int(disk), "flops_per_pass": work, "flops_per_second": PASS_RATE * rate, "seconds": round(seconds, 1)}
 
 
 def cmd_fit(args: argparse.Namespace) -> dict:
@@ -4597,9 +4614,8 @@ def rewind_log(run: Path, families: Sequence[str]) -> None:
     """Drop the rows that came after the saved state, which a resumed run will write again."""
     steps = {f: -1 for f in families}
     for f in families:
-        if (run / "state" / f"{f}.safetensors").is_file():
-            with safe_open(run / "state" / f"{f}.safetensors", "pt") as state:
-                steps[f] = int(state.get_tensor("step"))
+        if saved := SavedFit(run, f, True).load():
+            steps[f] = int(saved[0]["step"])
     rows = [r for r in read_rows(run / "log.jsonl") if r.get("step", 0) <= steps.get(r.get("family"), -1)]
     write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
 

@@ -3051,7 +3051,7 @@ def test_two_ranks_fit_what_one_process_fits_and_a_killed_rank_ends_the_job_resu
     assert len(workers) == 2
     os.kill(max(workers), signal.SIGKILL)
     _, err = job.communicate(timeout=120)
-    assert job.returncode != 0 and "another process is gone" in err and "Traceback" not in err.split("torch.distributed")[0], err
+    assert job.returncode != 0 and "another process is gone" in err and 'globe.py", line' not in err, err
     step = int(re.search(r"the state of step (\d+) stands; go on with: python globe.py fit --resume --out cut", err)[1])
     assert step >= 3 and step % 3 == 0
     got = answer("fit", "--resume", "--out", "cut", f"fit.steps={step + 5}", capsys=capsys)  # one process goes on
