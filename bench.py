@@ -680,7 +680,8 @@ def matmul_rate(size: int = 4096) -> float:
 
 def bench_scale(args: argparse.Namespace) -> list:
     """A pass over one family at Qwen1.5-MoE's shapes, random weights in shards on disk: seconds and peak memory against the number
-    of experts, a line through them, the rate against torch's own, and two processes against one. 24 layers follow from the line."""
+    of experts, a line through them, the rate against torch's own, and two processes against one. 24 layers follow from the line.
+    A budget of half a GiB makes every size stream its experts from disk, as 24 layers do on a 24-GiB machine."""
     p, d, r, m, threads = *args.shape, args.bases, torch.get_num_threads()
     rows, here = [], Path(globe.__file__).parent
     torch.set_num_threads(threads)
@@ -689,7 +690,7 @@ def bench_scale(args: argparse.Namespace) -> list:
         rows.append({"suite": "fit", "preset": "qwen15", "test": "float32 product", "variant": "torch", "value": round(rate / 1e9, 1), "unit": "GFLOP/s", "ratio": None})
         rows.append(rows[0] | {"variant": "as the fit sets it", "value": round(matmul_rate() / 1e9, 1)})
 
-    def run(n: int, ranks: int, folder: Path, each: int, steps: int) -> None:
+    def run(n: int, ranks: int, folder: Path, each: int, steps: int) -> None:  # a step more is a pass more
         layers, count = max(1, n // 60), min(n, 60)
         model = folder / f"model-{n}"
         if not model.is_dir():
@@ -697,7 +698,7 @@ def bench_scale(args: argparse.Namespace) -> list:
         start = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [])]
         out = folder / f"run-{n}-{ranks}-{each}"
         done = subprocess.run([*start, str(here / "globe.py"), "fit", "--out", str(out), f"model.path={model}", "model.families=up", f"bank.m={m}", f"bank.r={r}",
-                               "bank.init=random", f"fit.steps={steps}", "fit.save_every=100", f"calib.load={model}/moments.st", "sparsity.support=12", *args.set],
+                               "bank.init=random", f"fit.steps={steps}", "fit.budget=0.5", "fit.batch=20", f"calib.load={model}/moments.st", "sparsity.support=12", *args.set],
                               env=os.environ | {"OMP_NUM_THREADS": str(each)}, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise UserError(f"fit of {n} experts: expected exit code 0, found {done.returncode}")
@@ -710,7 +711,7 @@ def bench_scale(args: argparse.Namespace) -> list:
         shutil.rmtree(out)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         for n in args.counts:
-            run(n, 1, Path(scratch), threads, 3)
+            run(n, 1, Path(scratch), threads, args.steps or 2)
             if n != args.ranks_at:
                 shutil.rmtree(Path(scratch) / f"model-{n}")
         line = np.array([(row["test"].split()[0], row["value"], row["peak_gib"]) for row in rows[2:]], float)
@@ -722,7 +723,7 @@ def bench_scale(args: argparse.Namespace) -> list:
                              "ratio": None, "slope": slope, "intercept": at0, "r2": 1 - (left @ left) / max(((line[:, k] - line[:, k].mean()) ** 2).sum(), 1e-12)})
         if args.ranks_at:
             for ranks in (1, 2):
-                run(args.ranks_at, ranks, Path(scratch), 1, 2)
+                run(args.ranks_at, ranks, Path(scratch), 1, 1)
             rows[-1]["ratio"] = round(rows[-2]["value"] / rows[-1]["value"], 2)
     say(globe.text_table(("test", "variant", "value", "unit", "peak GiB", "GFLOP/s", "of torch's", "ratio", "R^2"),
                          [(r["test"], r["variant"], r["value"], r["unit"], *(r.get(k, "") if r.get(k) is not None else "" for k in ("peak_gib", "gflops", "of_torch", "ratio", "r2"))) for r in rows]))
@@ -747,8 +748,8 @@ def main(argv=None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, help="fit: steps of each method (default 60); quality: of mobe and slbf (default 3000)")
     parser.add_argument("--mobe-steps", type=int, default=3000, help="fit: most steps of MoBE's setting on its way to our error")
-    parser.add_argument("--counts", nargs="+", type=int, default=[12, 60, 240], help="fit qwen15: numbers of experts (60 a layer)")
-    parser.add_argument("--ranks-at", type=int, default=60, help="fit qwen15: experts of the comparison of two processes with one; 0: none")
+    parser.add_argument("--counts", nargs="*", type=int, default=[12, 60, 240, 360], help="fit qwen15: numbers of experts (60 a layer)")
+    parser.add_argument("--ranks-at", type=int, default=240, help="fit qwen15: experts of the comparison of two processes with one; 0: none")
     parser.add_argument("--shape", nargs=3, type=int, default=[1408, 2048, 768], metavar=("P", "D", "R"), help="fit qwen15: sizes of W and r")
     parser.add_argument("--bases", type=int, default=128, help="fit qwen15: m")
     parser.add_argument("--scratch", metavar="DIR", help="fit qwen15: where checkpoints and states go (about 12 GB)")
