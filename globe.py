@@ -1761,10 +1761,10 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None)
 def spd_factor(K: Tensor, ridge: float) -> Tensor:
     """Cholesky factor of K + ridge * mean(diag K) * I, batched; the ridge grows tenfold where K is too near singular."""
     where, level = K.device, K.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(K.dtype).tiny * 1e6)
-    eye = torch.eye(K.shape[-1], dtype=K.dtype, device=where)
     ridge = torch.full_like(level, max(ridge, 1e-7))
     for _ in range(8):
-        C = K + (ridge * level)[..., None, None] * eye
+        C = K.clone()
+        C.diagonal(dim1=-2, dim2=-1).add_((ridge * level)[..., None])
         factor, info = torch.linalg.cholesky_ex(C.cpu() if where.type == "mps" else C)
         if info.any() and C.dtype != torch.float64 and bool(torch.isfinite(C).all()):  # once more, in double
             wide, info = torch.linalg.cholesky_ex(C.cpu().double() if where.type == "mps" else C.double())
@@ -1789,6 +1789,11 @@ def solve_right(N: Tensor, factor: Tensor, block: int = 256) -> Tensor:
         Y = N[..., s] - N[..., s.stop:] @ factor[..., s.stop:, s] if s.stop < r else N[..., s]
         N[..., s] = Y @ inv
     return N
+
+
+def inner(a: Tensor, b: Tensor, buffers: Buffers) -> float:
+    """sum(a * b) of (b, ., .), summed in double over the matrices."""
+    return float(torch.mul(a, b, out=buffers("inner", a.shape, a)).sum((1, 2)).to(accumulator(a.device)).sum())
 
 
 def normal_equations(V: Tensor, X: Tensor, C: Tensor | None, dtype: torch.dtype, buffers: Buffers) -> tuple:
@@ -1967,7 +1972,7 @@ def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s:
             A = x["A"][ids] if "A" in x else solve_right(buffers("A", N.shape, N).copy_(N), spd_factor(K, f.lambda_A))
             P = product(A.mT, A, dtype, buffers("P", K.shape, K))
             norm = float(experts.energy[ids].sum())
-            part = norm + float((P * K).sum(dtype=accumulator(V.device)) - 2 * (A * N).sum(dtype=accumulator(V.device)))
+            part = norm + inner(P, K, buffers) - 2 * inner(A, N, buffers)
             if part > 1e-4 * norm:
                 gX = product(A.mT, V, dtype, buffers("gX", X.shape, X))
                 gX -= product(P, XC, dtype, buffers("PX", X.shape, X))  # A^T (W - A X) C
