@@ -708,6 +708,7 @@ def bench_scale(args: argparse.Namespace) -> list:
         rows.append({"suite": "fit", "preset": "qwen15", "test": f"{n} experts", "variant": f"{ranks} x {each} threads", "value": round(seconds, 2), "unit": "s", "ratio": None,
                      "peak_gib": result["peak_rss_gib"], "gflops": round(work / seconds / 1e9, 1), "of_torch": round(work / seconds / rate, 3),
                      "step_seconds": round(log[-1]["seconds"] - log[-2]["seconds"], 2) if steps > 1 else None, "fit_seconds": result["seconds"], "steps": steps})
+        say(json.dumps(rows[-1]))
         shutil.rmtree(out)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         for n in args.counts:

@@ -58,6 +58,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large tensors, whose page faults are dear
 import torch
 import torch.nn.functional as F
 import yaml
@@ -442,16 +443,21 @@ def config_dict(cfg: Config) -> dict:
 # ------------------------------------------------------------------------------------------------------
 # Files: a write finished or never happened
 # ------------------------------------------------------------------------------------------------------
+def flush(path: Path) -> None:
+    """Bring a file to the disk."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+
+
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[Path]:
+def written(path: Path, sync: bool = True) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it onto `path` when the block ends well, else remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         yield tmp
-        if tmp.is_file():
-            with open(tmp, "rb") as f:
-                os.fsync(f.fileno())
+        if tmp.is_file() and sync:
+            flush(tmp)
         os.replace(tmp, path)
     finally:
         shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
@@ -482,9 +488,9 @@ SAFE_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
                torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8"}
 
 
-def write_tensors(path: Path, shapes: dict, tensors: dict | LazyDict, metadata: dict | None = None) -> None:
+def write_tensors(path: Path, shapes: dict, tensors: Mapping, metadata: dict | None = None, sync: bool = True) -> None:
     """Write a safetensors file one tensor at a time: {name: (dtype, shape)} first, then tensors[name], which may be made
-    only when it is asked for."""
+    only when it is asked for. sync: on the disk, not only in its cache, before this returns."""
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name, (dtype, shape) in shapes.items():
         size = math.prod(shape) * dtype.itemsize
@@ -492,7 +498,7 @@ def write_tensors(path: Path, shapes: dict, tensors: dict | LazyDict, metadata: 
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with written(path) as tmp, open(tmp, "wb") as f:
+    with written(path, sync) as tmp, open(tmp, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, shape) in shapes.items():
             t = tensors[name]
@@ -500,14 +506,14 @@ def write_tensors(path: Path, shapes: dict, tensors: dict | LazyDict, metadata: 
             f.write(tensor_bytes(t.detach().cpu().contiguous()))
 
 
-def read_tensors(path: Path) -> dict:
-    """{name: tensor} of a safetensors file of ours, in fresh aligned memory: what a memory map has touched would count as
-    the process's, and MKL rounds otherwise where tensors are not aligned."""
+def read_tensors(path: Path, make: Callable = lambda name, shape, dtype: torch.empty(shape, dtype=dtype)) -> dict:
+    """{name: tensor} of a safetensors file of ours, in aligned memory from `make`: what a memory map has touched would count
+    as the process's, and MKL rounds otherwise where tensors are not aligned."""
     kinds = {v: k for k, v in SAFE_DTYPES.items()}
     with open(path, "rb", buffering=0) as f:
         header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
         header.pop("__metadata__", None)
-        return {name: read_into(f, torch.empty(h["shape"], dtype=kinds[h["dtype"]])) for name, h in header.items()}
+        return {name: read_into(f, make(name, h["shape"], kinds[h["dtype"]])) for name, h in header.items()}
 
 
 class Shelved:
@@ -516,16 +522,16 @@ class Shelved:
     def __init__(self, tensors: dict):
         self.tensors, self.path = tensors, None
 
-    def save(self, path: Path) -> None:
-        write_tensors(path, {k: (v.dtype, v.shape) for k, v in self.tensors.items()}, self.tensors)
+    def save(self, path: Path, sync: bool = True) -> None:
+        write_tensors(path, {k: (v.dtype, v.shape) for k, v in self.tensors.items()}, self.tensors, sync=sync)
 
     def to(self, path: Path) -> Shelved:
-        self.save(path)
+        self.save(path, sync=False)
         self.tensors, self.path = None, path
         return self
 
-    def load(self) -> dict:
-        return self.tensors if self.path is None else read_tensors(self.path)
+    def load(self, *make: Callable) -> dict:
+        return self.tensors if self.path is None else read_tensors(self.path, *make)
 
 
 class LazyDict(Mapping):
@@ -1949,17 +1955,18 @@ class Pass:
     pull: Tensor | None = None          # method am: <(Z-target - Z)_i, B_j> (n, m)
 
 
-def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s: Schedule) -> Pass:
+def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s: Schedule, gB: Tensor | None = None) -> Pass:
     """Objective and gradients at x = {"B": bank, "z": logits[, "A": adapters]} by one pass over the experts.
 
     With no "A" in x, every adapter is eliminated in closed form (variable projection: Golub and Pereyra 1973); by the
-    envelope theorem the gradient in X is then that of fixed A. value = sum ||W - A X||^2 / sum ||W||^2 + penalties.
+    envelope theorem the gradient in X is then that of fixed A. gB: memory for the bank's gradient. value = sum ||W - A X||^2 / sum ||W||^2 + penalties.
     """
     B, f = x["B"], cfg.fit
     G, m, r, d = B.shape
     dtype, wide = as_dtype(f.dtype), B.dtype
     alpha = mixture(x["z"], s.T, kind, mask)
-    gB, ga, gA = torch.zeros_like(B), torch.zeros_like(alpha), torch.zeros_like(x["A"]) if "A" in x else None
+    gB = torch.zeros_like(B) if gB is None else gB.zero_()
+    ga, gA = torch.zeros_like(alpha), torch.zeros_like(x["A"]) if "A" in x else None
     am, pre = f.method == "am", f.method == "varpro"
     M = B.new_zeros(G, m, r, r) if pre else None
     shift, pull = (torch.zeros_like(B), torch.zeros_like(alpha)) if am else (None, None)
@@ -2091,13 +2098,14 @@ class Fitter:
         self.T, self.step_done, self.scale, self.frozen = sp.T0, 0, 1.0, False
         share = sp.freeze if sp.freeze is not None else 0.15 if self.kind == "signed" else 0.7
         self.freeze_at = share * cfg.fit.steps
+        self.curvature = None
         self.pairs: dict = {}  # {step: Shelved {"s.B", "s.z", "y.B", "y.z"}}, oldest first
-        self.moments, self.velocity = {}, {}
+        self.moments, self.velocity, self.pool = {}, {}, []
         self.here: Pass | None = None
         self.at: Schedule | None = None
         self.recent: list = []
         start = start or self._start(m, r)
-        self.x = {k: v.to(experts.device, self.wide) for k, v in start.items()}
+        self.x = {k: v.to(experts.device, self.wide, copy=True) for k, v in start.items()}
         if cfg.fit.method == "adam" and "A" not in self.x:
             self.x["A"] = self._solve(lam=ramp(cfg.fit.homotopy.lam_start, 1, cfg.fit.homotopy.lam_steps, 0))
         self.unit = {k: float(v.square().mean().sqrt()) or 1.0 for k, v in self.x.items()} | {"z": self.T}
@@ -2114,6 +2122,13 @@ class Fitter:
             return min(trials, key=lambda t: t.here.error).x
         bank, alpha = init_bank(self.experts, m, r, self.cfg.bank.init, torch.Generator().manual_seed(self.cfg.fit.seed))
         return {"B": bank, "z": logits_of(alpha, self.T, self.kind)}
+
+    def _take(self) -> Tensor:
+        """Memory for a tensor like the bank, used before where there is some: fresh gibibytes cost seconds of page faults."""
+        return self.pool.pop() if self.pool else torch.empty_like(self.x["B"])
+
+    def _give(self, *banks: Tensor) -> None:
+        self.pool = [*self.pool, *banks][:3]
 
     @property
     def done(self) -> bool:
@@ -2176,7 +2191,8 @@ class Fitter:
         """(G, m, r, r): inverses of sum alpha^2 A^T A, damped (a basis that nobody uses has 0); some bases at a time."""
         M = self.here.curvature
         level, r = M.diagonal(dim1=-1, dim2=-2).mean(-1).mean(), M.shape[-1]
-        eye, out = torch.eye(r, dtype=M.dtype, device=M.device), torch.empty_like(M)
+        eye = torch.eye(r, dtype=M.dtype, device=M.device)
+        out = torch.empty_like(M) if self.curvature is None else self.curvature
         for part, to in zip(M.view(-1, r, r).split(64), out.view(-1, r, r).split(64)):  # a product is faster than a solve
             to.copy_(torch.cholesky_inverse(spd_factor(part + 1e-3 * level * eye, 3e-2)))
         return out
@@ -2184,39 +2200,46 @@ class Fitter:
     def _precondition(self, q: dict) -> dict:
         """An estimate of the inverse Hessian times q: (sum alpha^2 A^T A)^-1 on the left of each basis's part, the mean
         metric's inverse on its right, a constant for the logits."""
-        out = torch.empty_like(q["B"])
+        out = self._take()
         for g in range(len(out)):
             for rows, M, to in zip(q["B"][g].split(64), self.curvature[g].split(64), out[g].split(64)):
                 torch.matmul(M, rows if self.root is None else rows @ self.root[g], out=to)
         return {"B": out.div_(2), "z": q["z"] * (3 * len(self.experts) * (self.T ** 2 if self.kind != "signed" else 1))}
 
-    def _pair(self, step: int) -> tuple:
-        t = self.pairs[step].load()
-        return tuple({k: t[f"{n}.{k}"].to(self.experts.device) for k in self.x} for n in "sy")
+    @contextlib.contextmanager
+    def _pair(self, step: int) -> Iterator[tuple]:
+        """(s, y) of a step while the block lasts."""
+        reuse = self.experts.device.type == "cpu" and self.pairs[step].path is not None
+        t = self.pairs[step].load(lambda name, shape, dtype: self._take() if reuse and name.endswith(".B") else torch.empty(shape, dtype=dtype))
+        yield tuple({k: t[f"{n}.{k}"].to(self.experts.device) for k in self.x} for n in "sy")
+        if reuse:
+            self._give(t["s.B"], t["y.B"])
 
     def _lbfgs(self) -> dict:
         """Two-loop recursion (Nocedal and Wright, Algorithm 7.4) around the preconditioner."""
         self.curvature = self._curvature()
-        q, steps, gamma = {k: v.clone() for k, v in self.here.grad.items()}, {}, 1.0
+        q, steps, gamma = {"B": self._take().copy_(self.here.grad["B"]), "z": self.here.grad["z"].clone()}, {}, 1.0
         for k in reversed(self.pairs):
-            s, y = self._pair(k)
-            if not steps:  # the newest pair: how much the preconditioner is off along it
-                gamma = _dot(s, y) / max(_dot(y, self._precondition(y)), 1e-300)
-            steps[k] = _dot(s, q) / _dot(s, y)
-            _add(q, -steps[k], y)
-        q = self._precondition(q)
-        for v in q.values():
+            with self._pair(k) as (s, y):
+                if not steps:  # the newest pair: how much the preconditioner is off along it
+                    Hy = self._precondition(y)
+                    gamma = _dot(s, y) / max(_dot(y, Hy), 1e-300)
+                    self._give(Hy["B"])
+                steps[k] = _dot(s, q) / _dot(s, y)
+                _add(q, -steps[k], y)
+        delta = self._precondition(q)
+        self._give(q["B"])
+        for v in delta.values():
             v.mul_(gamma)
         for k in self.pairs:
-            s, y = self._pair(k)
-            _add(q, steps[k] - _dot(y, q) / _dot(s, y), s)
-        delta = {k: v.neg_() for k, v in q.items()}
-        if _dot(delta, self.here.grad) >= 0:  # curvature went wrong: steepest descent in the preconditioner
+            with self._pair(k) as (s, y):
+                _add(delta, steps[k] - _dot(y, delta) / _dot(s, y), s)
+        if _dot(delta, self.here.grad) <= 0:  # curvature went wrong: steepest descent in the preconditioner
             self.pairs = {}
-            delta = {k: v.neg_() for k, v in self._precondition(self.here.grad).items()}
-        self.curvature = None
+            self._give(delta["B"])
+            delta = self._precondition(self.here.grad)
         reach = float(delta["B"].norm() / self.x["B"].norm().clamp_min(1e-30))
-        return {k: v.mul_(min(1.0, 0.5 / max(reach, 1e-30))) for k, v in delta.items()}
+        return {k: v.mul_(-min(1.0, 0.5 / max(reach, 1e-30))) for k, v in delta.items()}
 
     def _half_steps(self) -> dict:
         """am: bank by least squares on the shifted targets, then mixtures on what is left of them; with momentum."""
@@ -2260,7 +2283,7 @@ class Fitter:
         """None where x is so far off that a Gram matrix is not finite."""
         begin = time.perf_counter()
         try:
-            return evaluate(x, self.experts, self.cfg, self.kind, self.mask, s)
+            return evaluate(x, self.experts, self.cfg, self.kind, self.mask, s, self._take())
         except Diverged:
             return None
         finally:
@@ -2280,18 +2303,19 @@ class Fitter:
         slope = min(0.0, _dot(delta, self.here.grad))
         free = self.cfg.fit.method == "adam" and not self.cfg.fit.adam.safeguard
         for tries in range(1, 7):
-            x = new = None
-            x = _axpy(self.x, t, delta)
+            x = {k: torch.add(v, delta[k], alpha=t, out=self._take() if k == "B" else None) for k, v in self.x.items()}
             new = self._evaluate(x, s)
             if free and (new is None or not math.isfinite(new.value)):
                 raise Diverged(f"step {self.step_done}: the objective is not finite; lower fit.lr")
             if free or new is not None and new.value <= self.here.value + 1e-4 * t * slope * varpro:
                 self.velocity = delta if self.cfg.fit.method == "am" and t == 1 else {}
-                delta = None
+                if not self.velocity:
+                    self._give(delta["B"])
                 if varpro:
                     self._remember(x, new)
                 self.x, self.here, taken = x, new, t
                 break
+            self._give(x["B"], *([new.grad["B"]] if new else []))
             rise = new.value - self.here.value - slope * t if new is not None else math.inf
             t *= min(0.5, max(0.1, -slope * t / (2 * rise))) if math.isfinite(rise) and rise > 0 else 0.25
         else:
@@ -2305,11 +2329,16 @@ class Fitter:
         return self._row(taken, tries)
 
     def _remember(self, x: dict, new: Pass) -> None:
-        s, y = _axpy(x, -1, self.x), _axpy(new.grad, -1, self.here.grad)
+        """Keep s = x - self.x and y = new.grad - here.grad, made in the memory of what they replace."""
+        s = {k: torch.sub(x[k], v, out=v) for k, v in self.x.items()}
+        y = {k: torch.sub(new.grad[k], v, out=v) for k, v in self.here.grad.items()}
         if _dot(s, y) > 1e-10 * math.sqrt(_dot(s, s) * _dot(y, y)):
             pair = {f"{n}.{k}": v.cpu() for n, part in zip("sy", (s, y)) for k, v in part.items()}
-            self.pairs[self.step_done + 1] = self.shelve(f"pair-{self.step_done + 1:06d}", pair)
+            self.pairs[self.step_done + 1] = kept = self.shelve(f"pair-{self.step_done + 1:06d}", pair)
             self.pairs = {k: self.pairs[k] for k in [*self.pairs][-self.cfg.fit.memory:]}
+            if kept.path is None:
+                return
+        self._give(s["B"], y["B"])
 
     def _stop_early(self) -> None:
         self.recent = [*self.recent, self.here.value][-11:]
@@ -4267,8 +4296,8 @@ class SavedFit:
         if not ranks()[0]:
             for step, pair in fitter.pairs.items():
                 path = self.dir / f"pair-{step:06d}.safetensors"
-                if pair.path is None and path not in self.named:
-                    pair.save(path)
+                if path not in self.named:
+                    pair.save(path) if pair.path is None else flush(pair.path)
             state = fitter.state()
             write_tensors(self.path, {k: (v.dtype, v.shape) for k, v in state.items()}, state)
         self.named = {self.dir / f"pair-{step:06d}.safetensors" for step in fitter.pairs}
