@@ -666,7 +666,10 @@ def joined_ranks(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    try:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    except (ValueError, RuntimeError) as e:
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected to be started by torchrun, found {' '.join(str(e).split())[:200]}") from None
     try:
         yield
     finally:
@@ -4621,6 +4624,8 @@ def cmd_sweep(args: argparse.Namespace) -> dict:
     grid = load_config(args.config, plain).sweep | {m[1]: m[2].split(",") for o in args.overrides if (m := several.fullmatch(o))}
     if not grid or args.print_config or args.dry_run:
         return cmd_fit(args)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("a grid: expected one process, found torchrun; fit one combination at a time there")
     base, rows = Path(args.out) if args.out else new_run(Config(model=ModelConfig(path="sweep"))), []
     if args.overwrite:
         source = Path(load_config(args.config, plain).model.path)

@@ -3012,6 +3012,13 @@ def test_a_disk_that_fills_up_during_the_fit_says_from_which_step_it_goes_on(sma
     assert Path("cut/factors.safetensors").read_bytes() == Path("whole/factors.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("argv, word", ((("bank.m=3",), "torchrun"), (("bank.m=2,3",), "one process")))
+def test_a_world_without_torchrun_is_refused(argv, word, small, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert globe.main(["fit", "--out", "r", f"model.path={small}", *argv]) == 2
+    assert word in capsys.readouterr().err and not Path("r").exists()
+
+
 def test_a_damaged_state_is_refused_in_one_line(small, capsys):
     assert globe.main(["fit", "--out", "r", f"model.path={small}", *QUICK]) == 0
     path = Path("r/state/gate+up.safetensors")
