@@ -4331,7 +4331,7 @@ def fit_experts(names: tuple, ckpt: Checkpoint, keys: list, cfg: Config, moments
 
 def fit_budget(cfg: Config, device: torch.device) -> float:
     """Bytes that a rank may plan on."""
-    shared = ranks()[1] if device.type == "cpu" else 1
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
     return cfg.fit.budget * 2 ** 30 if cfg.fit.budget else free_memory(device) / shared
 
 
