@@ -2907,7 +2907,7 @@ def test_memory_is_flat_over_2000_tokens_with_a_tiny_cache(small):
 LONG = [*QUICK, "fit.steps=60", "fit.save_every=3", "sparsity.freeze=0.5", "bank.init=experts", "calib.tokens=512", "calib.length=64"]
 
 
-def tensors_of(run: str) -> dict:
+def tensors_in(run: str) -> dict:
     return load_file(f"{run}/factors.safetensors")
 
 
@@ -2933,8 +2933,8 @@ def test_experts_streamed_from_disk_give_the_same_bits_as_experts_in_memory(sett
     answer("fit", "--out", "source", *base, "fit.budget=1e-6", capsys=capsys)  # no room: made from the checkpoint in every pass
     assert all(e.file is None for e in made[len(made) // 2:])
     for run in ("disk", "source"):
-        for name, t in tensors_of("memory").items():
-            assert torch.equal(t, tensors_of(run)[name]), (run, name)
+        for name, t in tensors_in("memory").items():
+            assert torch.equal(t, tensors_in(run)[name]), (run, name)
     assert sorted(p.name for p in Path("disk/state").rglob("*") if p.name.startswith(("A-", "L-", "."))) == []
 
 
@@ -3045,8 +3045,8 @@ def test_two_ranks_fit_what_one_process_fits_and_a_killed_rank_ends_the_job_resu
     assert [(r["family"], r["step"]) for r in one] == [(r["family"], r["step"]) for r in both]
     for a, b in zip(one, both):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
-    for name, t in tensors_of("one").items():
-        torch.testing.assert_close(tensors_of("two")[name], t, atol=2e-3 * float(t.abs().max()), rtol=2e-3)
+    for name, t in tensors_in("one").items():
+        torch.testing.assert_close(tensors_in("two")[name], t, atol=2e-3 * float(t.abs().max()), rtol=2e-3)
     answer("fit", "--out", "long", *base, capsys=capsys)
 
     job = launch("fit", "--out", "cut", *base, "fit.steps=100000", ranks=2)
@@ -3069,7 +3069,7 @@ def test_two_ranks_fit_what_one_process_fits_and_a_killed_rank_ends_the_job_resu
     rows = globe.read_rows(Path("cut/log.jsonl"))
     for family in {r["family"] for r in rows}:
         assert [r["step"] for r in rows if r["family"] == family] == list(range(1, step + 10))
-    assert set(tensors_of("cut")) == set(tensors_of("long"))
+    assert set(tensors_in("cut")) == set(tensors_in("long"))
 
 
 # ======================================================================================================
