@@ -1153,6 +1153,7 @@ class Checkpoint:
         self.layout = layout_of(self.config, str(self.dir / "config.json"))
         self.dims = dims_of(self.config, str(self.dir / "config.json"))
         self._open: dict = {}
+        self._read = 0  # bytes of experts read since the shards were last closed
         self.shard_of = self._index()  # tensor name -> shard file name
         first = self.layout.fused.format(l=self.dims.layers[0], n="gate_up_proj") if self.dims.layers else ""
         self.fused = first in self.shard_of
@@ -1188,7 +1189,7 @@ class Checkpoint:
 
     def _shard(self, name: str):
         """(lazy safetensors handle, set of its names); opened once."""
-        if name not in self._open:
+        if name not in self._open or self._open[name][0] is None:
             path, home = self.dir / name, self.dir.resolve()
             if not path.is_file():
                 raise UserError(f"{path}: expected safetensors, found no file")
@@ -1278,6 +1279,9 @@ class Checkpoint:
         if not w.is_floating_point() or w.element_size() < 2:
             raise UserError(f"{s.tensor}: expected float32, float16 or bfloat16, found {w.dtype} in {self.shard_of[s.tensor]}")
         self._finite(w, s.tensor, "" if s.expert is None else f" expert {s.expert}")
+        self._read += w.nbytes
+        if self._read > 2 ** 28:  # what a memory map has touched counts as ours until the file is closed
+            self._open, self._read = {shard: (None, names) for shard, (_, names) in self._open.items()}, 0
         return w.T if s.transposed else w
 
     def num_parameters(self) -> int:
