@@ -2966,17 +2966,18 @@ def test_a_fit_killed_at_random_instants_ends_in_the_same_bits(small, words, cap
     kills = int(os.environ.get("GLOBE_KILLS", 4))
     rng = np.random.default_rng(kills)
     for spill in (False, True):
-        base = [f"model.path={small}", *LONG, "fit.steps=200", f"calib.text={words}", "fit.batch=4", *["fit.budget=1e-6"] * spill]
+        base = [f"model.path={small}", *LONG, "fit.steps=300", f"calib.text={words}", "fit.batch=4", *["fit.budget=1e-6"] * spill]
         begin = time.perf_counter()
         answer("fit", "--out", "whole", "--overwrite", *base, capsys=capsys)
         seconds, killed, resumed = time.perf_counter() - begin, 0, 0
         while True:
             fit = launch("fit", "--out", "cut", "--resume", *base)
             if killed < kills // 2:
-                while fit.poll() is None and not Path("cut/config.yaml").is_file():
-                    time.sleep(0.02)
+                log, start = Path("cut/log.jsonl"), time.time()
+                while fit.poll() is None and not (log.is_file() and log.stat().st_mtime > start):  # imports are no moment of a fit
+                    time.sleep(0.01)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    fit.wait(rng.uniform(1, 2 + seconds))
+                    fit.wait(rng.uniform(0, seconds))
             if fit.returncode is None and killed < kills // 2:
                 fit.kill()
                 killed, resumed = killed + 1, resumed + ("resumed at step" in fit.communicate()[1])
