@@ -67,8 +67,17 @@ FORMAT_VERSION = 1
 FAMILIES = ("gate", "up", "down")
 
 
+def one_line(text: Any) -> str:
+    """For a terminal: a stranger's file puts no line breaks and no control characters there, nor megabytes."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return text if len(text) <= 1500 else f"{text[:1000]} ... {text[-400:]}"
+
+
 class UserError(Exception):
     """The user's input is wrong: one clear line on stderr, exit code 2."""
+
+    def __init__(self, text: str):
+        super().__init__(one_line(text))
 
 
 # ======================================================================================================
@@ -330,7 +339,6 @@ def _merge(node: Any, update: Any, where: str, source: str) -> None:
         path = f"{where}.{key}" if where else str(key)
         if key not in names:
             near = difflib.get_close_matches(str(key), names, 1, 0)
-            path = path if len(path) < 200 else f"{path[:200]}..."
             raise UserError(f"{source}: unknown key {path}; did you mean {f'{where}.' if where else ''}{near[0]}?")
         if dataclasses.is_dataclass(getattr(node, key)):
             _merge(getattr(node, key), value, path, source)
@@ -951,7 +959,7 @@ class Checkpoint:
             for shard in dict.fromkeys(s if isinstance(s, str) else short(s) for s in table.values()):
                 if os.path.basename(shard) != shard or "\0" in shard or shard not in table.values():
                     raise UserError(f"{index}: shard {shard!r}: expected a file name in this directory")
-                if not (self.dir / shard).is_file():
+                if not os.path.isfile(self.dir / shard):  # False also for a name that no file can have
                     raise UserError(f"{index}: names shard {shard}, which is not in {self.dir}")
             for name, shard in table.items():
                 if name not in self._shard(shard)[1]:
@@ -1006,24 +1014,25 @@ class Checkpoint:
             return Slot(self.layout.fused.format(l=layer, n=n), expert, rows, None, down)
         return Slot(self.layout.expert.format(l=layer, e=expert, n=self.layout.names[i]), transposed=down)
 
-    def expected_tensors(self) -> dict:
-        """{tensor name: shape} of every expert tensor that config.json promises."""
-        D, out = self.dims, {}
+    def expected_tensors(self) -> Iterator[tuple]:
+        """(tensor name, shape) of every expert tensor that config.json promises."""
+        D = self.dims
         for l in D.layers:
-            for i, f in enumerate(FAMILIES):
-                for e in range(D.experts):
-                    s = self.slot(f, l, e)
-                    one = [D.d, D.p] if f == "down" else [D.p, D.d]
-                    out[s.tensor] = ([D.experts, D.d, D.p] if f == "down" else [D.experts, 2 * D.p, D.d]) \
-                        if self.fused else one
+            for f in FAMILIES:
+                if self.fused:
+                    yield self.slot(f, l, 0).tensor, [D.experts, D.d, D.p] if f == "down" else [D.experts, 2 * D.p, D.d]
+                else:
+                    yield from ((self.slot(f, l, e).tensor, [D.d, D.p] if f == "down" else [D.p, D.d]) for e in range(D.experts))
                 if D.shared:
                     wide = D.shared * D.p
-                    out[self.slot(f, l, D.experts).tensor] = [D.d, wide] if f == "down" else [wide, D.d]
-        return out
+                    yield self.slot(f, l, D.experts).tensor, [D.d, wide] if f == "down" else [wide, D.d]
 
     def _validate(self) -> None:
-        expected, bad = self.expected_tensors(), []
-        for name, shape in expected.items():
+        expected, bad = set(), []
+        for name, shape in self.expected_tensors():
+            expected.add(name)
+            if len(bad) >= 100:  # a config.json may promise millions
+                break
             if name not in self.shard_of:
                 bad.append(f"{name}: expected {tuple(shape)}, found none")
             elif self.shape(name) != shape:
@@ -1033,7 +1042,7 @@ class Checkpoint:
         last = self.config["num_hidden_layers"]  # layers after it (multi-token prediction) are not the model's
         for name in self.shard_of:
             layer = re.search(r"\.layers\.(\d+)\..*\.experts\.", name)
-            if layer and int(layer[1]) < last and name not in expected:
+            if layer and len(bad) < 100 and int(layer[1]) < last and name not in expected:
                 bad.append(f"{name}: not expected, found in {self.shard_of[name]}")
         if bad:
             more = f" (and {len(bad) - 4} more)" if len(bad) > 4 else ""
@@ -2111,7 +2120,8 @@ def check_meta(meta: dict, where: str) -> dict:
         raise UserError(f"{where}: expected factors of format version {FORMAT_VERSION}, found {version!r}")
     try:
         D, layers = _meta_dims(meta), [int(l) for l in meta["experts"]]
-        fine = all(type(v) is int and 0 <= v < 2 ** 32 for v in (*D.layers, *dataclasses.astuple(D)[1:])) and D.p * D.d > 0
+        fine = [str(l) for l in layers] == list(meta["experts"])  # "01" would be layer 1 too
+        fine &= all(type(v) is int and 0 <= v < 2 ** 32 for v in (*D.layers, *dataclasses.astuple(D)[1:])) and D.p * D.d > 0
         fine &= bool(layers) and set(layers) <= set(D.layers) and len(set(layers)) == len(layers)
         fine &= isinstance(meta.get("config", {}), dict) and all(isinstance(meta[k], str) for k in ("model_type", "fingerprint"))
         fine &= bool(meta["families"]) and all(type(e) is int and 0 <= e < D.experts + D.shared for es in meta["experts"].values() for e in es)
@@ -2120,9 +2130,10 @@ def check_meta(meta: dict, where: str) -> dict:
             fine &= name in FAMILIES and f["activation"] in CHOICES["bank.activation"]
             owner = meta["families"][f["bank"]]
             fine &= owner["bank"] == f["bank"] and all(owner[k] == f[k] for k in ("m", "r", "groups", "group"))
-            fine &= all(isinstance(f[k], int) and f[k] > 0 for k in ("m", "r", "s", "groups"))
-            fine &= all(type(f["group"][l]) is int and 0 <= f["group"][l] < f["groups"] for l in meta["experts"])
-            fine &= math.isfinite(f["shift"]) and math.isfinite(f["scale"])
+            fine &= all(type(f[k]) is int and f[k] > 0 for k in ("m", "r", "s", "groups")) and f["m"] * f["r"] * D.d < 2 ** 48
+            fine &= f["groups"] <= len(layers) and f["s"] < 2 ** 32 and set(f["group"]) == set(meta["experts"])
+            fine &= all(type(g) is int and 0 <= g < f["groups"] for g in f["group"].values())
+            fine &= all(type(f[k]) in (int, float) and abs(f[k]) < 1e38 for k in ("shift", "scale"))
         if not fine:
             raise ValueError("a value out of range")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
@@ -4441,7 +4452,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"globe.py {args.command}: {e}")
         return 2
     except (OSError, SafetensorError) as e:  # a full disk, a place that cannot be written, a file that went away
-        say(f"globe.py {args.command}: {' '.join(str(e).split())}")
+        say(f"globe.py {args.command}: {one_line(e)}")
         return 2
     except Diverged as e:
         say(f"globe.py {args.command}: diverged: {e}; the last good state is kept")
