@@ -357,32 +357,30 @@ def check_config(cfg: Config) -> Config:
     for path, allowed in CHOICES.items():
         if _lookup(cfg, path) not in allowed:
             raise UserError(f"{path}: expected one of {', '.join(map(str, allowed))}, found {_lookup(cfg, path)!r}")
-    for paths, good, text in ((POSITIVE, lambda v: v > 0, "a number above 0"),
-                              (NON_NEGATIVE, lambda v: v >= 0, "0 or more"),
+    for paths, good, text in ((POSITIVE, lambda v: 0 < v <= 2 ** 40, "a number above 0, at most 2^40"),
+                              (NON_NEGATIVE, lambda v: 0 <= v <= 2 ** 40, "0 or more, at most 2^40"),
                               (FRACTIONS, lambda v: 0 <= v <= 1, "a number from 0 to 1")):
         for path in paths:
             value = _lookup(cfg, path)
             for v in value.values() if isinstance(value, dict) else [value]:
                 if v is not None and (not isinstance(v, (int, float)) or not good(v)):
-                    raise UserError(f"{path}: expected {text}, found {v!r}")
+                    raise UserError(f"{path}: expected {text}, found {short(v)}")
     if isinstance(cfg.bank.m, dict) and (not cfg.bank.m or not set(cfg.bank.m) <= set(FAMILIES) or
                                          any(type(v) is not int for v in cfg.bank.m.values())):
         raise UserError(f"bank.m: expected a whole number per family (gate, up, down), found {short(cfg.bank.m)}")
-    for path in ("fit.seed", "train.seed"):
-        if _lookup(cfg, path) >= 2 ** 63:
-            raise UserError(f"{path}: expected at most 2^63 - 1, found {short(_lookup(cfg, path))}")
     for key, values in cfg.sweep.items():
         if not isinstance(key, str) or not isinstance(values, list) or not values:
             raise UserError(f"sweep: {short(key)}: expected section.key: [values], a list with something in it, found {short(values)}")
     if not (cfg.bank.scope in ("global", "layer") or re.fullmatch("[0-9]{1,9}", str(cfg.bank.scope)) and int(cfg.bank.scope) > 0):
         raise UserError(f"bank.scope: expected global, layer or a number of layers, found {cfg.bank.scope!r}")
     t = cfg.train
-    for fine, text in ((t.hidden_size % (2 * t.heads) == 0, f"hidden_size: expected a multiple of 2 x heads = {2 * t.heads}, found {t.hidden_size}"),
-                       (t.heads % t.kv_heads == 0, f"heads: expected a multiple of kv_heads = {t.kv_heads}, found {t.heads}"),
-                       (t.top_k <= t.experts, f"top_k: expected at most train.experts = {t.experts}, found {t.top_k}"),
-                       (t.seq_len >= 2, f"seq_len: expected 2 or more, found {t.seq_len}")):
+    for fine, text in ((cfg.eval.length >= 2, f"eval.length: expected 2 or more, found {cfg.eval.length}"),
+                       (t.hidden_size % (2 * t.heads) == 0, f"train.hidden_size: expected a multiple of 2 x heads = {2 * t.heads}, found {t.hidden_size}"),
+                       (t.heads % t.kv_heads == 0, f"train.heads: expected a multiple of kv_heads = {t.kv_heads}, found {t.heads}"),
+                       (t.top_k <= t.experts, f"train.top_k: expected at most train.experts = {t.experts}, found {t.top_k}"),
+                       (t.seq_len >= 2, f"train.seq_len: expected 2 or more, found {t.seq_len}")):
         if not fine:
-            raise UserError(f"train.{text}")
+            raise UserError(text)
     if cfg.heal.stack != "auto" and not (isinstance(cfg.heal.stack, int) and cfg.heal.stack > 0):
         raise UserError(f"heal.stack: expected auto or a number of layers, found {cfg.heal.stack!r}")
     if cfg.bank.r is None and cfg.bank.ratio is None:
@@ -463,6 +461,15 @@ def written(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with written(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def saved_state(path: Path) -> Iterator[None]:
+    """UserError for whatever goes wrong while a saved state is read: the file is damaged, or another run's."""
+    try:
+        yield
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path}: expected the saved state of this run, found {type(e).__name__}: {e}; start again with --overwrite") from None
 
 
 def user_cache() -> Path:
@@ -800,12 +807,15 @@ class Layout:
 
 
 def _qwen_layers(c: dict) -> list:
-    only, step = c.get("mlp_only_layers") or [], c.get("decoder_sparse_step") or 1
+    only, step = set(c.get("mlp_only_layers") or ()), c.get("decoder_sparse_step") or 1
     return [l for l in range(c["num_hidden_layers"]) if l not in only and (l + 1) % step == 0]
 
 
 def _deepseek_layers(c: dict) -> list:
-    return list(range(c.get("first_k_dense_replace") or 0, c["num_hidden_layers"]))
+    first = c.get("first_k_dense_replace") or 0
+    if first < 0:
+        raise ValueError(f"first_k_dense_replace {first}")
+    return list(range(first, c["num_hidden_layers"]))
 
 
 _QWEN3 = Layout(layers=_qwen_layers)
@@ -914,11 +924,11 @@ def dims_of(config: dict, where: str = "config.json") -> Dims:
         shared = layout.shared_width(config)
         shared = 0 if shared % p else shared // p  # one that is no multiple of p cannot be sliced: it stays dense
         layers = tuple(layout.layers(config))
-    except (TypeError, ValueError, ZeroDivisionError) as e:
+    except (TypeError, ValueError, ArithmeticError) as e:
         raise UserError(f"{where}: expected numbers for which layers have experts and for the size of shared experts, found {e}") from None
-    if not layers or not 0 <= shared < 2 ** 20 or not len(layers) * experts < 2 ** 22:
+    if not layers or type(shared) is not int or not 0 <= shared < 2 ** 20 or not len(layers) * experts < 2 ** 22:
         raise UserError(f"{where}: expected experts in some layers, at most 2^22 of them, and 0 or more shared, found {len(layers) or 'none'} layers "
-                        f"of {experts} ({count}, num_hidden_layers {config['num_hidden_layers']}), {shared} shared")
+                        f"of {experts} ({count}, num_hidden_layers {config['num_hidden_layers']}), {short(shared)} shared")
     return Dims(layers, experts, p, size("hidden_size"), top_k, shared)
 
 
@@ -930,6 +940,28 @@ class Slot:
     rows: tuple | None = None               # (start, stop)
     cols: tuple | None = None
     transposed: bool = False                # down: on disk (d, p), used as (p, d)
+
+
+def open_shard(path: Path):
+    """A lazy handle of a safetensors file; UserError where it is none, or a link that leads out of its directory."""
+    home = path.parent.resolve()
+    if not path.is_file():
+        raise UserError(f"{path}: expected safetensors, found no file")
+    # the hub's cache links snapshots/REVISION/NAME to blobs/HASH, beside snapshots
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not {home, blobs} & set((real := path.resolve()).parents):
+        raise UserError(f"{path}: expected a file in this directory, found a link to {real}, outside it; copy the file here")
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: expected safetensors, found {'a git-lfs pointer: run git lfs pull' if is_pointer(path) else e}") from None
+
+
+def finite(w: Tensor, name: str, where: Any) -> Tensor:
+    """w; UserError with the count where it holds NaN or Inf. The sum comes first: it needs no copy."""
+    if w.is_floating_point() and not math.isfinite(w.sum(dtype=torch.float32)) and (bad := int((~torch.isfinite(w)).sum())):
+        raise UserError(f"{name}: expected finite weights, found {bad} NaN or Inf in {where}")
+    return w
 
 
 class Checkpoint:
@@ -981,19 +1013,8 @@ class Checkpoint:
     def _shard(self, name: str):
         """(lazy safetensors handle, set of its names); opened once."""
         if name not in self._open:
-            path, home = self.dir / name, self.dir.resolve()
-            if not path.is_file():
-                raise UserError(f"{path}: expected safetensors, found no file")
-            # the hub's cache links snapshots/REVISION/NAME to blobs/HASH, beside snapshots
-            blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-            if not {home, blobs} & set((real := path.resolve()).parents):
-                raise UserError(f"{path}: expected a file in this directory, found a link to {real}, outside it; copy the file here")
-            try:
-                f = safe_open(path, "pt")
-                self._open[name] = f, set(f.keys())
-            except (SafetensorError, OSError) as e:
-                raise UserError(f"{path}: expected safetensors, found "
-                                + ("a git-lfs pointer: run git lfs pull" if is_pointer(path) else f"{str(e)[:300]}")) from None
+            f = open_shard(self.dir / name)
+            self._open[name] = f, set(f.keys())
         return self._open[name]
 
     def shape(self, tensor: str) -> list:
@@ -1037,9 +1058,11 @@ class Checkpoint:
                 bad.append(f"{name}: expected {tuple(shape)}, found none")
             elif self.shape(name) != shape:
                 bad.append(f"{name}: expected {tuple(shape)}, found {tuple(self.shape(name))} in {self.shard_of[name]}")
-            elif (kind := self._shard(self.shard_of[name])[0].get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+            elif (kind := self._shard(self.shard_of[name])[0].get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
                 bad.append(f"{name}: expected float32, float16 or bfloat16, found {kind} in {self.shard_of[name]}")
         last = self.config["num_hidden_layers"]  # layers after it (multi-token prediction) are not the model's
+        if last > len(self.shard_of):
+            raise UserError(f"{self.dir}: expected tensors of {last} layers (num_hidden_layers), found {len(self.shard_of)} tensors")
         for name in self.shard_of:
             layer = re.search(r"\.layers\.(\d+)\..*\.experts\.", name)
             if layer and len(bad) < 100 and int(layer[1]) < last and name not in expected:
@@ -1054,13 +1077,7 @@ class Checkpoint:
         return self.expert("gate", self.dims.layers[0], 0).dtype
 
     def tensor(self, name: str) -> Tensor:
-        return self._finite(self._shard(self.shard_of[name])[0].get_tensor(name), name)
-
-    def _finite(self, w: Tensor, name: str, part: str = "") -> Tensor:
-        """w; UserError with the count where it holds NaN or Inf. The sum comes first: it needs no copy."""
-        if not math.isfinite(w.sum(dtype=torch.float32)) and (bad := int((~torch.isfinite(w)).sum())):
-            raise UserError(f"{name}{part}: expected finite weights, found {bad} NaN or Inf in {self.shard_of[name]}")
-        return w
+        return finite(self._shard(self.shard_of[name])[0].get_tensor(name), name, self.shard_of[name])
 
     def expert(self, family: str, layer: int, expert: int) -> Tensor:
         """One matrix, (p, d), in the checkpoint's dtype."""
@@ -1070,8 +1087,14 @@ class Checkpoint:
         w = view[s.expert, rows, cols] if s.expert is not None else view[rows, cols]
         if not w.is_floating_point() or w.element_size() < 2:
             raise UserError(f"{s.tensor}: expected float32, float16 or bfloat16, found {w.dtype} in {self.shard_of[s.tensor]}")
-        self._finite(w, s.tensor, "" if s.expert is None else f" expert {s.expert}")
+        finite(w, s.tensor if s.expert is None else f"{s.tensor} expert {s.expert}", self.shard_of[s.tensor])
         return w.T if s.transposed else w
+
+    def known(self, ids: Tensor) -> Tensor:
+        """Token ids, as they are; UserError where the model has no embedding for one."""
+        if int(ids.max()) >= (vocab := self.config.get("vocab_size") or math.inf):
+            raise UserError(f"{self.dir}: expected token ids below vocab_size {vocab}, found {int(ids.max())}: is the tokenizer another model's?")
+        return ids
 
     def num_parameters(self) -> int:
         return sum(math.prod(self.shape(n)) for n in self.shard_of)
@@ -1263,12 +1286,12 @@ def read_text(spec: str, split: str) -> str:
     if spec == "builtin":
         return builtin_text(split)
     if spec.startswith("hf:"):
-        return hub_text(*spec.split(":")[1:])
+        return hub_text(*spec.split(":")[1:4])
     path = Path(spec)
     files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md", ".py", ".rst")) if path.is_dir() else [path]
     try:
         text = "\n\n".join(f.read_text(encoding="utf-8") for f in files)
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:  # a NUL in a name is a ValueError
         raise UserError(f"text {spec!r}: expected a UTF-8 text file, a directory of them or builtin, found "
                         f"{getattr(e, 'strerror', None) or 'bytes that are not UTF-8'}") from None
     if not text.strip():
@@ -1378,20 +1401,22 @@ def save_moments(path: Path, moments: dict, fingerprint: str) -> None:
                   metadata={"globe_moments": fingerprint})
 
 
-def load_moments(path: Path, fingerprint: str) -> dict:
-    """What save_moments wrote. UserError: no such file, not one of ours, or of another checkpoint."""
+def load_moments(path: Path, ckpt: Checkpoint) -> dict:
+    """What save_moments wrote. UserError: no such file, not one of ours, damaged, or of another checkpoint."""
     try:
         with safe_open(path, "pt") as f:
             found = (f.metadata() or {}).get("globe_moments")
         tensors = load_file(path)
     except (SafetensorError, OSError) as e:
         raise UserError(f"calib.load: {path}: expected saved moments, found {e}") from None
-    if found != fingerprint:
-        raise UserError(f"calib.load: {path}: expected moments of the checkpoint with fingerprint {fingerprint}, found {found}")
-    out: dict = {}
-    for name, C in tensors.items():
-        kind, _, layer = name.rpartition(".")
-        out.setdefault(kind, {})[int(layer)] = C
+    if found != ckpt.fingerprint():
+        raise UserError(f"calib.load: {path}: expected moments of the checkpoint with fingerprint {ckpt.fingerprint()}, found {found}")
+    D, out = ckpt.dims, {}
+    for kind, shape in {"inputs": (D.d, D.d), "hidden": (D.p, D.p), "gate": (D.experts, D.p), "up": (D.experts, D.p)}.items():
+        out[kind] = {l: tensors.get(f"{kind}.{l}") for l in D.layers}
+        for l, C in out[kind].items():
+            if C is None or C.shape != shape or not C.is_floating_point() or not torch.isfinite(C).all():
+                raise UserError(f"calib.load: {path}: {kind}.{l}: expected finite numbers {shape}, found {'none' if C is None else tuple(C.shape)}")
     return out
 
 
@@ -1978,6 +2003,13 @@ class Fitter:
 
     def load_state(self, t: dict) -> None:
         dev = self.experts.device
+        for name, v in t.items():
+            kind, _, k = name.rpartition(".")
+            like = self.mask if name == "mask" else self.x[k] if kind and kind != "unit" else v
+            if v.shape != like.shape or v.is_floating_point() and not torch.isfinite(v).all():
+                raise ValueError(f"{name} of {tuple(v.shape)}, not {tuple(like.shape)}, or NaN or Inf in it")
+        if int(t["step"]) < 0:
+            raise ValueError("a step below 0")
         t = {k: v.clone() for k, v in t.items()}  # a file's tensors are not aligned, and MKL then rounds otherwise
         self.velocity = {k[9:]: v.to(dev) for k, v in t.items() if k.startswith("velocity.")}
         self.x = {k[2:]: v.to(dev) for k, v in t.items() if k.startswith("x.")}
@@ -2597,12 +2629,16 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def _skeleton(config: dict, dtype: torch.dtype, meta: dict | None = None, cache: CacheConfig | None = None) -> nn.Module:
-    """The transformers model of config.json, with GlobeExperts in place where meta says; parameters on the meta device."""
+def _skeleton(config: dict, dtype: torch.dtype, where: Path, meta: dict | None = None, cache: CacheConfig | None = None) -> nn.Module:
+    """The transformers model of the config.json in `where`, with GlobeExperts in place where meta says; parameters on the
+    meta device. UserError where transformers cannot make a model of it."""
     from transformers import AutoConfig, AutoModelForCausalLM
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
-    with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+    except Exception as e:  # a stranger's config.json fails in its own way in every model's code
+        raise UserError(f"{where / 'config.json'}: expected a model's config, found one that transformers refuses: {type(e).__name__}: {e}") from None
     if meta:
         install(model, meta, cache or CacheConfig())
     return model.eval()
@@ -2651,7 +2687,7 @@ def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.de
     ever in memory. UserError where the factors were fitted to another checkpoint."""
     check_fingerprint(factors, ckpt)
     dtype = dtype or ckpt.dtype
-    model = _skeleton(ckpt.config, dtype, factors.meta(), cache)
+    model = _skeleton(ckpt.config, dtype, ckpt.dir, factors.meta(), cache)
     _assign_factors(model, factors, device, dtype)
     fill(model, ckpt, device, dtype)
     return _finish(model, ckpt.dir, device)
@@ -2661,7 +2697,7 @@ def streamed(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: 
              tick: Callable[[], Any] = lambda: None) -> nn.Module:
     """The dense model's trunk (no head) with one decoder layer in memory at a time, for calibration: a layer is read when
     the forward pass reaches it, runs the whole input in parts of `batch` windows, and is let go; tick() after each."""
-    model = _skeleton(ckpt.config, dtype)
+    model = _skeleton(ckpt.config, dtype, ckpt.dir)
     _fill_around(model, ckpt, device, dtype, head=False)
     for i, layer in enumerate(model.model.layers):
         layer.forward = _one_at_a_time(layer.forward, layer, batch, tick, functools.partial(
@@ -2711,6 +2747,12 @@ def _one_at_a_time(run: Callable, layer: nn.Module, batch: int, tick: Callable, 
     return forward
 
 
+def globe_meta(config: dict) -> dict | None:
+    """The factors' description in the config.json of a globe or composed export; None in any other."""
+    meta = config.get("quantization_config")
+    return meta if isinstance(meta, dict) and meta.get("quant_method") == "globe" else None
+
+
 def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
          cache: CacheConfig | None = None) -> nn.Module:
     """Load a globe or composed export: a transformers model with GlobeExperts, no dense experts ever in memory.
@@ -2719,27 +2761,34 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
-    meta = config.get("quantization_config") or {}
-    if meta.get("quant_method") != "globe":
+    meta = globe_meta(config)
+    if meta is None:
         raise UserError(f"{directory}: expected a globe export (quantization_config.quant_method: globe), found none")
     check_meta(meta, str(directory / "config.json"))
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{directory}: expected *.safetensors, found none")
+    dims_of({k: v for k, v in config.items() if k != "quantization_config"}, str(directory / "config.json"))
+    table = {name: (file, f) for file in sorted(directory.glob("*.safetensors")) for f in [open_shard(file)] for name in f.keys()}
+    if config["num_hidden_layers"] > len(table):
+        raise UserError(f"{directory}: expected tensors of {config['num_hidden_layers']} layers in *.safetensors, found {len(table)} tensors")
     dtype = dtype or as_dtype(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-    model = _skeleton(config, dtype, meta, cache)
+    model = _skeleton(config, dtype, directory, meta, cache)
     device, state = torch.device(device), model.state_dict()
-    for file in files:
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{file}: expected safetensors, found {e}") from None
-        for name, t in tensors.items():
-            if name not in state:
-                raise UserError(f"{file}: {name}: not expected")
-            keep = name.endswith(("_val", "_idx")) or not state[name].is_meta
-            _assign(model, name, t.to(device, t.dtype if keep else dtype))
+    for name, (file, f) in table.items():
+        if name not in state:
+            raise UserError(f"{file}: {name}: not expected")
+        t = finite(f.get_tensor(name), name, file)
+        keep = name.endswith(("_val", "_idx")) or not state[name].is_meta
+        _assign(model, name, t.to(device, state[name].dtype if keep else dtype))
+    check_mixtures(model, directory)
     return _finish(model, directory, device)
+
+
+def check_mixtures(model: nn.Module, where: Path | str) -> None:
+    """UserError where an expert mixes bases that its bank does not have."""
+    for module in globe_modules(model):
+        for f in () if module.composed else module.families:
+            idx, m = getattr(module, f"{f}_idx"), module.families[f]["m"]
+            if not idx.is_meta and not 0 <= int(idx.min()) <= int(idx.max()) < m:
+                raise UserError(f"{where}: layer {module.layer} {f}_idx: expected indices in [0, {m}), found {int(idx.min())}..{int(idx.max())}")
 
 
 AUTO_MAP = {"AutoConfig": "globe.GlobeAuto", "AutoModelForCausalLM": "globe.GlobeAuto"}
@@ -2751,6 +2800,7 @@ class GlobeAuto:
     @classmethod
     def from_pretrained(cls, path, *args, config=None, **kwargs):
         from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+        kwargs["trust_remote_code"] = False  # it let this file run; a custom_generate beside it would run too
         if config is not None:  # AutoModelForCausalLM asks, with the config that AutoConfig got here before
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(path, *args, config=config, **kwargs)
         kind = PreTrainedConfig.get_config_dict(path, **kwargs)[0]["model_type"]
@@ -2802,6 +2852,7 @@ def register_loader() -> None:
                 raise UserError(f"{where}: expected tensor {empty[0]}, found none (and {len(empty) - 1} more)")
 
         def _process_model_after_weight_loading(self, model, **_):
+            check_mixtures(model, getattr(model.config, "name_or_path", None) or "model")
             for module in (model.globe_bank, *globe_modules(model)):
                 module.requires_grad_(False)
             return model
@@ -2821,7 +2872,13 @@ def save_pretrained(model: nn.Module, meta: dict, directory: str | Path, **kwarg
 def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """The source model in stock transformers, in the checkpoint's dtype unless another is given."""
     from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto", trust_remote_code=False).to(device).eval()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
+    except Exception as e:  # a damaged checkpoint fails in its own way in every model's code
+        raise UserError(f"{directory}: expected a model that transformers loads, found {type(e).__name__}: {e}") from None
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers
+        raise UserError(f"{directory}: expected tensor {missing[0]}, found none (and {len(missing) - 1} more)")
+    return model.to(device).eval()
 
 
 def load_tokenizer(directory: Path):
@@ -2911,12 +2968,12 @@ def weight_bytes(directory: Path) -> int:
     return sum(f.stat().st_size for f in directory.glob("*.safetensors"))
 
 
-def sample_ids(directory: Path, vocab: int, n: int = 64) -> Tensor:
-    """(1, n) token ids of held-out text; where a checkpoint has no tokenizer, random ones (to compare logits only)."""
+def sample_ids(ckpt: Checkpoint, n: int = 64) -> Tensor:
+    """(1, n) token ids of held-out text; where a checkpoint has no tokenizer that fits, random ones (to compare logits only)."""
     try:
-        return token_windows(load_tokenizer(directory), builtin_text("heldout"), n, n)
+        return ckpt.known(token_windows(load_tokenizer(ckpt.dir), builtin_text("heldout"), n, n))
     except UserError:
-        return torch.randint(vocab, (1, n), generator=torch.Generator().manual_seed(0))
+        return torch.randint(ckpt.config["vocab_size"], (1, n), generator=torch.Generator().manual_seed(0))
 
 
 # ======================================================================================================
@@ -3368,7 +3425,9 @@ def load_training(path: Path, model: nn.Module, optimizer) -> None:
     tensors = load_file(path)
     for name, w in model.named_parameters():
         w.copy_(tensors[f"model/{name}"])
-        moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors}
+        moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if k == "exp_avg" or f"{k}/{name}" in tensors}
+        if any(v.ndim and v.shape != w.shape for v in moments.values()):
+            raise ValueError(f"moments of {name} that are not {tuple(w.shape)}")
         optimizer.state[w] = {k: v if k == "step" else v.to(w.device) for k, v in moments.items()}
 
 
@@ -3393,17 +3452,18 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
     total = first_moe + cfg.moe_steps
     about: dict = {}
     if resume and state.is_file():
-        with safe_open(state, "pt") as f:
+        with saved_state(state), safe_open(state, "pt") as f:
             about = json.loads(f.metadata()["globe"])
-        if about["config"] != dataclasses.asdict(cfg):
-            raise UserError(f"{to}: its state was saved with another train config; use another --to or --overwrite")
-        done, seconds = about["step"], about["seconds"]
+            if about["config"] != dataclasses.asdict(cfg):
+                raise UserError(f"{to}: its state was saved with another train config; use another --to or --overwrite")
+            done, seconds = int(about["step"]), float(about["seconds"])
     model, optimizer = training_phase(cfg, done > first_moe or first_moe == 0, model, device)
     dtype = train_dtype(cfg.autocast, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     if about:
-        load_training(state, model, optimizer)
-        scaler.load_state_dict(about["scaler"])
+        with saved_state(state):
+            load_training(state, model, optimizer)
+            scaler.load_state_dict(about["scaler"])
     with held_interrupt() as stop, threads_for(cfg.moe_intermediate_size, cfg.hidden_size):
         for step in range(done, total):
             if step == first_moe > 0:
@@ -3529,7 +3589,7 @@ class Walk:
 
     def __init__(self, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: int):
         self.ckpt, self.device, self.dtype, self.batch, self.calls = ckpt, device, dtype, batch, []
-        self.model = _skeleton(ckpt.config, dtype)
+        self.model = _skeleton(ckpt.config, dtype, ckpt.dir)
         self.layers = self.model.model.layers
         _fill_around(self.model, ckpt, device, dtype)
 
@@ -3775,12 +3835,12 @@ class Log:
 
 
 def read_rows(path: Path) -> list:
-    """The rows of log.jsonl; a last line that was cut short is left out."""
+    """The rows of log.jsonl; what is none (a last line that was cut short) is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and all(type(row.get(k)) in (int, float) for k in ("step", "rel_frob", "support", "T"))]
 
 
 def open_model(cfg: Config, device: torch.device) -> Checkpoint:
@@ -3802,6 +3862,20 @@ def run_train(cfg: Config, to: Path, device: torch.device, resume: bool) -> dict
             line.n = row["step"]
             line.set_postfix_str(f"{row['phase']} loss {row['loss']:.3f}")
         return train(cfg.train, to, device, resume, progress)
+
+
+def read_evals(run: Path) -> dict:
+    """{text: result} of RUN/eval.json, which feeds cards and plots; empty where there is none."""
+    evals = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
+    for text, e in evals.items():
+        try:
+            figures = [e[k] for k in ("ppl_dense", "ppl", "delta_nats", "tokens", "ratio", "model_ratio")]
+            figures += [x for row in e.get("tasks", {}).values() for pair in row.values() for x in pair.values()]
+        except (KeyError, TypeError, AttributeError):
+            figures = [None]
+        if not all(type(x) in (int, float) for x in figures):
+            raise UserError(f"{run / 'eval.json'}: {text}: expected the figures that eval writes, found {short(e)}")
+    return evals
 
 
 def run_dirs() -> list:
@@ -3877,8 +3951,10 @@ def fit_family(names: tuple, ckpt: Checkpoint, keys: list, cfg: Config, moments:
     fitter = Fitter(experts, cfg, bank_shape(cfg, names[0], len(experts), experts.groups, ckpt.dims), ckpt.dtype)
     state = run / "state" / f"{family}.safetensors"
     if state.is_file():
-        fitter.load_state(load_file(state))
+        with saved_state(state):
+            fitter.load_state(load_file(state))
         say(f"{family}: resumed at step {fitter.step_done}")
+    rewind_log(run / "log.jsonl", family, fitter.step_done)
     begin = time.perf_counter()
     with tqdm(total=cfg.fit.steps, initial=fitter.step_done, desc=family, file=sys.stderr, dynamic_ncols=True) as line:
         row = {}
@@ -3937,9 +4013,7 @@ def fit_memory(cfg: Config, ckpt: Checkpoint) -> None:
 
 def calibration_windows(ckpt: Checkpoint, cfg: Config, device: torch.device, tokens: int) -> Tensor:
     """(N, length) ids of `tokens` tokens of the calibration text, and of calib.sampled more that the dense model writes."""
-    windows = token_windows(load_tokenizer(ckpt.dir), read_text(cfg.calib.text, "calibration"), tokens, cfg.calib.length)
-    if int(windows.max()) >= (vocab := ckpt.config.get("vocab_size") or math.inf):
-        raise UserError(f"{ckpt.dir}: expected token ids below vocab_size {vocab}, found {int(windows.max())}: is the tokenizer another model's?")
+    windows = ckpt.known(token_windows(load_tokenizer(ckpt.dir), read_text(cfg.calib.text, "calibration"), tokens, cfg.calib.length))
     if cfg.calib.sampled:
         say(f"sampling {cfg.calib.sampled} tokens from the dense model")
         length = windows.shape[1]
@@ -3951,7 +4025,7 @@ def calibration_windows(ckpt: Checkpoint, cfg: Config, device: torch.device, tok
 def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     """Moments of the dense model's activations on the calibration text, layer by layer; from calib.load where given."""
     if cfg.calib.load:
-        return load_moments(Path(cfg.calib.load), ckpt.fingerprint())
+        return load_moments(Path(cfg.calib.load), ckpt)
     windows = calibration_windows(ckpt, cfg, device, cfg.calib.tokens)
     at_once = max(1, free_memory(device) // 16 // (windows[0].numel() * ckpt.dims.d * 4))  # hidden states of all windows
     passes = -(-len(windows) // at_once)
@@ -4024,9 +4098,11 @@ def cmd_fit(args: argparse.Namespace) -> dict:
     shapes = {"+".join(job): bank_shape(cfg, job[0], len(job) * len(keys), groups, D) for job in jobs}
     if args.dry_run:
         return plan_fit(cfg, ckpt, keys, jobs, shapes, groups, device)
+    if cfg.calib.save:
+        fresh(Path(cfg.calib.save), args.overwrite or args.resume, ckpt.dir)
     if out is None:
         out = new_run(cfg)
-    elif not args.resume:
+    elif not (args.resume and (out / "config.yaml").is_file()):
         fresh(out, args.overwrite, ckpt.dir)
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
     say(f"{ckpt.config['model_type']}: {len(keys)} experts of {D.p} x {D.d} in {len(set(l for l, _ in keys))} layers; "
@@ -4057,7 +4133,6 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
     """The fit itself, in the run directory `out`."""
     D, families = ckpt.dims, families_of(cfg.model)
     write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
-    rewind_log(out, list(shapes))
     moments = {}
     if cfg.fit.metric == "data":
         moments = calibrate(ckpt, cfg, device)
@@ -4112,7 +4187,7 @@ def cmd_sweep(args: argparse.Namespace) -> dict:
             result = cmd_fit(argparse.Namespace(**vars(args) | {"out": str(out), "overrides": settings, "resume": True}))
             write_text(out / "fit.json", json.dumps({"settings": settings, **result}))
         rows.append(dict(zip(grid, values)) | read_json(out / "fit.json"))
-        if rows[-1].pop("settings") != settings:
+        if rows[-1].pop("settings", None) != settings or not {"ratio", "model_ratio", "seconds", "rel_frob"} <= set(rows[-1]):
             raise UserError(f"{out}: fitted with other settings; choose another --out or add --overwrite")
     columns = [*grid, "ratio", "model_ratio", "seconds"]
     say(text_table([*columns, *(f"error {f}" for f in rows[0]["rel_frob"])],
@@ -4120,14 +4195,10 @@ def cmd_sweep(args: argparse.Namespace) -> dict:
     return {"sweep": str(base), "rows": rows}
 
 
-def rewind_log(run: Path, families: Sequence[str]) -> None:
-    """Drop the rows that came after the saved state, which a resumed run will write again."""
-    steps = {f: -1 for f in families}
-    for f in families:
-        if (run / "state" / f"{f}.safetensors").is_file():
-            steps[f] = int(load_file(run / "state" / f"{f}.safetensors")["step"])
-    rows = [r for r in read_rows(run / "log.jsonl") if r.get("step", 0) <= steps.get(r.get("family"), -1)]
-    write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+def rewind_log(path: Path, family: str, step: int) -> None:
+    """Drop a family's rows that came after `step`, its saved state: a resumed run writes them again."""
+    rows = [r for r in read_rows(path) if r.get("family") != family or r["step"] <= step]
+    write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
 
 
 def open_run(args: argparse.Namespace) -> tuple:
@@ -4140,6 +4211,8 @@ def open_run(args: argparse.Namespace) -> tuple:
     device = pick_device(args.device)
     ckpt = open_model(cfg, device)
     check_fingerprint(factors, ckpt)
+    if args.dtype == "float64":
+        raise UserError("--dtype: expected float32, bfloat16 or float16, found float64")
     return run, cfg, factors, ckpt, device, as_dtype(args.dtype) or ckpt.dtype
 
 
@@ -4147,7 +4220,7 @@ def cmd_eval(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = open_run(args)
     tokenizer = load_tokenizer(ckpt.dir)
     where, stride, run_tasks = args.text or cfg.eval.text, cfg.eval.stride, task_runner(args.tasks or (), tokenizer, cfg.eval.context)
-    windows = token_windows(tokenizer, read_text(where, "heldout"), cfg.eval.tokens, cfg.eval.length, stride)
+    windows = ckpt.known(token_windows(tokenizer, read_text(where, "heldout"), cfg.eval.tokens, cfg.eval.length, stride))
     errors = reconstruction(ckpt, factors)
     layers = list(factors.experts)
     say(text_table(("family", "all layers", *(f"layer {l}" for l in layers)),
@@ -4165,7 +4238,7 @@ def cmd_eval(args: argparse.Namespace) -> dict:
     if args.tasks:
         result["tasks"] = {t: {k: {"dense": dense_tasks[t][k], "globe": v} for k, v in row.items()} for t, row in tasks.items()}
         say(text_table(("task", "dense", "GloBE"), [(f"{t} {k}", *v.values()) for t, row in result["tasks"].items() for k, v in row.items()]))
-    kept = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
+    kept = read_evals(run)
     with contextlib.suppress(PermissionError):  # a run of somebody else's: nothing is kept for the card
         write_text(run / "eval.json", json.dumps(kept | {where if ":" in where else Path(where).name: result}, indent=2))
     return result | {"factors": str(run)}
@@ -4177,6 +4250,7 @@ def cmd_export(args: argparse.Namespace) -> dict:
     to = fresh(Path(args.to) if args.to else run / "export", args.overwrite or not args.to, ckpt.dir)
     if args.to and to.resolve() in (run.resolve(), *run.resolve().parents):
         raise UserError(f"{to}: expected a directory that does not hold the run {run}")
+    evals = read_evals(run)
     with written(to) as tmp:
         tmp.mkdir()
         if args.format == "dense":
@@ -4186,7 +4260,6 @@ def cmd_export(args: argparse.Namespace) -> dict:
         error = None if args.no_check else logit_error(ckpt, factors, tmp, args.format, device, dtype)
         base = next((n for n in (cfg.model.path, ckpt.config.get("_name_or_path") or "") if n == "tiny" or not Path(n).exists() and
                      re.fullmatch(r"[\w.-]+/[\w.-]+", n)), ckpt.dir.name)
-        evals = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
         write_text(tmp / "README.md", model_card(ckpt, factors, args.format, base, weight_bytes(tmp), evals))
         shutil.rmtree(to, ignore_errors=True)
     if args.push_to_hub:
@@ -4209,7 +4282,7 @@ def push(directory: Path, repo: str, private: bool) -> None:
 @torch.no_grad()
 def logit_error(ckpt: Checkpoint, factors: Factors, export: Path, kind: str, device: torch.device, dtype: torch.dtype) -> float:
     """Largest difference of logits between the export, loaded afresh, and the patched model, on 64 tokens."""
-    ids = sample_ids(ckpt.dir, ckpt.config["vocab_size"]).to(device)
+    ids = sample_ids(ckpt).to(device)
     dtype = ckpt.dtype if kind == "dense" else dtype
     want = assemble(ckpt, factors, device, dtype)(ids).logits.float()
     model = load_dense(export, device, dtype) if kind == "dense" else load(export, device, dtype)
@@ -4219,8 +4292,8 @@ def logit_error(ckpt: Checkpoint, factors: Factors, export: Path, kind: str, dev
 def cmd_report(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = open_run(args)
     errors, rows = reconstruction(ckpt, factors), read_rows(run / "log.jsonl")
-    shares, hits = routing(assemble(ckpt, factors, device, dtype, cfg.cache), sample_ids(ckpt.dir, ckpt.config["vocab_size"]))
-    sizes = {d: read_json(Path(d) / "eval.json") for d in (str(run), *args.runs)} if args.runs else {}
+    shares, hits = routing(assemble(ckpt, factors, device, dtype, cfg.cache), sample_ids(ckpt))
+    sizes = {d: read_evals(Path(d)) or read_json(Path(d) / "eval.json") for d in (str(run), *args.runs)} if args.runs else {}
     paths = plot_report(run, rows, errors, factors, shares, hits, sizes)
     routes = text_table(("layer", "share of the top quarter", "experts not used", "hit rate"), [
         (l, float(x[:-(-len(x) // 4)].sum()), int((x == 0).sum()), hits[l]) for l, x in shares.items()])
@@ -4247,7 +4320,7 @@ def cmd_info(args: argparse.Namespace) -> dict:
         out, meta = {"kind": "run", "ratio": factors.ratio()}, factors.meta()
     elif (path / "config.yaml").is_file():
         out = {"kind": "unfinished run", "steps": (read_rows(path / "log.jsonl") or [{}])[-1].get("step", 0)}
-    elif ((quantized := read_json(path / "config.json").get("quantization_config")) or {}).get("quant_method") == "globe":
+    elif (quantized := globe_meta(read_json(path / "config.json"))):
         meta = check_meta(quantized, str(path))
         out = {"kind": "composed export" if meta.get("composed") else "globe export", "bytes": weight_bytes(path)}
     else:
@@ -4255,9 +4328,9 @@ def cmd_info(args: argparse.Namespace) -> dict:
         out = {"kind": "checkpoint", "model_type": ckpt.config["model_type"], "parameters": ckpt.num_parameters(), "dtype": str(ckpt.dtype),
                "bytes": weight_bytes(path), **dataclasses.asdict(ckpt.dims), "fingerprint": ckpt.fingerprint()}
     if meta:
-        out |= {k: meta[k] for k in ("model_type", "globe_version", "fingerprint")} | meta["dims"]
+        out |= {k: meta.get(k) for k in ("model_type", "globe_version", "fingerprint")} | meta["dims"]
         out |= {f: ", ".join(f"{k} {v}" for k, v in F_.items() if k != "group") for f, F_ in meta["families"].items()}
-    say(text_table(("", args.directory), out.items()))
+    say(text_table(("", args.directory), [(k, one_line(v) if isinstance(v, str) else v) for k, v in out.items()]))
     return out
 
 
@@ -4305,9 +4378,9 @@ def cmd_train(args: argparse.Namespace) -> dict:
         return config_dict(cfg)
     if args.dtype:
         cfg.train.autocast = args.dtype
-    to = Path(args.to)
-    if not args.resume:
-        fresh(to, args.overwrite)
+    to, source = Path(args.to), Path(cfg.train.dense_from or "")
+    if not (args.resume and ((to / "state").is_dir() or (to / "train.json").is_file())):
+        fresh(to, args.overwrite, source if cfg.train.dense_from and source.is_dir() else None)
         shutil.rmtree(to, ignore_errors=True)
     with discarded_on_error(to):
         return {"path": str(to)} | run_train(cfg, to, pick_device(args.device), args.resume)
@@ -4316,15 +4389,20 @@ def cmd_train(args: argparse.Namespace) -> dict:
 @torch.no_grad()
 def cmd_generate(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = open_run(args)
-    tokenizer = load_tokenizer(ckpt.dir)
-    model = assemble(ckpt, factors, device, dtype, cfg.cache)
-    n = cfg.cache.warmup_tokens
-    warm(model, token_windows(tokenizer, read_text(cfg.calib.text, "calibration"), n, n) if n > 1 else None)
+    if not args.max_new_tokens > 0 or args.temperature and not 0.01 <= args.temperature <= 100:
+        raise UserError(f"expected --max-new-tokens above 0 and --temperature 0 or from 0.01 to 100, found {args.max_new_tokens} and {args.temperature}")
+    if any("\ud800" <= c < "\ue000" for c in args.prompt):  # what Python makes of bytes that are not UTF-8
+        raise UserError("--prompt: expected UTF-8 text, found other bytes")
+    tokenizer, n = load_tokenizer(ckpt.dir), cfg.cache.warmup_tokens
     ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
     if not ids.shape[1]:
         raise UserError("--prompt: expected some text, found none")
+    first = ckpt.known(token_windows(tokenizer, read_text(cfg.calib.text, "calibration"), n, n)) if n > 1 else None
+    ckpt.known(ids)
+    model = assemble(ckpt, factors, device, dtype, cfg.cache)
+    warm(model, first)
     begin = time.perf_counter()
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens,
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, num_beams=1,
                          do_sample=args.temperature > 0, **({"temperature": args.temperature} if args.temperature > 0 else {}),
                          pad_token_id=tokenizer.pad_token_id or 0)
     synchronize(device)
