@@ -2896,6 +2896,25 @@ def test_a_command_is_refused_for(row, small, run, words, capsys):
     assert all(w in line for w in said), line
 
 
+BENCH_ROWS = {
+    "an unknown suite": (("speed",), ("suite", "'speed'")), "an unknown preset": (("fit", "--preset", "big"), ("--preset", "'big'")),
+    "0 repeats": (("compose", "--repeats", "0"), ("--repeats", "0")), "-1 tokens": (("decode", "--tokens", "-1"), ("--tokens", "-1")),
+    "a ratio of NaN": (("quality", "--ratio", "nan"), ("--ratio", "nan")), "a result in no directory": (("fit", "--json", "nowhere/x.json"), ("nowhere/x.json",)),
+    "a result over a directory": (("fit", "--json", "."), (".",)), "a plot in no directory": (("quality", "--png", "nowhere/x.png"), ("nowhere/x.png",)),
+    "a device of words": (("fit", "--device", "gpu"), ("gpu",)), "an unknown setting": (("fit", "--preset", "tiny", "--set", "fit.stepz=3"), ("fit.steps",)),
+}
+
+
+@pytest.mark.parametrize("row", BENCH_ROWS)
+def test_a_benchmark_is_refused_for(row, capsys):
+    import bench
+    (argv, said), before = BENCH_ROWS[row], snapshot(Path())
+    assert bench.main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    line = err.strip().splitlines()[-1]
+    assert out == "" and line.startswith("bench.py: ") and all(w in line for w in said) and "Traceback" not in err and snapshot(Path()) == before, err
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes into read-only directories")
 @pytest.mark.parametrize("argv", (("fit", "--out", "ro/out", *FIT), ("export", "--factors", "r", "--to", "ro/out", "--no-check"),
                                   ("train", "--to", "ro/out", *TRAIN)), ids=("fit", "export", "train"))
