@@ -708,6 +708,25 @@ class _SimplexMap(torch.autograd.Function):
         return g * (grad - (g * grad).sum(-1, keepdim=True) / g.sum(-1, keepdim=True)), None
 
 
+class _NativeSimplex(torch.autograd.Function):
+    """torch.ops.globe.simplex with its backward, by a shorter way than the registered one, which torch.compile takes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, alpha: float) -> tuple:
+        with torch._C._AutoDispatchBelowAutograd():
+            p, size = torch.ops.globe.simplex.default(x, alpha)
+        ctx.alpha = alpha
+        ctx.save_for_backward(p)
+        ctx.mark_non_differentiable(size)
+        ctx.set_materialize_grads(False)
+        return p, size
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, _):
+        p, = ctx.saved_tensors
+        return None if grad is None else torch.ops.globe.simplex_backward.default(grad.contiguous(), p, ctx.alpha), None
+
+
 def _simplex_map(x: Tensor, dim: int, alpha: float, return_support: bool):
     if not x.is_floating_point():
         raise TypeError(f"expected a floating-point tensor, found {x.dtype}")
@@ -715,7 +734,8 @@ def _simplex_map(x: Tensor, dim: int, alpha: float, return_support: bool):
         raise ValueError(f"expected at least one entry in dim {dim}, found shape {tuple(x.shape)}")
     x = x.movedim(dim, -1)
     if _native("simplex", x.device.type):
-        p, size = torch.ops.globe.simplex(x.contiguous(), alpha)
+        run = torch.ops.globe.simplex if torch.compiler.is_compiling() else _NativeSimplex.apply
+        p, size = run(x.contiguous(), alpha)
     else:
         p = _SimplexMap.apply(x, alpha)
         size = (p > 0).sum(-1) if return_support else None
@@ -959,7 +979,7 @@ def open_shard(path: Path):
 
 def finite(w: Tensor, name: str, where: Any) -> Tensor:
     """w; UserError with the count where it holds NaN or Inf. The sum comes first: it needs no copy."""
-    if w.is_floating_point() and not math.isfinite(w.sum(dtype=torch.float32)) and (bad := int((~torch.isfinite(w)).sum())):
+    if w.is_floating_point() and w.itemsize > 1 and not math.isfinite(w.sum(dtype=torch.float32)) and (bad := int((~torch.isfinite(w)).sum())):
         raise UserError(f"{name}: expected finite weights, found {bad} NaN or Inf in {where}")
     return w
 
@@ -2165,7 +2185,7 @@ def check_meta(meta: dict, where: str) -> dict:
             fine &= all(type(f[k]) is int and f[k] > 0 for k in ("m", "r", "s", "groups")) and f["m"] * f["r"] * D.d < 2 ** 48
             fine &= f["groups"] <= len(layers) and f["s"] < 2 ** 32 and set(f["group"]) == set(meta["experts"])
             fine &= all(type(g) is int and 0 <= g < f["groups"] for g in f["group"].values())
-            fine &= all(type(f[k]) in (int, float) and abs(f[k]) < 1e38 for k in ("shift", "scale"))
+            fine &= all(type(f[k]) is float and abs(f[k]) < 1e38 for k in ("shift", "scale"))
         if not fine:
             raise ValueError("a value out of range")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
@@ -2776,6 +2796,8 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
         if name not in state:
             raise UserError(f"{file}: {name}: not expected")
         t = finite(f.get_tensor(name), name, file)
+        if t.is_floating_point() and t.itemsize < 2:
+            raise UserError(f"{file}: {name}: expected float32, float16 or bfloat16, found {t.dtype}")
         keep = name.endswith(("_val", "_idx")) or not state[name].is_meta
         _assign(model, name, t.to(device, state[name].dtype if keep else dtype))
     check_mixtures(model, directory)
@@ -4379,7 +4401,7 @@ def cmd_train(args: argparse.Namespace) -> dict:
     if args.dtype:
         cfg.train.autocast = args.dtype
     to, source = Path(args.to), Path(cfg.train.dense_from or "")
-    if not (args.resume and ((to / "state").is_dir() or (to / "train.json").is_file())):
+    if not (args.resume and any((to / name).is_file() for name in ("state/train.safetensors", "train.json"))):
         fresh(to, args.overwrite, source if cfg.train.dense_from and source.is_dir() else None)
         shutil.rmtree(to, ignore_errors=True)
     with discarded_on_error(to):

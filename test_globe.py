@@ -2661,6 +2661,7 @@ FACTORS_ROWS = {
     "a group of a layer that is a word": (edit_meta(lambda m: [f["group"].update(x=0) for f in m["families"].values()] and None), ("description",)),
     "a layer twice, as 1 and 01": (edit_meta(lambda m: (m["experts"].update({"01": [0]}), [f["group"].update({"01": 0}) for f in m["families"].values()])
                                              and None), ("description",)),
+    "a scale of 2^64": (of_family(scale=2 ** 64), ("description",)),  # found by atheris: OverflowError
     "a scale of 10^400": (edit_meta(lambda m: '{"format_version": 1, ' + json.dumps(m)[1:].replace('"scale": ', '"scale": 1' + "0" * 400 + ', "was": ')),
                           ("description",)),
     "a group of half": (edit_meta(lambda m: [f["group"].update({"1": 0.5}) for f in m["families"].values()] and None), ("description",)),
@@ -2731,6 +2732,7 @@ EXPORT_ROWS = {  # name: (damage to the copy `src` of a globe export, words of l
 ONLY_LOAD_ROWS = {  # transformers' own loader warns of the first and takes the others
     "a tensor too many": (edit_tensors(lambda t: t.update(more=torch.zeros(1))), ("more", "not expected")),
     "NaN in the bank": (put("globe_bank.gate_0", math.nan, 3), ("globe_bank.gate_0", "finite", "3")),
+    "adapters of float8": (edit_tensors(lambda t: t.update({OF + "up_A": t[OF + "up_A"].to(torch.float8_e4m3fn)})), (OF + "up_A", "float8")),
     "a link that leads out": (link_out, (WEIGHTS, "elsewhere.safetensors", "outside")),
     "a million layers": (edit_config(num_hidden_layers=10 ** 6), ("1000000 layers",)),
 }
