@@ -1609,6 +1609,16 @@ def test_native_gradients_are_their_twins(twin):
 
 
 @native
+def test_native_gradients_of_empty_supports_and_banks_are_zero():
+    for m, r, d, E, s in ((4, 3, 5, 2, 0), (4, 3, 5, 0, 3), (4, 0, 5, 2, 3), (4, 3, 5, 0, 0)):  # found by the sanitizers: null pointers
+        bank, val = torch.randn(m, r, d).requires_grad_(), torch.rand(E, s).requires_grad_()
+        y = globe.compose(bank, torch.zeros(E, s, dtype=torch.int64), val)
+        y.sum().backward()
+        assert y.shape == (E, r, d) and bank.grad.shape == (m, r, d) and val.grad.shape == (E, s)
+        assert not bank.grad.any() and not val.grad.any()
+
+
+@native
 def test_opcheck_passes_for_every_native_operator():
     ops, check = torch.ops.globe, torch.library.opcheck
     assert globe._native("compose", "cpu")

@@ -395,7 +395,7 @@ template <class T> Support<typename Wide<T>::w> support_of(const Compose& c) {
       const int64_t j = c.idx[i];
       const W a = ((const W*)c.val)[i];
       check(0 <= j && j < c.m, "globe::compose: index in [0, ", c.m, ") expected, found ", j);
-      if (a == 0 && !c.dval) continue;  // the backward needs every entry: a zero has a gradient
+      if (a == 0 && !c.backward) continue;  // the backward needs every entry: a zero has a gradient
       if (S.at[j] < 0) S.at[j] = S.used.size(), S.used.push_back(j);
       S.far.push_back(j * c.n), S.near.push_back(S.at[j] * block<T>), S.a.push_back(a);
     }
@@ -408,7 +408,7 @@ template <class T> void compose_as(const Compose& c) {
   typedef typename Wide<T>::w W;
   const auto S = support_of<T>(c);
   const int64_t t = K * block<T>, tiles = (c.n + t - 1) / t, J = S.a.size();
-  if (!c.dval) {
+  if (!c.backward) {
     const bool around = c.E * c.n * int64_t(sizeof(T)) > (int64_t(16) << 20) && (uintptr_t)c.out % VB == 0 && c.n * sizeof(T) % VB == 0;
     parallel(tiles, t * (J + c.E) / 16, [&](int64_t a, int64_t b) {
       if (J > int64_t(S.used.size())) compose_shared<T>(c, S, a * t, std::min(b * t, c.n), around);
@@ -417,7 +417,7 @@ template <class T> void compose_as(const Compose& c) {
     });
     return;
   }
-  std::memset(c.dbank, 0, c.m * c.n * sizeof(T));
+  if (c.m * c.n) std::memset(c.dbank, 0, c.m * c.n * sizeof(T));
   const int64_t chunks = std::clamp<int64_t>(tiles, 1, threads());
   std::vector<W> dval(chunks * J);  // one row per chunk, so that the sum does not depend on timing
   parallel(chunks, 1 << 20, [&](int64_t a, int64_t b) {

@@ -126,7 +126,7 @@ static std::tuple<Tensor, Tensor> compose_backward(Tensor grad, Tensor bank, Ten
   Compose c = compose_args(bank, idx, val, act);
   expect("globe::compose_backward", "grad", grad, bank.scalar_type(), bank, {idx.size(0), bank.size(1), bank.size(2)});
   Tensor dbank = torch::stable::empty_like(bank), dval = torch::stable::empty_like(val);
-  c.grad = grad.const_data_ptr(), c.dbank = dbank.mutable_data_ptr(), c.dval = dval.mutable_data_ptr();
+  c.grad = grad.const_data_ptr(), c.dbank = dbank.mutable_data_ptr(), c.dval = dval.mutable_data_ptr(), c.backward = true;
   RUN(compose, c);
   return {dbank, dval};
 }
