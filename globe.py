@@ -3141,6 +3141,7 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors, shares: d
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     styles, paths = dict(zip(FAMILIES, ("-", "--", ":"))), []  # told apart in greyscale
+    rows = [r for r in rows if all(type(r.get(k)) in (int, float) for k in ("rel_frob", "support", "T"))]  # a healed run's have none
 
     def save(fig, name):
         fig.tight_layout()
@@ -3705,12 +3706,12 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
         with torch.no_grad():
             return sum(float(loss(part)) * len(part) for part in torch.arange(held).split(micro)) / held
     if state.is_file():
-        tensors = load_file(state)
-        with safe_open(state, "pt") as f:
-            step, bad, first, lowest = json.loads(f.metadata()["heal"])
-        for k, w in student.params.items():
-            w.data.copy_(tensors[f"now/{k}"])
-            optimizer.state[w] = {n: tensors[f"{n}/{k}"] for n in ("step", "exp_avg", "exp_avg_sq") if f"{n}/{k}" in tensors}
+        with saved_state(state), safe_open(state, "pt") as f:
+            step, bad, first, lowest = map(float, json.loads(f.metadata()["heal"]))
+            step, bad, tensors = int(step), int(bad), load_file(state)
+            for k, w in student.params.items():
+                w.data.copy_(tensors[f"now/{k}"])
+                optimizer.state[w] = {n: tensors[f"{n}/{k}"] for n in ("step", "exp_avg", "exp_avg_sq") if f"{n}/{k}" in tensors}
         best = {k: tensors[f"best/{k}"] for k in student.params if f"best/{k}" in tensors}
     first = lowest = held_out() if first is None else first
     while step < H.steps and bad < H.patience:
@@ -3792,9 +3793,9 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
                 with written(done) as tmp:
                     save_file(best, tmp, metadata={"heal": json.dumps([before, after])})
                 (state / "step.safetensors").unlink(missing_ok=True)
-            with safe_open(done, "pt") as f:
-                before, after = json.loads(f.metadata()["heal"])
-            student.store(load_file(done))
+            with saved_state(done), safe_open(done, "pt") as f:
+                before, after = map(float, json.loads(f.metadata()["heal"]))
+                student.store(load_file(done))
             student.write()
             rows.append({"layers": [span[0], span[-1]], "before": before, "after": after})
         walk.advance(span, x)
@@ -3862,7 +3863,7 @@ def read_rows(path: Path) -> list:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and all(type(row.get(k)) in (int, float) for k in ("step", "rel_frob", "support", "T"))]
+    return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int]
 
 
 def open_model(cfg: Config, device: torch.device) -> Checkpoint:
@@ -4362,10 +4363,10 @@ def cmd_heal(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = open_run(args)
     if cfg_from:
         cfg = run_config(cfg_from, args)
-    elif out.resolve() == run.resolve():
-        raise UserError(f"--out {out}: expected another directory than --factors")
+    if out.resolve() in (run.resolve(), *run.resolve().parents):
+        raise UserError(f"--out {out}: expected a directory that does not hold the run {run}")
     dtype = torch.float32 if dtype is torch.float16 else dtype  # gradients of half precision would need a loss scale
-    if not args.resume:
+    if not cfg_from:
         fresh(out, args.overwrite, ckpt.dir)
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
     with discarded_on_error(out):

@@ -2799,6 +2799,10 @@ def filled(name: str) -> None:
     Path(name, "mine.txt").write_text("kept")
 
 
+def using(command: str, *more: str) -> tuple:
+    return command, "--factors", "r", "--model", "src", "calib.text=words.txt", "--text=words.txt" if command == "eval" else "bank.m=3", *SPEED, *more
+
+
 OUTPUT_ROWS = {  # name: (preparation, arguments, words); src is the source, r a finished run
     "fit into the source": (None, ("fit", "--out", "src", *FIT), ("src", "outside")),
     "fit below the source": (None, ("fit", "--out", "src/a/b", *FIT, "--overwrite"), ("src/a/b", "outside")),
@@ -2824,6 +2828,12 @@ OUTPUT_ROWS = {  # name: (preparation, arguments, words); src is the source, r a
     "fit resumed into a full directory": (lambda: filled("out"), ("fit", "--resume", "--out", "out", *FIT), ("out", "exists")),
     "moments over the source's weights": (None, ("fit", "--out", "out", *FIT, "calib.save=src/model.safetensors"), ("src/model.safetensors", "outside")),
     "moments over a file": (lambda: Path("f").write_text("kept"), ("fit", "--out", "out", *FIT, "calib.save=f"), ("f", "exists")),
+    "heal over its own run": (None, using("heal", "--out", "r", "--overwrite"), ("r",)),
+    "heal resumed over its own run": (None, using("heal", "--out", "r", "--resume"), ("r",)),
+    "heal over the directory of its run": (lambda: (Path("d").mkdir(), shutil.move("r", "d/r")),
+                                           ("heal", "--factors", "d/r", "--model", "src", "--out", "d", "--overwrite"), ("d",)),
+    "heal resumed into the source": (None, using("heal", "--out", "src", "--resume"), ("src", "outside")),
+    "heal onto a file": (None, using("heal", "--out", "words.txt"), ("words.txt", "exists")),
     "train resumed into a model": (None, ("train", "--resume", "--to", "src", *TRAIN), ("src", "exists")),
     "train over the dense model it starts from": (None, ("train", "--to", "src", "train.dense_from=src", *TRAIN, "--overwrite"), ("src", "outside")),
     "train over where it stands": (None, ("train", "--to", ".", *TRAIN, "--overwrite"), (".",)),
@@ -2853,10 +2863,6 @@ def state(change):
     return damage
 
 
-def using(command: str, *more: str) -> tuple:
-    return command, "--factors", "r", "--model", "src", "calib.text=words.txt", "--text=words.txt" if command == "eval" else "bank.m=3", *SPEED, *more
-
-
 COMMAND_ROWS = {  # likewise
     **{f"{name}, {argv[0]}": (of_src(damage), argv, said) for name, damage, said in (
         ("no head", edit_tensors(lambda t: t.pop("lm_head.weight")), ("lm_head.weight", "none")),
@@ -2868,6 +2874,9 @@ COMMAND_ROWS = {  # likewise
        if (name, argv[0]) != ("NaN in a norm", "eval")},
     "a tokenizer of another model, eval": (of_src(fewer_words), using("eval"), ("token ids", "vocab_size 50")),
     "a tokenizer of another model, generate": (of_src(fewer_words), using("generate", "--prompt", "ab"), ("token ids", "vocab_size 50")),
+    "a tokenizer of another model, heal": (of_src(fewer_words), using("heal", "--out", "out"), ("token ids", "vocab_size 50")),
+    "NaN in a norm, heal": (of_src(put("model.layers.1.input_layernorm.weight", math.nan, 2)), using("heal", "--out", "out", "calib.length=32", "heal.tokens=256"),
+                            ("input_layernorm", "finite")),
     "a tokenizer of another model, the prompt": (of_src(fewer_words), using("generate", "--prompt", "ab", "cache.warmup_tokens=0"), ("vocab_size 50", "98")),
     "no tokens to write": (None, using("generate", "--prompt", "ab", "--max-new-tokens", "0"), ("--max-new-tokens",)),
     "a temperature of NaN": (None, using("generate", "--prompt", "ab", "--temperature", "nan"), ("--temperature", "nan")),
@@ -2906,6 +2915,19 @@ def test_a_command_is_refused_for(row, small, run, words, capsys):
         prepare()
     line = refused_whole(*argv, capsys=capsys, late=True)
     assert all(w in line for w in said), line
+
+
+def test_a_damaged_state_of_a_heal_is_named(small, run, words, capsys):
+    Path("h/state").mkdir(parents=True)
+    shutil.copy(run / "config.yaml", "h")
+    argv = ("heal", "--factors", run, "--out", "h", "--resume", f"calib.text={words}", "calib.length=32", "heal.tokens=256", "heal.steps=1")
+    for name in ("stack-000", "step"):
+        Path(f"h/state/{name}.safetensors").write_text("x" * 50)
+        capsys.readouterr()
+        assert globe.main([str(a) for a in argv]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"h/state/{name}.safetensors: expected the saved state" in line, line
+        Path(f"h/state/{name}.safetensors").unlink()
 
 
 BENCH_ROWS = {
