@@ -4364,7 +4364,7 @@ def cmd_heal(args: argparse.Namespace) -> dict:
     if cfg_from:
         cfg = run_config(cfg_from, args)
     if out.resolve() in (run.resolve(), *run.resolve().parents):
-        raise UserError(f"--out {out}: expected a directory that does not hold the run {run}")
+        raise UserError(f"--out {out}: expected another directory than --factors, and none that holds it")
     dtype = torch.float32 if dtype is torch.float16 else dtype  # gradients of half precision would need a loss scale
     if not cfg_from:
         fresh(out, args.overwrite, ckpt.dir)
