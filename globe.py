@@ -357,8 +357,9 @@ def check_config(cfg: Config) -> Config:
     for path, allowed in CHOICES.items():
         if _lookup(cfg, path) not in allowed:
             raise UserError(f"{path}: expected one of {', '.join(map(str, allowed))}, found {_lookup(cfg, path)!r}")
-    for paths, good, text in ((POSITIVE, lambda v: 0 < v <= 2 ** 40, "a number above 0, at most 2^40"),
-                              (NON_NEGATIVE, lambda v: 0 <= v <= 2 ** 40, "0 or more, at most 2^40"),
+    most = lambda v: 2 ** 40 if isinstance(v, int) else 1e38
+    for paths, good, text in ((POSITIVE, lambda v: 0 < v <= most(v), "a number above 0, at most 2^40 or 1e38"),
+                              (NON_NEGATIVE, lambda v: 0 <= v <= most(v), "0 or more, at most 2^40 or 1e38"),
                               (FRACTIONS, lambda v: 0 <= v <= 1, "a number from 0 to 1")):
         for path in paths:
             value = _lookup(cfg, path)
