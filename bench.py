@@ -768,7 +768,15 @@ def main(argv=None) -> int:
             odd = [g for g in given if g not in good]
             if odd:
                 raise UserError(f"{what}: expected {', '.join(sorted(good))}, found {odd[0]!r}")
-        rows = []
+        for name in ("experts", "windows", "tokens", "prefill", "repeats", "steps"):
+            if (value := getattr(args, name)) is not None and value < 1:
+                raise UserError(f"--{name}: expected 1 or more, found {value}")
+        if not all(0 < x < 10 for x in args.ratio):
+            raise UserError(f"--ratio: expected numbers above 0, as 0.8, found {args.ratio}")
+        rows, device = [], globe.pick_device(args.device)
+        for path in (Path(p) for p in (args.json, args.png) if p):  # now, not after an hour
+            if path.is_dir() or not path.absolute().parent.is_dir():
+                raise UserError(f"{path}: expected a file in a directory that is there")
         presets = args.preset or ["tiny", "qwen15-layer"][:1 + bool(args.suites)]
         for suite in suites:
             for preset in presets if PRESETS[suite] else [None]:
@@ -776,13 +784,12 @@ def main(argv=None) -> int:
                     say(f"\n{suite}, {preset}" if preset else f"\n{suite}")
                     rows += {"compose": bench_compose, "sparsemax": bench_sparsemax, "decode": bench_decode, "fit": bench_fit, "quality": bench_quality}[suite](preset, args)
                     gc.collect()
-        device = globe.pick_device(args.device)
-    except UserError as e:
-        say(f"bench.py: {e}")
+        out = json.dumps({"rows": rows, "device": str(device), "torch": torch.__version__, "threads": torch.get_num_threads()})
+        if args.json:
+            globe.write_text(Path(args.json), out)
+    except (UserError, OSError) as e:
+        say(f"bench.py: {globe.one_line(e)}")
         return 2
-    out = json.dumps({"rows": rows, "device": str(device), "torch": torch.__version__, "threads": torch.get_num_threads()})
-    if args.json:
-        globe.write_text(Path(args.json), out)
     print(out)
     return 0
 

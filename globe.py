@@ -72,8 +72,17 @@ FORMAT_VERSION = 1
 FAMILIES = ("gate", "up", "down")
 
 
+def one_line(text: Any) -> str:
+    """For a terminal: a stranger's file puts no line breaks and no control characters there, nor megabytes."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return text if len(text) <= 1500 else f"{text[:1000]} ... {text[-400:]}"
+
+
 class UserError(Exception):
     """The user's input is wrong: one clear line on stderr, exit code 2."""
+
+    def __init__(self, text: str):
+        super().__init__(one_line(text))
 
 
 # ======================================================================================================
@@ -336,7 +345,6 @@ def _merge(node: Any, update: Any, where: str, source: str) -> None:
         path = f"{where}.{key}" if where else str(key)
         if key not in names:
             near = difflib.get_close_matches(str(key), names, 1, 0)
-            path = path if len(path) < 200 else f"{path[:200]}..."
             raise UserError(f"{source}: unknown key {path}; did you mean {f'{where}.' if where else ''}{near[0]}?")
         if dataclasses.is_dataclass(getattr(node, key)):
             _merge(getattr(node, key), value, path, source)
@@ -355,32 +363,31 @@ def check_config(cfg: Config) -> Config:
     for path, allowed in CHOICES.items():
         if _lookup(cfg, path) not in allowed:
             raise UserError(f"{path}: expected one of {', '.join(map(str, allowed))}, found {_lookup(cfg, path)!r}")
-    for paths, good, text in ((POSITIVE, lambda v: v > 0, "a number above 0"),
-                              (NON_NEGATIVE, lambda v: v >= 0, "0 or more"),
+    most = lambda v: 2 ** 40 if isinstance(v, int) else 1e38
+    for paths, good, text in ((POSITIVE, lambda v: 0 < v <= most(v), "a number above 0, at most 2^40 or 1e38"),
+                              (NON_NEGATIVE, lambda v: 0 <= v <= most(v), "0 or more, at most 2^40 or 1e38"),
                               (FRACTIONS, lambda v: 0 <= v <= 1, "a number from 0 to 1")):
         for path in paths:
             value = _lookup(cfg, path)
             for v in value.values() if isinstance(value, dict) else [value]:
                 if v is not None and (not isinstance(v, (int, float)) or not good(v)):
-                    raise UserError(f"{path}: expected {text}, found {v!r}")
+                    raise UserError(f"{path}: expected {text}, found {short(v)}")
     if isinstance(cfg.bank.m, dict) and (not cfg.bank.m or not set(cfg.bank.m) <= set(FAMILIES) or
                                          any(type(v) is not int for v in cfg.bank.m.values())):
         raise UserError(f"bank.m: expected a whole number per family (gate, up, down), found {short(cfg.bank.m)}")
-    for path in ("fit.seed", "train.seed"):
-        if _lookup(cfg, path) >= 2 ** 63:
-            raise UserError(f"{path}: expected at most 2^63 - 1, found {short(_lookup(cfg, path))}")
     for key, values in cfg.sweep.items():
         if not isinstance(key, str) or not isinstance(values, list) or not values:
             raise UserError(f"sweep: {short(key)}: expected section.key: [values], a list with something in it, found {short(values)}")
     if not (cfg.bank.scope in ("global", "layer") or re.fullmatch("[0-9]{1,9}", str(cfg.bank.scope)) and int(cfg.bank.scope) > 0):
         raise UserError(f"bank.scope: expected global, layer or a number of layers, found {cfg.bank.scope!r}")
     t = cfg.train
-    for fine, text in ((t.hidden_size % (2 * t.heads) == 0, f"hidden_size: expected a multiple of 2 x heads = {2 * t.heads}, found {t.hidden_size}"),
-                       (t.heads % t.kv_heads == 0, f"heads: expected a multiple of kv_heads = {t.kv_heads}, found {t.heads}"),
-                       (t.top_k <= t.experts, f"top_k: expected at most train.experts = {t.experts}, found {t.top_k}"),
-                       (t.seq_len >= 2, f"seq_len: expected 2 or more, found {t.seq_len}")):
+    for fine, text in ((cfg.eval.length >= 2, f"eval.length: expected 2 or more, found {cfg.eval.length}"),
+                       (t.hidden_size % (2 * t.heads) == 0, f"train.hidden_size: expected a multiple of 2 x heads = {2 * t.heads}, found {t.hidden_size}"),
+                       (t.heads % t.kv_heads == 0, f"train.heads: expected a multiple of kv_heads = {t.kv_heads}, found {t.heads}"),
+                       (t.top_k <= t.experts, f"train.top_k: expected at most train.experts = {t.experts}, found {t.top_k}"),
+                       (t.seq_len >= 2, f"train.seq_len: expected 2 or more, found {t.seq_len}")):
         if not fine:
-            raise UserError(f"train.{text}")
+            raise UserError(text)
     if cfg.heal.stack != "auto" and not (isinstance(cfg.heal.stack, int) and cfg.heal.stack > 0):
         raise UserError(f"heal.stack: expected auto or a number of layers, found {cfg.heal.stack!r}")
     if cfg.bank.r is None and cfg.bank.ratio is None:
@@ -551,6 +558,15 @@ class LazyDict(Mapping):
 
     def __len__(self) -> int:
         return len(self.make)
+
+
+@contextlib.contextmanager
+def saved_state(path: Path) -> Iterator[None]:
+    """UserError for whatever goes wrong while a saved state is read: the file is damaged, or another run's."""
+    try:
+        yield
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path}: expected the saved state of this run, found {type(e).__name__}: {e}; start again with --overwrite") from None
 
 
 def user_cache() -> Path:
@@ -909,6 +925,25 @@ class _SimplexMap(torch.autograd.Function):
         return g * (grad - (g * grad).sum(-1, keepdim=True) / g.sum(-1, keepdim=True)), None
 
 
+class _NativeSimplex(torch.autograd.Function):
+    """torch.ops.globe.simplex with its backward, by a shorter way than the registered one, which torch.compile takes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, alpha: float) -> tuple:
+        with torch._C._AutoDispatchBelowAutograd():
+            p, size = torch.ops.globe.simplex.default(x, alpha)
+        ctx.alpha = alpha
+        ctx.save_for_backward(p)
+        ctx.mark_non_differentiable(size)
+        ctx.set_materialize_grads(False)
+        return p, size
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, _):
+        p, = ctx.saved_tensors
+        return None if grad is None else torch.ops.globe.simplex_backward.default(grad.contiguous(), p, ctx.alpha), None
+
+
 def _simplex_map(x: Tensor, dim: int, alpha: float, return_support: bool):
     if not x.is_floating_point():
         raise TypeError(f"expected a floating-point tensor, found {x.dtype}")
@@ -916,7 +951,8 @@ def _simplex_map(x: Tensor, dim: int, alpha: float, return_support: bool):
         raise ValueError(f"expected at least one entry in dim {dim}, found shape {tuple(x.shape)}")
     x = x.movedim(dim, -1)
     if _native("simplex", x.device.type):
-        p, size = torch.ops.globe.simplex(x.contiguous(), alpha)
+        run = torch.ops.globe.simplex if torch.compiler.is_compiling() else _NativeSimplex.apply
+        p, size = run(x.contiguous(), alpha)
     else:
         p = _SimplexMap.apply(x, alpha)
         size = (p > 0).sum(-1) if return_support else None
@@ -1008,12 +1044,15 @@ class Layout:
 
 
 def _qwen_layers(c: dict) -> list:
-    only, step = c.get("mlp_only_layers") or [], c.get("decoder_sparse_step") or 1
+    only, step = set(c.get("mlp_only_layers") or ()), c.get("decoder_sparse_step") or 1
     return [l for l in range(c["num_hidden_layers"]) if l not in only and (l + 1) % step == 0]
 
 
 def _deepseek_layers(c: dict) -> list:
-    return list(range(c.get("first_k_dense_replace") or 0, c["num_hidden_layers"]))
+    first = c.get("first_k_dense_replace") or 0
+    if first < 0:
+        raise ValueError(f"first_k_dense_replace {first}")
+    return list(range(first, c["num_hidden_layers"]))
 
 
 _QWEN3 = Layout(layers=_qwen_layers)
@@ -1122,11 +1161,11 @@ def dims_of(config: dict, where: str = "config.json") -> Dims:
         shared = layout.shared_width(config)
         shared = 0 if shared % p else shared // p  # one that is no multiple of p cannot be sliced: it stays dense
         layers = tuple(layout.layers(config))
-    except (TypeError, ValueError, ZeroDivisionError) as e:
+    except (TypeError, ValueError, ArithmeticError) as e:
         raise UserError(f"{where}: expected numbers for which layers have experts and for the size of shared experts, found {e}") from None
-    if not layers or not 0 <= shared < 2 ** 20 or not len(layers) * experts < 2 ** 22:
+    if not layers or type(shared) is not int or not 0 <= shared < 2 ** 20 or not len(layers) * experts < 2 ** 22:
         raise UserError(f"{where}: expected experts in some layers, at most 2^22 of them, and 0 or more shared, found {len(layers) or 'none'} layers "
-                        f"of {experts} ({count}, num_hidden_layers {config['num_hidden_layers']}), {shared} shared")
+                        f"of {experts} ({count}, num_hidden_layers {config['num_hidden_layers']}), {short(shared)} shared")
     return Dims(layers, experts, p, size("hidden_size"), top_k, shared)
 
 
@@ -1138,6 +1177,28 @@ class Slot:
     rows: tuple | None = None               # (start, stop)
     cols: tuple | None = None
     transposed: bool = False                # down: on disk (d, p), used as (p, d)
+
+
+def open_shard(path: Path):
+    """A lazy handle of a safetensors file; UserError where it is none, or a link that leads out of its directory."""
+    home = path.parent.resolve()
+    if not path.is_file():
+        raise UserError(f"{path}: expected safetensors, found no file")
+    # the hub's cache links snapshots/REVISION/NAME to blobs/HASH, beside snapshots
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not {home, blobs} & set((real := path.resolve()).parents):
+        raise UserError(f"{path}: expected a file in this directory, found a link to {real}, outside it; copy the file here")
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: expected safetensors, found {'a git-lfs pointer: run git lfs pull' if is_pointer(path) else e}") from None
+
+
+def finite(w: Tensor, name: str, where: Any) -> Tensor:
+    """w; UserError with the count where it holds NaN or Inf. The sum comes first: it needs no copy."""
+    if w.is_floating_point() and w.itemsize > 1 and not math.isfinite(w.sum(dtype=torch.float32)) and (bad := int((~torch.isfinite(w)).sum())):
+        raise UserError(f"{name}: expected finite weights, found {bad} NaN or Inf in {where}")
+    return w
 
 
 class Checkpoint:
@@ -1168,7 +1229,7 @@ class Checkpoint:
             for shard in dict.fromkeys(s if isinstance(s, str) else short(s) for s in table.values()):
                 if os.path.basename(shard) != shard or "\0" in shard or shard not in table.values():
                     raise UserError(f"{index}: shard {shard!r}: expected a file name in this directory")
-                if not (self.dir / shard).is_file():
+                if not os.path.isfile(self.dir / shard):  # False also for a name that no file can have
                     raise UserError(f"{index}: names shard {shard}, which is not in {self.dir}")
             for name, shard in table.items():
                 if name not in self._shard(shard)[1]:
@@ -1190,19 +1251,8 @@ class Checkpoint:
     def _shard(self, name: str):
         """(lazy safetensors handle, set of its names); opened once."""
         if name not in self._open or self._open[name][0] is None:
-            path, home = self.dir / name, self.dir.resolve()
-            if not path.is_file():
-                raise UserError(f"{path}: expected safetensors, found no file")
-            # the hub's cache links snapshots/REVISION/NAME to blobs/HASH, beside snapshots
-            blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-            if not {home, blobs} & set((real := path.resolve()).parents):
-                raise UserError(f"{path}: expected a file in this directory, found a link to {real}, outside it; copy the file here")
-            try:
-                f = safe_open(path, "pt")
-                self._open[name] = f, set(f.keys())
-            except (SafetensorError, OSError) as e:
-                raise UserError(f"{path}: expected safetensors, found "
-                                + ("a git-lfs pointer: run git lfs pull" if is_pointer(path) else f"{str(e)[:300]}")) from None
+            f = open_shard(self.dir / name)
+            self._open[name] = f, set(f.keys())
         return self._open[name]
 
     def shape(self, tensor: str) -> list:
@@ -1223,34 +1273,37 @@ class Checkpoint:
             return Slot(self.layout.fused.format(l=layer, n=n), expert, rows, None, down)
         return Slot(self.layout.expert.format(l=layer, e=expert, n=self.layout.names[i]), transposed=down)
 
-    def expected_tensors(self) -> dict:
-        """{tensor name: shape} of every expert tensor that config.json promises."""
-        D, out = self.dims, {}
+    def expected_tensors(self) -> Iterator[tuple]:
+        """(tensor name, shape) of every expert tensor that config.json promises."""
+        D = self.dims
         for l in D.layers:
-            for i, f in enumerate(FAMILIES):
-                for e in range(D.experts):
-                    s = self.slot(f, l, e)
-                    one = [D.d, D.p] if f == "down" else [D.p, D.d]
-                    out[s.tensor] = ([D.experts, D.d, D.p] if f == "down" else [D.experts, 2 * D.p, D.d]) \
-                        if self.fused else one
+            for f in FAMILIES:
+                if self.fused:
+                    yield self.slot(f, l, 0).tensor, [D.experts, D.d, D.p] if f == "down" else [D.experts, 2 * D.p, D.d]
+                else:
+                    yield from ((self.slot(f, l, e).tensor, [D.d, D.p] if f == "down" else [D.p, D.d]) for e in range(D.experts))
                 if D.shared:
                     wide = D.shared * D.p
-                    out[self.slot(f, l, D.experts).tensor] = [D.d, wide] if f == "down" else [wide, D.d]
-        return out
+                    yield self.slot(f, l, D.experts).tensor, [D.d, wide] if f == "down" else [wide, D.d]
 
     def _validate(self) -> None:
-        expected, bad = self.expected_tensors(), []
-        for name, shape in expected.items():
+        expected, bad = set(), []
+        for name, shape in self.expected_tensors():
+            expected.add(name)
+            if len(bad) >= 100:  # a config.json may promise millions
+                break
             if name not in self.shard_of:
                 bad.append(f"{name}: expected {tuple(shape)}, found none")
             elif self.shape(name) != shape:
                 bad.append(f"{name}: expected {tuple(shape)}, found {tuple(self.shape(name))} in {self.shard_of[name]}")
-            elif (kind := self._shard(self.shard_of[name])[0].get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+            elif (kind := self._shard(self.shard_of[name])[0].get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
                 bad.append(f"{name}: expected float32, float16 or bfloat16, found {kind} in {self.shard_of[name]}")
         last = self.config["num_hidden_layers"]  # layers after it (multi-token prediction) are not the model's
+        if last > len(self.shard_of):
+            raise UserError(f"{self.dir}: expected tensors of {last} layers (num_hidden_layers), found {len(self.shard_of)} tensors")
         for name in self.shard_of:
             layer = re.search(r"\.layers\.(\d+)\..*\.experts\.", name)
-            if layer and int(layer[1]) < last and name not in expected:
+            if layer and len(bad) < 100 and int(layer[1]) < last and name not in expected:
                 bad.append(f"{name}: not expected, found in {self.shard_of[name]}")
         if bad:
             more = f" (and {len(bad) - 4} more)" if len(bad) > 4 else ""
@@ -1262,13 +1315,7 @@ class Checkpoint:
         return self.expert("gate", self.dims.layers[0], 0).dtype
 
     def tensor(self, name: str) -> Tensor:
-        return self._finite(self._shard(self.shard_of[name])[0].get_tensor(name), name)
-
-    def _finite(self, w: Tensor, name: str, part: str = "") -> Tensor:
-        """w; UserError with the count where it holds NaN or Inf. The sum comes first: it needs no copy."""
-        if not math.isfinite(w.sum(dtype=torch.float32)) and (bad := int((~torch.isfinite(w)).sum())):
-            raise UserError(f"{name}{part}: expected finite weights, found {bad} NaN or Inf in {self.shard_of[name]}")
-        return w
+        return finite(self._shard(self.shard_of[name])[0].get_tensor(name), name, self.shard_of[name])
 
     def expert(self, family: str, layer: int, expert: int) -> Tensor:
         """One matrix, (p, d), in the checkpoint's dtype."""
@@ -1278,11 +1325,17 @@ class Checkpoint:
         w = view[s.expert, rows, cols] if s.expert is not None else view[rows, cols]
         if not w.is_floating_point() or w.element_size() < 2:
             raise UserError(f"{s.tensor}: expected float32, float16 or bfloat16, found {w.dtype} in {self.shard_of[s.tensor]}")
-        self._finite(w, s.tensor, "" if s.expert is None else f" expert {s.expert}")
+        finite(w, s.tensor if s.expert is None else f"{s.tensor} expert {s.expert}", self.shard_of[s.tensor])
         self._read += w.nbytes
         if self._read > 2 ** 28:  # what a memory map has touched counts as ours until the file is closed
             self._open, self._read = {shard: (None, names) for shard, (_, names) in self._open.items()}, 0
         return w.T if s.transposed else w
+
+    def known(self, ids: Tensor) -> Tensor:
+        """Token ids, as they are; UserError where the model has no embedding for one."""
+        if int(ids.max()) >= (vocab := self.config.get("vocab_size") or math.inf):
+            raise UserError(f"{self.dir}: expected token ids below vocab_size {vocab}, found {int(ids.max())}: is the tokenizer another model's?")
+        return ids
 
     def num_parameters(self) -> int:
         return sum(math.prod(self.shape(n)) for n in self.shard_of)
@@ -1547,12 +1600,12 @@ def read_text(spec: str, split: str) -> str:
     if spec == "builtin":
         return builtin_text(split)
     if spec.startswith("hf:"):
-        return hub_text(*spec.split(":")[1:])
+        return hub_text(*spec.split(":")[1:4])
     path = Path(spec)
     files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md", ".py", ".rst")) if path.is_dir() else [path]
     try:
         text = "\n\n".join(f.read_text(encoding="utf-8") for f in files)
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:  # a NUL in a name is a ValueError
         raise UserError(f"text {spec!r}: expected a UTF-8 text file, a directory of them or builtin, found "
                         f"{getattr(e, 'strerror', None) or 'bytes that are not UTF-8'}") from None
     if not text.strip():
@@ -1662,20 +1715,22 @@ def save_moments(path: Path, moments: dict, fingerprint: str) -> None:
                   metadata={"globe_moments": fingerprint})
 
 
-def load_moments(path: Path, fingerprint: str) -> dict:
-    """What save_moments wrote. UserError: no such file, not one of ours, or of another checkpoint."""
+def load_moments(path: Path, ckpt: Checkpoint) -> dict:
+    """What save_moments wrote. UserError: no such file, not one of ours, damaged, or of another checkpoint."""
     try:
         with safe_open(path, "pt") as f:
             found = (f.metadata() or {}).get("globe_moments")
         tensors = load_file(path)
     except (SafetensorError, OSError) as e:
         raise UserError(f"calib.load: {path}: expected saved moments, found {e}") from None
-    if found != fingerprint:
-        raise UserError(f"calib.load: {path}: expected moments of the checkpoint with fingerprint {fingerprint}, found {found}")
-    out: dict = {}
-    for name, C in tensors.items():
-        kind, _, layer = name.rpartition(".")
-        out.setdefault(kind, {})[int(layer)] = C
+    if found != ckpt.fingerprint():
+        raise UserError(f"calib.load: {path}: expected moments of the checkpoint with fingerprint {ckpt.fingerprint()}, found {found}")
+    D, out = ckpt.dims, {}
+    for kind, shape in {"inputs": (D.d, D.d), "hidden": (D.p, D.p), "gate": (D.experts, D.p), "up": (D.experts, D.p)}.items():
+        out[kind] = {l: tensors.get(f"{kind}.{l}") for l in D.layers}
+        for l, C in out[kind].items():
+            if C is None or C.shape != shape or not C.is_floating_point() or not torch.isfinite(C).all():
+                raise UserError(f"calib.load: {path}: {kind}.{l}: expected finite numbers {shape}, found {'none' if C is None else tuple(C.shape)}")
     return out
 
 
@@ -2524,7 +2579,8 @@ def check_meta(meta: dict, where: str) -> dict:
         raise UserError(f"{where}: expected factors of format version {FORMAT_VERSION}, found {version!r}")
     try:
         D, layers = _meta_dims(meta), [int(l) for l in meta["experts"]]
-        fine = all(type(v) is int and 0 <= v < 2 ** 32 for v in (*D.layers, *dataclasses.astuple(D)[1:])) and D.p * D.d > 0
+        fine = [str(l) for l in layers] == list(meta["experts"])  # "01" would be layer 1 too
+        fine &= all(type(v) is int and 0 <= v < 2 ** 32 for v in (*D.layers, *dataclasses.astuple(D)[1:])) and D.p * D.d > 0
         fine &= bool(layers) and set(layers) <= set(D.layers) and len(set(layers)) == len(layers)
         fine &= isinstance(meta.get("config", {}), dict) and all(isinstance(meta[k], str) for k in ("model_type", "fingerprint"))
         fine &= bool(meta["families"]) and all(type(e) is int and 0 <= e < D.experts + D.shared for es in meta["experts"].values() for e in es)
@@ -2533,9 +2589,10 @@ def check_meta(meta: dict, where: str) -> dict:
             fine &= name in FAMILIES and f["activation"] in CHOICES["bank.activation"]
             owner = meta["families"][f["bank"]]
             fine &= owner["bank"] == f["bank"] and all(owner[k] == f[k] for k in ("m", "r", "groups", "group"))
-            fine &= all(isinstance(f[k], int) and f[k] > 0 for k in ("m", "r", "s", "groups"))
-            fine &= all(type(f["group"][l]) is int and 0 <= f["group"][l] < f["groups"] for l in meta["experts"])
-            fine &= math.isfinite(f["shift"]) and math.isfinite(f["scale"])
+            fine &= all(type(f[k]) is int and f[k] > 0 for k in ("m", "r", "s", "groups")) and f["m"] * f["r"] * D.d < 2 ** 48
+            fine &= f["groups"] <= len(layers) and f["s"] < 2 ** 32 and set(f["group"]) == set(meta["experts"])
+            fine &= all(type(g) is int and 0 <= g < f["groups"] for g in f["group"].values())
+            fine &= all(type(f[k]) is float and abs(f[k]) < 1e38 for k in ("shift", "scale"))
         if not fine:
             raise ValueError("a value out of range")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
@@ -2999,12 +3056,16 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def _skeleton(config: dict, dtype: torch.dtype, meta: dict | None = None, cache: CacheConfig | None = None) -> nn.Module:
-    """The transformers model of config.json, with GlobeExperts in place where meta says; parameters on the meta device."""
+def _skeleton(config: dict, dtype: torch.dtype, where: Path, meta: dict | None = None, cache: CacheConfig | None = None) -> nn.Module:
+    """The transformers model of the config.json in `where`, with GlobeExperts in place where meta says; parameters on the
+    meta device. UserError where transformers cannot make a model of it."""
     from transformers import AutoConfig, AutoModelForCausalLM
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
-    with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+    except Exception as e:  # a stranger's config.json fails in its own way in every model's code
+        raise UserError(f"{where / 'config.json'}: expected a model's config, found one that transformers refuses: {type(e).__name__}: {e}") from None
     if meta:
         install(model, meta, cache or CacheConfig())
     return model.eval()
@@ -3053,7 +3114,7 @@ def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.de
     ever in memory. UserError where the factors were fitted to another checkpoint."""
     check_fingerprint(factors, ckpt)
     dtype = dtype or ckpt.dtype
-    model = _skeleton(ckpt.config, dtype, factors.meta(), cache)
+    model = _skeleton(ckpt.config, dtype, ckpt.dir, factors.meta(), cache)
     _assign_factors(model, factors, device, dtype)
     fill(model, ckpt, device, dtype)
     return _finish(model, ckpt.dir, device)
@@ -3063,7 +3124,7 @@ def streamed(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: 
              tick: Callable[[], Any] = lambda: None) -> nn.Module:
     """The dense model's trunk (no head) with one decoder layer in memory at a time, for calibration: a layer is read when
     the forward pass reaches it, runs the whole input in parts of `batch` windows, and is let go; tick() after each."""
-    model = _skeleton(ckpt.config, dtype)
+    model = _skeleton(ckpt.config, dtype, ckpt.dir)
     _fill_around(model, ckpt, device, dtype, head=False)
     for i, layer in enumerate(model.model.layers):
         layer.forward = _one_at_a_time(layer.forward, layer, batch, tick, functools.partial(
@@ -3113,6 +3174,12 @@ def _one_at_a_time(run: Callable, layer: nn.Module, batch: int, tick: Callable, 
     return forward
 
 
+def globe_meta(config: dict) -> dict | None:
+    """The factors' description in the config.json of a globe or composed export; None in any other."""
+    meta = config.get("quantization_config")
+    return meta if isinstance(meta, dict) and meta.get("quant_method") == "globe" else None
+
+
 def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
          cache: CacheConfig | None = None) -> nn.Module:
     """Load a globe or composed export: a transformers model with GlobeExperts, no dense experts ever in memory.
@@ -3121,27 +3188,36 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
-    meta = config.get("quantization_config") or {}
-    if meta.get("quant_method") != "globe":
+    meta = globe_meta(config)
+    if meta is None:
         raise UserError(f"{directory}: expected a globe export (quantization_config.quant_method: globe), found none")
     check_meta(meta, str(directory / "config.json"))
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{directory}: expected *.safetensors, found none")
+    dims_of({k: v for k, v in config.items() if k != "quantization_config"}, str(directory / "config.json"))
+    table = {name: (file, f) for file in sorted(directory.glob("*.safetensors")) for f in [open_shard(file)] for name in f.keys()}
+    if config["num_hidden_layers"] > len(table):
+        raise UserError(f"{directory}: expected tensors of {config['num_hidden_layers']} layers in *.safetensors, found {len(table)} tensors")
     dtype = dtype or as_dtype(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-    model = _skeleton(config, dtype, meta, cache)
+    model = _skeleton(config, dtype, directory, meta, cache)
     device, state = torch.device(device), model.state_dict()
-    for file in files:
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{file}: expected safetensors, found {e}") from None
-        for name, t in tensors.items():
-            if name not in state:
-                raise UserError(f"{file}: {name}: not expected")
-            keep = name.endswith(("_val", "_idx")) or not state[name].is_meta
-            _assign(model, name, t.to(device, t.dtype if keep else dtype))
+    for name, (file, f) in table.items():
+        if name not in state:
+            raise UserError(f"{file}: {name}: not expected")
+        t = finite(f.get_tensor(name), name, file)
+        if t.is_floating_point() and t.itemsize < 2:
+            raise UserError(f"{file}: {name}: expected float32, float16 or bfloat16, found {t.dtype}")
+        keep = name.endswith(("_val", "_idx")) or not state[name].is_meta
+        _assign(model, name, t.to(device, state[name].dtype if keep else dtype))
+    check_mixtures(model, directory)
     return _finish(model, directory, device)
+
+
+def check_mixtures(model: nn.Module, where: Path | str) -> None:
+    """UserError where an expert mixes bases that its bank does not have."""
+    for module in globe_modules(model):
+        for f in () if module.composed else module.families:
+            idx, m = getattr(module, f"{f}_idx"), module.families[f]["m"]
+            if not idx.is_meta and not 0 <= int(idx.min()) <= int(idx.max()) < m:
+                raise UserError(f"{where}: layer {module.layer} {f}_idx: expected indices in [0, {m}), found {int(idx.min())}..{int(idx.max())}")
 
 
 AUTO_MAP = {"AutoConfig": "globe.GlobeAuto", "AutoModelForCausalLM": "globe.GlobeAuto"}
@@ -3153,6 +3229,7 @@ class GlobeAuto:
     @classmethod
     def from_pretrained(cls, path, *args, config=None, **kwargs):
         from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+        kwargs["trust_remote_code"] = False  # it let this file run; a custom_generate beside it would run too
         if config is not None:  # AutoModelForCausalLM asks, with the config that AutoConfig got here before
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(path, *args, config=config, **kwargs)
         kind = PreTrainedConfig.get_config_dict(path, **kwargs)[0]["model_type"]
@@ -3204,6 +3281,7 @@ def register_loader() -> None:
                 raise UserError(f"{where}: expected tensor {empty[0]}, found none (and {len(empty) - 1} more)")
 
         def _process_model_after_weight_loading(self, model, **_):
+            check_mixtures(model, getattr(model.config, "name_or_path", None) or "model")
             for module in (model.globe_bank, *globe_modules(model)):
                 module.requires_grad_(False)
             return model
@@ -3223,7 +3301,13 @@ def save_pretrained(model: nn.Module, meta: dict, directory: str | Path, **kwarg
 def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """The source model in stock transformers, in the checkpoint's dtype unless another is given."""
     from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto", trust_remote_code=False).to(device).eval()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
+    except Exception as e:  # a damaged checkpoint fails in its own way in every model's code
+        raise UserError(f"{directory}: expected a model that transformers loads, found {type(e).__name__}: {e}") from None
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers
+        raise UserError(f"{directory}: expected tensor {missing[0]}, found none (and {len(missing) - 1} more)")
+    return model.to(device).eval()
 
 
 def load_tokenizer(directory: Path):
@@ -3313,12 +3397,12 @@ def weight_bytes(directory: Path) -> int:
     return sum(f.stat().st_size for f in directory.glob("*.safetensors"))
 
 
-def sample_ids(directory: Path, vocab: int, n: int = 64) -> Tensor:
-    """(1, n) token ids of held-out text; where a checkpoint has no tokenizer, random ones (to compare logits only)."""
+def sample_ids(ckpt: Checkpoint, n: int = 64) -> Tensor:
+    """(1, n) token ids of held-out text; where a checkpoint has no tokenizer that fits, random ones (to compare logits only)."""
     try:
-        return token_windows(load_tokenizer(directory), builtin_text("heldout"), n, n)
+        return ckpt.known(token_windows(load_tokenizer(ckpt.dir), builtin_text("heldout"), n, n))
     except UserError:
-        return torch.randint(vocab, (1, n), generator=torch.Generator().manual_seed(0))
+        return torch.randint(ckpt.config["vocab_size"], (1, n), generator=torch.Generator().manual_seed(0))
 
 
 # ======================================================================================================
@@ -3464,6 +3548,7 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors, shares: d
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     styles, paths = dict(zip(FAMILIES, ("-", "--", ":"))), []  # told apart in greyscale
+    rows = [r for r in rows if all(type(r.get(k)) in (int, float) for k in ("rel_frob", "support", "T"))]  # a healed run's have none
 
     def save(fig, name):
         fig.tight_layout()
@@ -3770,7 +3855,9 @@ def load_training(path: Path, model: nn.Module, optimizer) -> None:
     tensors = load_file(path)
     for name, w in model.named_parameters():
         w.copy_(tensors[f"model/{name}"])
-        moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors}
+        moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if k == "exp_avg" or f"{k}/{name}" in tensors}
+        if any(v.ndim and v.shape != w.shape for v in moments.values()):
+            raise ValueError(f"moments of {name} that are not {tuple(w.shape)}")
         optimizer.state[w] = {k: v if k == "step" else v.to(w.device) for k, v in moments.items()}
 
 
@@ -3795,17 +3882,18 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
     total = first_moe + cfg.moe_steps
     about: dict = {}
     if resume and state.is_file():
-        with safe_open(state, "pt") as f:
+        with saved_state(state), safe_open(state, "pt") as f:
             about = json.loads(f.metadata()["globe"])
-        if about["config"] != dataclasses.asdict(cfg):
-            raise UserError(f"{to}: its state was saved with another train config; use another --to or --overwrite")
-        done, seconds = about["step"], about["seconds"]
+            if about["config"] != dataclasses.asdict(cfg):
+                raise UserError(f"{to}: its state was saved with another train config; use another --to or --overwrite")
+            done, seconds = int(about["step"]), float(about["seconds"])
     model, optimizer = training_phase(cfg, done > first_moe or first_moe == 0, model, device)
     dtype = train_dtype(cfg.autocast, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     if about:
-        load_training(state, model, optimizer)
-        scaler.load_state_dict(about["scaler"])
+        with saved_state(state):
+            load_training(state, model, optimizer)
+            scaler.load_state_dict(about["scaler"])
     with held_interrupt() as stop, threads_for(cfg.moe_intermediate_size, cfg.hidden_size):
         for step in range(done, total):
             if step == first_moe > 0:
@@ -3931,7 +4019,7 @@ class Walk:
 
     def __init__(self, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: int):
         self.ckpt, self.device, self.dtype, self.batch, self.calls = ckpt, device, dtype, batch, []
-        self.model = _skeleton(ckpt.config, dtype)
+        self.model = _skeleton(ckpt.config, dtype, ckpt.dir)
         self.layers = self.model.model.layers
         _fill_around(self.model, ckpt, device, dtype)
 
@@ -4025,12 +4113,12 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
         with torch.no_grad():
             return sum(float(loss(part)) * len(part) for part in torch.arange(held).split(micro)) / held
     if state.is_file():
-        tensors = load_file(state)
-        with safe_open(state, "pt") as f:
-            step, bad, first, lowest = json.loads(f.metadata()["heal"])
-        for k, w in student.params.items():
-            w.data.copy_(tensors[f"now/{k}"])
-            optimizer.state[w] = {n: tensors[f"{n}/{k}"] for n in ("step", "exp_avg", "exp_avg_sq") if f"{n}/{k}" in tensors}
+        with saved_state(state), safe_open(state, "pt") as f:
+            step, bad, first, lowest = map(float, json.loads(f.metadata()["heal"]))
+            step, bad, tensors = int(step), int(bad), load_file(state)
+            for k, w in student.params.items():
+                w.data.copy_(tensors[f"now/{k}"])
+                optimizer.state[w] = {n: tensors[f"{n}/{k}"] for n in ("step", "exp_avg", "exp_avg_sq") if f"{n}/{k}" in tensors}
         best = {k: tensors[f"best/{k}"] for k in student.params if f"best/{k}" in tensors}
     first = lowest = held_out() if first is None else first
     while step < H.steps and bad < H.patience:
@@ -4112,9 +4200,9 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
                 with written(done) as tmp:
                     save_file(best, tmp, metadata={"heal": json.dumps([before, after])})
                 (state / "step.safetensors").unlink(missing_ok=True)
-            with safe_open(done, "pt") as f:
-                before, after = json.loads(f.metadata()["heal"])
-            student.store(load_file(done))
+            with saved_state(done), safe_open(done, "pt") as f:
+                before, after = map(float, json.loads(f.metadata()["heal"]))
+                student.store(load_file(done))
             student.write()
             rows.append({"layers": [span[0], span[-1]], "before": before, "after": after})
         walk.advance(span, x)
@@ -4180,12 +4268,12 @@ class Log:
 
 
 def read_rows(path: Path) -> list:
-    """The rows of log.jsonl; a last line that was cut short is left out."""
+    """The rows of log.jsonl; what is none (a last line that was cut short) is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int]
 
 
 def open_model(cfg: Config, device: torch.device) -> Checkpoint:
@@ -4207,6 +4295,20 @@ def run_train(cfg: Config, to: Path, device: torch.device, resume: bool) -> dict
             line.n = row["step"]
             line.set_postfix_str(f"{row['phase']} loss {row['loss']:.3f}")
         return train(cfg.train, to, device, resume, progress)
+
+
+def read_evals(run: Path) -> dict:
+    """{text: result} of RUN/eval.json, which feeds cards and plots; empty where there is none."""
+    evals = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
+    for text, e in evals.items():
+        try:
+            figures = [e[k] for k in ("ppl_dense", "ppl", "delta_nats", "tokens", "ratio", "model_ratio")]
+            figures += [x for row in e.get("tasks", {}).values() for pair in row.values() for x in pair.values()]
+        except (KeyError, TypeError, AttributeError):
+            figures = [None]
+        if not all(type(x) in (int, float) for x in figures):
+            raise UserError(f"{run / 'eval.json'}: {text}: expected the figures that eval writes, found {short(e)}")
+    return evals
 
 
 def run_dirs() -> list:
@@ -4333,6 +4435,18 @@ def fit_experts(names: tuple, ckpt: Checkpoint, keys: list, cfg: Config, moments
                    budget=fit_budget(cfg, device), scratch=saved.path.parent)
 
 
+def check_state(t: dict, shape: tuple, experts: Experts) -> None:
+    """ValueError where a saved state is not one of a fit of these experts with (m, r) = shape."""
+    sizes = {"B": (experts.groups, *shape, experts.d), "z": (len(experts), shape[0]), "A": (len(experts), experts.p, shape[1])}
+    for name, v in t.items():
+        kind, _, k = name.rpartition(".")
+        want = (len(experts), shape[0]) if name == "mask" else sizes[k] if kind and kind != "unit" else v.shape
+        if v.shape != want or v.is_floating_point() and not torch.isfinite(v).all():
+            raise ValueError(f"{name} of {tuple(v.shape)}, not {tuple(want)}, or NaN or Inf in it")
+    if int(t["step"]) < 0:
+        raise ValueError("a step below 0")
+
+
 def fit_budget(cfg: Config, device: torch.device) -> float:
     """Bytes that a rank may plan on."""
     shared = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
@@ -4349,12 +4463,18 @@ def fit_family(names: tuple, shape: tuple, ckpt: Checkpoint, keys: list, cfg: Co
     saved.tidy(None)
     try:
         experts = fit_experts(names, ckpt, keys, cfg, moments, device, saved, cfg.fit.batch or (int(before[0]["batch"]) if before else 0))
+        if before:
+            with saved_state(saved.path):
+                check_state(before[0], shape, experts)
         start = {k[2:]: v for k, v in before[0].items() if k.startswith("x.")} if before else None
         fitter = Fitter(experts, cfg, shape, ckpt.dtype, start, saved.shelve)
         if before:
-            fitter.load_state(*before)
+            with saved_state(saved.path):
+                fitter.load_state(*before)
             done = fitter.step_done
             say(f"{family}: resumed at step {done}")
+        if not ranks()[0]:
+            rewind_log(run / "log.jsonl", family, done)
         begin = time.perf_counter()
         with tqdm(total=cfg.fit.steps, initial=done, desc=family, file=sys.stderr, dynamic_ncols=True, disable=ranks()[0] > 0) as line:
             while not fitter.done:
@@ -4416,9 +4536,7 @@ def fit_memory(cfg: Config, ckpt: Checkpoint) -> None:
 
 def calibration_windows(ckpt: Checkpoint, cfg: Config, device: torch.device, tokens: int) -> Tensor:
     """(N, length) ids of `tokens` tokens of the calibration text, and of calib.sampled more that the dense model writes."""
-    windows = token_windows(load_tokenizer(ckpt.dir), read_text(cfg.calib.text, "calibration"), tokens, cfg.calib.length)
-    if int(windows.max()) >= (vocab := ckpt.config.get("vocab_size") or math.inf):
-        raise UserError(f"{ckpt.dir}: expected token ids below vocab_size {vocab}, found {int(windows.max())}: is the tokenizer another model's?")
+    windows = ckpt.known(token_windows(load_tokenizer(ckpt.dir), read_text(cfg.calib.text, "calibration"), tokens, cfg.calib.length))
     if cfg.calib.sampled:
         say(f"sampling {cfg.calib.sampled} tokens from the dense model")
         length = windows.shape[1]
@@ -4430,7 +4548,7 @@ def calibration_windows(ckpt: Checkpoint, cfg: Config, device: torch.device, tok
 def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     """Moments of the dense model's activations on the calibration text, layer by layer; from calib.load where given."""
     if cfg.calib.load:
-        return load_moments(Path(cfg.calib.load), ckpt.fingerprint())
+        return load_moments(Path(cfg.calib.load), ckpt)
     windows = calibration_windows(ckpt, cfg, device, cfg.calib.tokens)
     at_once = max(1, free_memory(device) // 16 // (windows[0].numel() * ckpt.dims.d * 4))  # hidden states of all windows
     passes = -(-len(windows) // at_once)
@@ -4542,9 +4660,11 @@ def fit_joined(args: argparse.Namespace, cfg: Config, out: Path | None, device: 
     shapes = {"+".join(job): bank_shape(cfg, job[0], len(job) * len(keys), groups, D) for job in jobs}
     if args.dry_run:
         return plan_fit(cfg, ckpt, keys, jobs, shapes, groups, device)
+    if cfg.calib.save:
+        fresh(Path(cfg.calib.save), args.overwrite or args.resume, ckpt.dir)
     if out is None:
         out = first_rank_says(new_run(cfg) if not ranks()[0] else None)
-    elif not args.resume:
+    elif not first_rank_says(args.resume and (out / "config.yaml").is_file()):
         with first_rank_first():
             if not ranks()[0]:
                 fresh(out, args.overwrite, ckpt.dir)
@@ -4584,7 +4704,6 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
             for left in out.rglob(".*.tmp[0-9]*"):  # a killed run's unfinished files
                 left.unlink()
             write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
-            rewind_log(out, list(shapes))
         if cfg.fit.metric == "data":
             moments = kept_moments(ckpt, cfg, device, out, args.resume)
     if not moments:
@@ -4645,7 +4764,7 @@ def cmd_sweep(args: argparse.Namespace) -> dict:
             result = cmd_fit(argparse.Namespace(**vars(args) | {"out": str(out), "overrides": settings, "resume": True}))
             write_text(out / "fit.json", json.dumps({"settings": settings, **result}))
         rows.append(dict(zip(grid, values)) | read_json(out / "fit.json"))
-        if rows[-1].pop("settings") != settings:
+        if rows[-1].pop("settings", None) != settings or not {"ratio", "model_ratio", "seconds", "rel_frob"} <= set(rows[-1]):
             raise UserError(f"{out}: fitted with other settings; choose another --out or add --overwrite")
     columns = [*grid, "ratio", "model_ratio", "seconds"]
     say(text_table([*columns, *(f"error {f}" for f in rows[0]["rel_frob"])],
@@ -4653,14 +4772,10 @@ def cmd_sweep(args: argparse.Namespace) -> dict:
     return {"sweep": str(base), "rows": rows}
 
 
-def rewind_log(run: Path, families: Sequence[str]) -> None:
-    """Drop the rows that came after the saved state, which a resumed run will write again."""
-    steps = {f: -1 for f in families}
-    for f in families:
-        if saved := SavedFit(run, f, True).load():
-            steps[f] = int(saved[0]["step"])
-    rows = [r for r in read_rows(run / "log.jsonl") if r.get("step", 0) <= steps.get(r.get("family"), -1)]
-    write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+def rewind_log(path: Path, family: str, step: int) -> None:
+    """Drop a family's rows that came after `step`, its saved state: a resumed run writes them again."""
+    rows = [r for r in read_rows(path) if r.get("family") != family or r["step"] <= step]
+    write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
 
 
 def open_run(args: argparse.Namespace) -> tuple:
@@ -4673,6 +4788,8 @@ def open_run(args: argparse.Namespace) -> tuple:
     device = pick_device(args.device)
     ckpt = open_model(cfg, device)
     check_fingerprint(factors, ckpt)
+    if args.dtype == "float64":
+        raise UserError("--dtype: expected float32, bfloat16 or float16, found float64")
     return run, cfg, factors, ckpt, device, as_dtype(args.dtype) or ckpt.dtype
 
 
@@ -4680,7 +4797,7 @@ def cmd_eval(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = open_run(args)
     tokenizer = load_tokenizer(ckpt.dir)
     where, stride, run_tasks = args.text or cfg.eval.text, cfg.eval.stride, task_runner(args.tasks or (), tokenizer, cfg.eval.context)
-    windows = token_windows(tokenizer, read_text(where, "heldout"), cfg.eval.tokens, cfg.eval.length, stride)
+    windows = ckpt.known(token_windows(tokenizer, read_text(where, "heldout"), cfg.eval.tokens, cfg.eval.length, stride))
     errors = reconstruction(ckpt, factors)
     layers = list(factors.experts)
     say(text_table(("family", "all layers", *(f"layer {l}" for l in layers)),
@@ -4698,7 +4815,7 @@ def cmd_eval(args: argparse.Namespace) -> dict:
     if args.tasks:
         result["tasks"] = {t: {k: {"dense": dense_tasks[t][k], "globe": v} for k, v in row.items()} for t, row in tasks.items()}
         say(text_table(("task", "dense", "GloBE"), [(f"{t} {k}", *v.values()) for t, row in result["tasks"].items() for k, v in row.items()]))
-    kept = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
+    kept = read_evals(run)
     with contextlib.suppress(PermissionError):  # a run of somebody else's: nothing is kept for the card
         write_text(run / "eval.json", json.dumps(kept | {where if ":" in where else Path(where).name: result}, indent=2))
     return result | {"factors": str(run)}
@@ -4710,6 +4827,7 @@ def cmd_export(args: argparse.Namespace) -> dict:
     to = fresh(Path(args.to) if args.to else run / "export", args.overwrite or not args.to, ckpt.dir)
     if args.to and to.resolve() in (run.resolve(), *run.resolve().parents):
         raise UserError(f"{to}: expected a directory that does not hold the run {run}")
+    evals = read_evals(run)
     with written(to) as tmp:
         tmp.mkdir()
         if args.format == "dense":
@@ -4719,7 +4837,6 @@ def cmd_export(args: argparse.Namespace) -> dict:
         error = None if args.no_check else logit_error(ckpt, factors, tmp, args.format, device, dtype)
         base = next((n for n in (cfg.model.path, ckpt.config.get("_name_or_path") or "") if n == "tiny" or not Path(n).exists() and
                      re.fullmatch(r"[\w.-]+/[\w.-]+", n)), ckpt.dir.name)
-        evals = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
         write_text(tmp / "README.md", model_card(ckpt, factors, args.format, base, weight_bytes(tmp), evals))
         shutil.rmtree(to, ignore_errors=True)
     if args.push_to_hub:
@@ -4742,7 +4859,7 @@ def push(directory: Path, repo: str, private: bool) -> None:
 @torch.no_grad()
 def logit_error(ckpt: Checkpoint, factors: Factors, export: Path, kind: str, device: torch.device, dtype: torch.dtype) -> float:
     """Largest difference of logits between the export, loaded afresh, and the patched model, on 64 tokens."""
-    ids = sample_ids(ckpt.dir, ckpt.config["vocab_size"]).to(device)
+    ids = sample_ids(ckpt).to(device)
     dtype = ckpt.dtype if kind == "dense" else dtype
     want = assemble(ckpt, factors, device, dtype)(ids).logits.float()
     model = load_dense(export, device, dtype) if kind == "dense" else load(export, device, dtype)
@@ -4752,8 +4869,8 @@ def logit_error(ckpt: Checkpoint, factors: Factors, export: Path, kind: str, dev
 def cmd_report(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = open_run(args)
     errors, rows = reconstruction(ckpt, factors), read_rows(run / "log.jsonl")
-    shares, hits = routing(assemble(ckpt, factors, device, dtype, cfg.cache), sample_ids(ckpt.dir, ckpt.config["vocab_size"]))
-    sizes = {d: read_json(Path(d) / "eval.json") for d in (str(run), *args.runs)} if args.runs else {}
+    shares, hits = routing(assemble(ckpt, factors, device, dtype, cfg.cache), sample_ids(ckpt))
+    sizes = {d: read_evals(Path(d)) or read_json(Path(d) / "eval.json") for d in (str(run), *args.runs)} if args.runs else {}
     paths = plot_report(run, rows, errors, factors, shares, hits, sizes)
     routes = text_table(("layer", "share of the top quarter", "experts not used", "hit rate"), [
         (l, float(x[:-(-len(x) // 4)].sum()), int((x == 0).sum()), hits[l]) for l, x in shares.items()])
@@ -4780,7 +4897,7 @@ def cmd_info(args: argparse.Namespace) -> dict:
         out, meta = {"kind": "run", "ratio": factors.ratio()}, factors.meta()
     elif (path / "config.yaml").is_file():
         out = {"kind": "unfinished run", "steps": (read_rows(path / "log.jsonl") or [{}])[-1].get("step", 0)}
-    elif ((quantized := read_json(path / "config.json").get("quantization_config")) or {}).get("quant_method") == "globe":
+    elif (quantized := globe_meta(read_json(path / "config.json"))):
         meta = check_meta(quantized, str(path))
         out = {"kind": "composed export" if meta.get("composed") else "globe export", "bytes": weight_bytes(path)}
     else:
@@ -4788,9 +4905,9 @@ def cmd_info(args: argparse.Namespace) -> dict:
         out = {"kind": "checkpoint", "model_type": ckpt.config["model_type"], "parameters": ckpt.num_parameters(), "dtype": str(ckpt.dtype),
                "bytes": weight_bytes(path), **dataclasses.asdict(ckpt.dims), "fingerprint": ckpt.fingerprint()}
     if meta:
-        out |= {k: meta[k] for k in ("model_type", "globe_version", "fingerprint")} | meta["dims"]
+        out |= {k: meta.get(k) for k in ("model_type", "globe_version", "fingerprint")} | meta["dims"]
         out |= {f: ", ".join(f"{k} {v}" for k, v in F_.items() if k != "group") for f, F_ in meta["families"].items()}
-    say(text_table(("", args.directory), out.items()))
+    say(text_table(("", args.directory), [(k, one_line(v) if isinstance(v, str) else v) for k, v in out.items()]))
     return out
 
 
@@ -4800,10 +4917,10 @@ def cmd_heal(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = open_run(args)
     if cfg_from:
         cfg = run_config(cfg_from, args)
-    elif out.resolve() == run.resolve():
-        raise UserError(f"--out {out}: expected another directory than --factors")
+    if out.resolve() in (run.resolve(), *run.resolve().parents):
+        raise UserError(f"--out {out}: expected another directory than --factors, and none that holds it")
     dtype = torch.float32 if dtype is torch.float16 else dtype  # gradients of half precision would need a loss scale
-    if not args.resume:
+    if not cfg_from:
         fresh(out, args.overwrite, ckpt.dir)
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
     with discarded_on_error(out):
@@ -4838,9 +4955,9 @@ def cmd_train(args: argparse.Namespace) -> dict:
         return config_dict(cfg)
     if args.dtype:
         cfg.train.autocast = args.dtype
-    to = Path(args.to)
-    if not args.resume:
-        fresh(to, args.overwrite)
+    to, source = Path(args.to), Path(cfg.train.dense_from or "")
+    if not (args.resume and any((to / name).is_file() for name in ("state/train.safetensors", "train.json"))):
+        fresh(to, args.overwrite, source if cfg.train.dense_from and source.is_dir() else None)
         shutil.rmtree(to, ignore_errors=True)
     with discarded_on_error(to):
         return {"path": str(to)} | run_train(cfg, to, pick_device(args.device), args.resume)
@@ -4849,15 +4966,20 @@ def cmd_train(args: argparse.Namespace) -> dict:
 @torch.no_grad()
 def cmd_generate(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = open_run(args)
-    tokenizer = load_tokenizer(ckpt.dir)
-    model = assemble(ckpt, factors, device, dtype, cfg.cache)
-    n = cfg.cache.warmup_tokens
-    warm(model, token_windows(tokenizer, read_text(cfg.calib.text, "calibration"), n, n) if n > 1 else None)
+    if not args.max_new_tokens > 0 or args.temperature and not 0.01 <= args.temperature <= 100:
+        raise UserError(f"expected --max-new-tokens above 0 and --temperature 0 or from 0.01 to 100, found {args.max_new_tokens} and {args.temperature}")
+    if any("\ud800" <= c < "\ue000" for c in args.prompt):  # what Python makes of bytes that are not UTF-8
+        raise UserError("--prompt: expected UTF-8 text, found other bytes")
+    tokenizer, n = load_tokenizer(ckpt.dir), cfg.cache.warmup_tokens
     ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
     if not ids.shape[1]:
         raise UserError("--prompt: expected some text, found none")
+    first = ckpt.known(token_windows(tokenizer, read_text(cfg.calib.text, "calibration"), n, n)) if n > 1 else None
+    ckpt.known(ids)
+    model = assemble(ckpt, factors, device, dtype, cfg.cache)
+    warm(model, first)
     begin = time.perf_counter()
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens,
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, num_beams=1,
                          do_sample=args.temperature > 0, **({"temperature": args.temperature} if args.temperature > 0 else {}),
                          pad_token_id=tokenizer.pad_token_id or 0)
     synchronize(device)
@@ -4985,7 +5107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"globe.py {args.command}: {e}")
         return 2
     except (OSError, SafetensorError) as e:  # a full disk, a place that cannot be written, a file that went away
-        say(f"globe.py {args.command}: {' '.join(str(e).split())}")
+        say(f"globe.py {args.command}: {one_line(e)}")
         return 2
     except Diverged as e:
         say(f"globe.py {args.command}: diverged: {e}; the last good state is kept")

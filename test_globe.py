@@ -2,6 +2,7 @@
 import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -593,7 +594,7 @@ def test_the_layout_accounts_for_every_expert_tensor_of(name):
     ckpt.config = sizes | {"model_type": kind}
     ckpt.layout, ckpt.dims, ckpt.fused = globe.layout_of(ckpt.config), globe.dims_of(ckpt.config), False
     assert (len(ckpt.dims.layers), *dataclasses.astuple(ckpt.dims)[1:]) == (layers, *rest)
-    assert ckpt.expected_tensors() == on_disk
+    assert dict(ckpt.expected_tensors()) == on_disk
     assert globe.dims_of(json.loads(config.to_json_string(use_diff=False))) == ckpt.dims  # as transformers saves it again
 
 
@@ -1611,6 +1612,16 @@ def test_native_gradients_are_their_twins(twin):
 
 
 @native
+def test_native_gradients_of_empty_supports_and_banks_are_zero():
+    for m, r, d, E, s in ((4, 3, 5, 2, 0), (4, 3, 5, 0, 3), (4, 0, 5, 2, 3), (4, 3, 5, 0, 0)):  # found by the sanitizers: null pointers
+        bank, val = torch.randn(m, r, d).requires_grad_(), torch.rand(E, s).requires_grad_()
+        y = globe.compose(bank, torch.zeros(E, s, dtype=torch.int64), val)
+        y.sum().backward()
+        assert y.shape == (E, r, d) and bank.grad.shape == (m, r, d) and val.grad.shape == (E, s)
+        assert not bank.grad.any() and not val.grad.any()
+
+
+@native
 def test_opcheck_passes_for_every_native_operator():
     ops, check = torch.ops.globe, torch.library.opcheck
     assert globe._native("compose", "cpu")
@@ -2236,7 +2247,7 @@ def test_loading_peaks_far_below_the_dense_size(tmp_path):
     D = globe.dims_of(sizes | {"model_type": "qwen3_moe"})
     empty = types.SimpleNamespace(dims=D, config={"model_type": "qwen3_moe"}, fingerprint=lambda: "none")
     factors = random_factors(empty, "all", m=4, r=64)
-    model = globe._skeleton(sizes | {"model_type": "qwen3_moe"}, torch.float32, factors.meta())
+    model = globe._skeleton(sizes | {"model_type": "qwen3_moe"}, torch.float32, Path(), factors.meta())
     globe._assign_factors(model, factors, torch.device("cpu"), torch.float32)
     for name, t in list(model.state_dict().items()):
         if t.is_meta:
@@ -2285,6 +2296,7 @@ def refused_whole(*argv, capsys, late: bool = False) -> str:
     assert globe.main([str(a) for a in argv]) == 2
     out, err = capsys.readouterr()
     lines = err.replace("\r", "\n").strip().splitlines()
+    assert lines[-1].isprintable(), lines[-1]  # nothing that a stranger's file could do to a terminal
     assert out == "" and "Traceback" not in err and lines[-1].startswith(f"globe.py {argv[0]}: ") and (late or len(lines) == 1), err
     assert len(lines[-1]) < 2000 and snapshot(Path()) == before
     return lines[-1]
@@ -2447,6 +2459,13 @@ CHECKPOINT_ROWS = {  # name: (damage to the copy `src` of a good checkpoint, wor
     "mlp_only_layers a number": (edit_config(mlp_only_layers=7), ("config.json", "layers")),
     "decoder_sparse_step text": (edit_config(decoder_sparse_step="x"), ("config.json", "layers")),
     "shared size text": (edit_config(shared_expert_intermediate_size="wide"), ("config.json", "shared")),
+    "config of a million experts": (edit_config(num_experts=10 ** 6), ("experts.4.", "none", "more")),  # found by atheris: 15 s, 0.9 GiB
+    "config of a million dense layers": (edit_config(num_hidden_layers=10 ** 6, mlp_only_layers=list(range(2, 10 ** 6))), ("num_hidden_layers", "1000000")),
+    "a tensor's name that clears the screen": (edit_header(lambda t: t.update({"model.layers.1.experts.\x1b[2J\nx": t[EXPERT]})), ("safetensors",)),
+    "index names a shard of 600 letters": (index(lambda t: t.update({EXPERT: "é" * 600})), ("index.json", "not in")),  # found by atheris: OSError
+    "first_k_dense_replace of -10^30": (edit_config(model_type="deepseek_v3", n_routed_experts=4, first_k_dense_replace=-10 ** 30),
+                                        ("config.json", "first_k_dense_replace")),  # found by atheris: OverflowError
+    "half a shared expert": (edit_config(model_type="deepseek_v3", n_routed_experts=4, n_shared_experts=1.0), ("config.json", "shared")),
     "top-k missing": (edit_config(num_experts_per_tok=...), ("config.json", "num_experts_per_tok", "None")),
     "top-k above the experts": (edit_config(num_experts_per_tok=9), ("config.json", "num_experts_per_tok", "9", "4")),
     "quantized by gptq": quantized(quant_method="gptq", bits=4),
@@ -2495,7 +2514,7 @@ YAML_ROWS = {  # name: (text of the file, words of the line)
     "an unknown section": ("bnak: {m: 3}", ("bnak", "did you mean bank")), "two documents": ("a: 1\n---\nb: 2\n", ("c.yaml", "YAML")),
     "not UTF-8": (b"bank: {m: \xff}", ("c.yaml", "not a text file")), "a NUL byte": (b"bank: {m: \0}", ("c.yaml", "YAML")),
     "a key twice": ("bank: {m: 3}\nbank: {r: 4}\n", ("c.yaml", "bank", "twice")),
-    "a sweep of numbers": ("sweep: {bank.m: 3}", ("sweep", "list")), "a sweep of nothing": ("sweep: {bank.m: []}", ("sweep", "list")),
+    "a value of 9,000 letters": (f"fit: {{metric: {'9x' * 4500}}}", ("fit.metric", "data, weights")), "a sweep of numbers": ("sweep: {bank.m: 3}", ("sweep", "list")), "a sweep of nothing": ("sweep: {bank.m: []}", ("sweep", "list")),
     "a sweep of an unknown key": ("sweep: {bank.mm: [1, 2]}", ("bank.mm",)),
 }
 
@@ -2560,6 +2579,13 @@ def foreign_tokenizer(src: Path) -> None:
     (src / "mine.py").write_text("open('ran', 'w').close()\nclass Mine: pass\n")
 
 
+def moments(src: Path, change) -> None:
+    """Saved moments of `src` in the file m, changed."""
+    tensors = {f"{k}.{l}": torch.ones(s) for l in range(2) for k, s in {"inputs": (32, 32), "hidden": (16, 16), "gate": (4, 16), "up": (4, 16)}.items()}
+    change(tensors)
+    save_file(tensors, "m", metadata={"globe_moments": Checkpoint(src).fingerprint()})
+
+
 CALIBRATION_ROWS = {
     "an empty text": (lambda src: Path("t.txt").write_text(""), ("t.txt", "none")),
     "a text of blanks": (lambda src: Path("t.txt").write_text(" \n\t"), ("t.txt", "none")),
@@ -2567,6 +2593,7 @@ CALIBRATION_ROWS = {
     "a binary text": (lambda src: Path("t.txt").write_bytes(bytes(range(256))), ("t.txt", "UTF-8")),
     "no text": (lambda src: None, ("t.txt", "No such file")),
     "an empty directory": (lambda src: Path("t.txt").mkdir(), ("t.txt", "none")),
+    "a name with a NUL byte": (lambda src: Path("c.yaml").write_text('calib: {text: "a\\0b"}'), ("a\\x00b", "text")),
     "no tokenizer": (lambda src: [no_tokenizer(src), Path("t.txt").write_text("some words")], ("src", "tokenizer")),
     "a tokenizer.json of garbage": (lambda src: [write("tokenizer.json", "{]")(src), Path("t.txt").write_text("some words")], ("src", "tokenizer")),
     "a tokenizer with code of its own": (lambda src: [foreign_tokenizer(src), Path("t.txt").write_text("some words")], ("src", "tokenizer")),
@@ -2582,6 +2609,9 @@ CALIBRATION_ROWS = {
     "activations that overflow": (lambda src: [edit_tensors(lambda t: t["model.layers.1.mlp.experts.2.up_proj.weight"].fill_(3e38))(src),
                                                Path("t.txt").write_text("some words " * 20)], ("layer 1", "finite")),
     "a calib.load of words": (lambda src: [Path("t.txt").write_text("some words"), Path("m").write_text("nonsense")], ("calib.load", "m")),
+    "a calib.load without a layer": (lambda src: moments(src, lambda t: t.pop("inputs.1")), ("calib.load", "inputs.1", "(32, 32)", "none")),
+    "a calib.load of another size": (lambda src: moments(src, lambda t: t.update({"gate.0": torch.ones(4, 3)})), ("calib.load", "gate.0", "(4, 16)", "(4, 3)")),
+    "a calib.load with NaN": (lambda src: moments(src, lambda t: t["hidden.0"].fill_(math.nan)), ("calib.load", "hidden.0", "finite")),
 }
 
 
@@ -2590,8 +2620,8 @@ def test_a_calibration_is_refused_for(row, small, capsys):
     damage, said = CALIBRATION_ROWS[row]
     shutil.copytree(small, "src")
     damage(Path("src"))
-    more = ["calib.load=m"] if Path("m").is_file() else []
-    line = refused_whole("fit", "--out", "out", *FIT[:-1], "calib.text=t.txt", "calib.tokens=64", "calib.length=8", *more, capsys=capsys, late=True)
+    more = ["calib.load=m"] if Path("m").is_file() else ["--config", "c.yaml"] if Path("c.yaml").is_file() else ["calib.text=t.txt"]
+    line = refused_whole("fit", "--out", "out", *FIT[:-1], "calib.tokens=64", "calib.length=8", *more, capsys=capsys, late=True)
     assert all(w in line for w in said), line
 
 
@@ -2639,7 +2669,14 @@ FACTORS_ROWS = {
     "dims missing": (edit_meta(lambda m: m.pop("dims") and None), ("description",)), "dims of words": (
         edit_meta(lambda m: m["dims"].update(p="wide")), ("description",)), "dims negative": (edit_meta(lambda m: m["dims"].update(d=-32)), ("description",)),
     "m of 10^12": (edit_meta(lambda m: [f.update(m=10 ** 12) for f in m["families"].values()] and None), ("bank.gate.0", "1000000000000")),
-    "10^12 groups": (edit_meta(lambda m: [f.update(groups=10 ** 12) for f in m["families"].values()] and None), ("bank.gate.1",)),
+    "m of 10^30": (edit_meta(lambda m: [f.update(m=10 ** 30) for f in m["families"].values()] and None), ("description",)),
+    "10^12 groups": (edit_meta(lambda m: [f.update(groups=10 ** 12) for f in m["families"].values()] and None), ("description",)),
+    "a group of a layer that is a word": (edit_meta(lambda m: [f["group"].update(x=0) for f in m["families"].values()] and None), ("description",)),
+    "a layer twice, as 1 and 01": (edit_meta(lambda m: (m["experts"].update({"01": [0]}), [f["group"].update({"01": 0}) for f in m["families"].values()])
+                                             and None), ("description",)),
+    "a scale of 2^64": (of_family(scale=2 ** 64), ("description",)),  # found by atheris: OverflowError
+    "a scale of 10^400": (edit_meta(lambda m: '{"format_version": 1, ' + json.dumps(m)[1:].replace('"scale": ', '"scale": 1' + "0" * 400 + ', "was": ')),
+                          ("description",)),
     "a group of half": (edit_meta(lambda m: [f["group"].update({"1": 0.5}) for f in m["families"].values()] and None), ("description",)),
     "an activation of another name": (of_family(activation="relu"), ("description",)), "a scale of NaN": (of_family(scale=math.nan), ("description",)),
     "a bank of nobody": (of_family(bank="down"), ("description",)), "a missing tensor": (edit_factors(lambda t: t.pop(IDX)), (IDX, "none")),
@@ -2669,9 +2706,104 @@ def test_factors_are_refused_for(row, run, capsys):
     assert all(w in line for w in said), line
 
 
+def edit_export(change):
+    """Change the description in an export's config.json, given as change(meta)."""
+    def damage(src: Path) -> None:
+        config = json.loads((src / "config.json").read_text())
+        change(config["quantization_config"])
+        (src / "config.json").write_text(json.dumps(config))
+    return damage
+
+
+OF = "model.layers.1.mlp.experts."
+EXPORT_ROWS = {  # name: (damage to the copy `src` of a globe export, words of load's line)
+    "weights cut": (cut(0.5), (WEIGHTS,)), "weights empty": (write(WEIGHTS, b""), (WEIGHTS,)), "header not JSON": (edit_header(b"not json"), (WEIGHTS,)),
+    "header length 2^64 - 1": (write(WEIGHTS, b"\xff" * 8 + b"{}"), (WEIGHTS,)), "offsets past the end": (
+        edit_header(lambda t: t[OF + "up_A"].update(data_offsets=[0, 2 ** 50])), (WEIGHTS,)),
+    "an LFS pointer": (write(WEIGHTS, LFS), (WEIGHTS, "git lfs pull")), "no weights": (dropped(WEIGHTS), ("safetensors",)),
+    "a tensor missing": (edit_tensors(lambda t: t.pop(OF + "up_idx")), (OF + "up_idx", "none")),
+    "the bank missing": (edit_tensors(lambda t: t.pop("globe_bank.gate_0")), ("globe_bank.gate_0", "none")),
+    "a wrong shape": (edit_tensors(lambda t: t.update({OF + "up_A": t[OF + "up_A"][:, :3].clone()})), (OF + "up_A", "expected")),
+    "an index past the bank": (edit_tensors(lambda t: t[OF + "up_idx"].fill_(5)), ("layer 1 up_idx", "[0, 5)", "5..5")),
+    "an index below 0": (edit_tensors(lambda t: t[OF + "gate_idx"].fill_(-1)), ("layer 1 gate_idx", "-1")),
+    "no config.json": (dropped("config.json"), ("config.json", "none")), "config.json not JSON": (write("config.json", "{"), ("config.json", "JSON")),
+    "a description that is a list": (edit_config(quantization_config=["globe"]), ("src", "expected a globe export")),
+    "another version": (edit_export(lambda q: q.update(format_version=99)), ("version 1", "99")),
+    "no families": (edit_export(lambda q: q.pop("families")), ("config.json", "description")),
+    "m of 10^30": (edit_export(lambda q: [f.update(m=10 ** 30) for f in q["families"].values()]), ("config.json", "description")),
+    "m of 10^9": (edit_export(lambda q: [f.update(m=10 ** 9) for f in q["families"].values()]), ("globe_bank.gate_0", "1000000000")),
+    "another width": (edit_export(lambda q: q["dims"].update(p=8)), ("experts, p, d", "8")), "another number of experts": (
+        edit_export(lambda q: q["dims"].update(experts=5)), ("experts, p, d", "5")),
+    "a layer that is not there": (edit_export(lambda q: (q["dims"]["layers"].append(7), q["experts"].update({"7": [0]}),
+                                                         [f["group"].update({"7": 0}) for f in q["families"].values()])), ("layer 7", "none")),
+    "another activation": (edit_export(lambda q: [f.update(activation="exec") for f in q["families"].values()]), ("description",)),
+    "a model_type of words": (edit_config(model_type="evil"), ("evil",)), "another model_type": (edit_config(model_type="mixtral"), ("config.json",)),
+    "a hidden size of words": (edit_config(hidden_size="wide"), ("config.json", "hidden_size")),
+    "a vocabulary of 10^13": (edit_config(vocab_size=10 ** 13), ("config.json",)), "an activation unknown to transformers": (
+        edit_config(hidden_act="exec"), ("config.json", "exec")),
+}
+ONLY_LOAD_ROWS = {  # transformers' own loader warns of the first and takes the others
+    "a tensor too many": (edit_tensors(lambda t: t.update(more=torch.zeros(1))), ("more", "not expected")),
+    "NaN in the bank": (put("globe_bank.gate_0", math.nan, 3), ("globe_bank.gate_0", "finite", "3")),
+    "adapters of float8": (edit_tensors(lambda t: t.update({OF + "up_A": t[OF + "up_A"].to(torch.float8_e4m3fn)})), (OF + "up_A", "float8")),
+    "a link that leads out": (link_out, (WEIGHTS, "elsewhere.safetensors", "outside")),
+    "a million layers": (edit_config(num_hidden_layers=10 ** 6), ("1000000 layers",)),
+}
+
+
+@pytest.mark.parametrize("row", (*EXPORT_ROWS, *ONLY_LOAD_ROWS))
+def test_a_globe_export_is_refused_for(row, exports, capsys):
+    """load names it; info names it or shows the description; from_pretrained gives no model."""
+    damage, said = (EXPORT_ROWS | ONLY_LOAD_ROWS)[row]
+    shutil.copytree(exports["qwen2_moe"], "src")
+    damage(Path("src"))
+    before = snapshot(Path())
+    with pytest.raises(UserError) as e:
+        globe.load("src")
+    assert all(w in str(e.value) for w in said) and str(e.value).isprintable(), str(e.value)
+    code, (_, err) = globe.main(["info", "src"]), capsys.readouterr()
+    assert code in (0, 2) and "Traceback" not in err and (code == 0 or err.count("\n") == 1)
+    if row in EXPORT_ROWS:
+        from transformers import AutoModelForCausalLM
+        with pytest.raises(Exception):
+            AutoModelForCausalLM.from_pretrained("src")
+    assert snapshot(Path()) == before
+
+
+def test_loading_an_export_runs_no_code_of_it_but_globe_py(exports):
+    shutil.copytree(exports["qwen2_moe"], "src")
+    for name in ("__init__.py", "helper.py", "modeling_qwen2_moe.py", "configuration_globe.py", "tokenization_globe.py", "custom_generate/generate.py"):
+        Path("src", name).parent.mkdir(exist_ok=True)
+        Path("src", name).write_text("open('ran', 'w').close()\n")
+    for name in ("pytorch_model.bin", "training_args.bin"):
+        Path("src", name).write_bytes(b"cbuiltins\nopen\n(S'ran'\nS'w'\ntR.")  # a pickle that opens a file
+    code = """
+seen = set()
+sys.addaudithook(lambda event, args: seen.add(args[0].co_filename) if event == "exec" and hasattr(args[0], "co_filename") else None)
+if sys.argv[2] == "load":
+    import globe
+    globe.load(sys.argv[1])(IDS)
+else:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)(IDS)
+near = (os.path.realpath("src"), os.environ["HF_MODULES_CACHE"])
+print(json.dumps(sorted({os.path.basename(f) for f in seen if f.startswith(near)})))
+"""
+    for how, ran in (("load", []), ("remote code", ["globe.py"])):
+        got = python(code, "src", how, path=HERE if how == "load" else None)
+        assert got.returncode == 0, got.stderr[-3000:]
+        assert [f for f in json.loads(got.stdout) if f != "__init__.py"] == ran and not Path("ran").exists()  # transformers makes empty packages
+    copies = list(Path("modules").rglob("globe.py"))
+    assert copies and all(c.read_bytes() == Path(globe.__file__).read_bytes() for c in copies)
+    assert all(c.read_bytes() == b"" for c in Path("modules").rglob("__init__.py"))
+
+
 def filled(name: str) -> None:
     Path(name).mkdir()
     Path(name, "mine.txt").write_text("kept")
+
+
+def using(command: str, *more: str) -> tuple:
+    return command, "--factors", "r", "--model", "src", "calib.text=words.txt", "--text=words.txt" if command == "eval" else "bank.m=3", *SPEED, *more
 
 
 OUTPUT_ROWS = {  # name: (preparation, arguments, words); src is the source, r a finished run
@@ -2695,20 +2827,129 @@ OUTPUT_ROWS = {  # name: (preparation, arguments, words); src is the source, r a
     "export onto a full directory": (lambda: filled("out"), ("export", "--factors", "r", "--to", "out"), ("out", "exists", "--overwrite")),
     "export below a file": (lambda: Path("f").write_text("kept"), ("export", "--factors", "r", "--to", "f/out", "--no-check"), ("f",)),
     "train onto a full directory": (lambda: filled("out"), ("train", "--to", "out", *TRAIN), ("out", "exists")),
+    "fit resumed into the source": (None, ("fit", "--resume", "--out", "src", *FIT), ("src", "outside")),
+    "fit resumed into a full directory": (lambda: filled("out"), ("fit", "--resume", "--out", "out", *FIT), ("out", "exists")),
+    "moments over the source's weights": (None, ("fit", "--out", "out", *FIT, "calib.save=src/model.safetensors"), ("src/model.safetensors", "outside")),
+    "moments over a file": (lambda: Path("f").write_text("kept"), ("fit", "--out", "out", *FIT, "calib.save=f"), ("f", "exists")),
+    "heal over its own run": (None, using("heal", "--out", "r", "--overwrite"), ("r",)),
+    "heal resumed over its own run": (None, using("heal", "--out", "r", "--resume"), ("r",)),
+    "heal over the directory of its run": (lambda: (Path("d").mkdir(), shutil.move("r", "d/r")),
+                                           ("heal", "--factors", "d/r", "--model", "src", "--out", "d", "--overwrite"), ("d",)),
+    "heal resumed into the source": (None, using("heal", "--out", "src", "--resume"), ("src", "outside")),
+    "heal onto a file": (None, using("heal", "--out", "words.txt"), ("words.txt", "exists")),
+    "train resumed into a model": (None, ("train", "--resume", "--to", "src", *TRAIN), ("src", "exists")),
+    "train over the dense model it starts from": (None, ("train", "--to", "src", "train.dense_from=src", *TRAIN, "--overwrite"), ("src", "outside")),
     "train over where it stands": (None, ("train", "--to", ".", *TRAIN, "--overwrite"), (".",)),
     "train over the directory it stands in": (None, ("train", "--to", "..", *TRAIN, "--overwrite"), ("..",)),
 }
 
 
-@pytest.mark.parametrize("row", OUTPUT_ROWS)
-def test_an_output_is_refused_for(row, small, run, capsys):
-    prepare, argv, said = OUTPUT_ROWS[row]
+STATE, EVALS = "r/state/gate+up.safetensors", {"ppl_dense": 1, "ppl": 1, "delta_nats": 0, "tokens": 1, "ratio": 1, "model_ratio": 1}
+
+
+def of_src(*damages):
+    return lambda: [damage(Path("src")) for damage in damages]
+
+
+def fewer_words(src: Path) -> None:
+    """A vocabulary smaller than the tokenizer's."""
+    edit_tensors(lambda t: t.update({n: t[n][:50].clone() for n in list(t) if n.endswith(("embed_tokens.weight", "lm_head.weight"))}))(src)
+    edit_config(vocab_size=50)(src)
+
+
+def state(change):
+    """Change the saved state of the run r."""
+    def damage() -> None:
+        tensors = {k: v.clone() for k, v in load_file(STATE).items()}
+        change(tensors)
+        save_file(tensors, STATE)
+    return damage
+
+
+COMMAND_ROWS = {  # likewise
+    **{f"{name}, {argv[0]}": (of_src(damage), argv, said) for name, damage, said in (
+        ("no head", edit_tensors(lambda t: t.pop("lm_head.weight")), ("lm_head.weight", "none")),
+        ("a norm of another size", edit_tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:7].clone()})), ()),
+        ("NaN in a norm", put("model.norm.weight", math.nan, 5), ("model.norm.weight", "finite", "5")),
+        ("0 attention heads", edit_config(num_attention_heads=0), ("src",)), ("an unknown activation", edit_config(hidden_act="nope"), ("src", "nope")),
+        ("a vocabulary of 10^13", edit_config(vocab_size=10 ** 13), ("src",)),
+    ) for argv in (using("eval"), using("export", "--to", "out"), using("generate", "--prompt", "ab"), using("report"))
+       if (name, argv[0]) != ("NaN in a norm", "eval")},
+    "a tokenizer of another model, eval": (of_src(fewer_words), using("eval"), ("token ids", "vocab_size 50")),
+    "a tokenizer of another model, generate": (of_src(fewer_words), using("generate", "--prompt", "ab"), ("token ids", "vocab_size 50")),
+    "a tokenizer of another model, heal": (of_src(fewer_words), using("heal", "--out", "out"), ("token ids", "vocab_size 50")),
+    "NaN in a norm, heal": (of_src(put("model.layers.1.input_layernorm.weight", math.nan, 2)), using("heal", "--out", "out", "calib.length=32", "heal.tokens=256"),
+                            ("input_layernorm", "finite")),
+    "a tokenizer of another model, the prompt": (of_src(fewer_words), using("generate", "--prompt", "ab", "cache.warmup_tokens=0"), ("vocab_size 50", "98")),
+    "no tokens to write": (None, using("generate", "--prompt", "ab", "--max-new-tokens", "0"), ("--max-new-tokens",)),
+    "a temperature of NaN": (None, using("generate", "--prompt", "ab", "--temperature", "nan"), ("--temperature", "nan")),
+    "a temperature of 10^-320": (None, using("generate", "--prompt", "ab", "--temperature", "1e-320"), ("--temperature",)),
+    "a prompt of no text": (None, using("generate", "--prompt", ""), ("--prompt", "none")),
+    "a prompt that is not UTF-8": (None, using("generate", "--prompt", "a\udcff"), ("--prompt", "UTF-8")),
+    "float64": (None, using("eval", "--dtype", "float64"), ("--dtype", "float64")), "a window of one token": (
+        None, using("eval", "eval.length=1"), ("eval.length", "2")),
+    "an export as the model": (lambda: edit_config(quantization_config={"quant_method": "globe"})(Path("src")), using("eval"), ("quantized", "globe")),
+    **{f"an eval.json of {name}, {argv[0]}": (functools.partial(Path("r/eval.json").write_text, text), argv, ("r/eval.json",)) for name, text in (
+        ("a list", "[1]"), ("half a word", "{"), ("a number", '{"t": 3}'), ("words", json.dumps({"t": EVALS | {"ppl": "low"}})),
+        ("odd tasks", json.dumps({"t": EVALS | {"tasks": [3]}}))) for argv in (using("eval"), using("export", "--to", "out"), using("report", "--runs", "r"))},
+    **{f"a state {name}": (state(change), ("fit", "--resume", "--out", "r"), (STATE, "state")) for name, change in {
+        "of nothing": lambda t: [t.pop(k) for k in list(t)[1:]], "without a step": lambda t: t.pop("step"), "of step -5": lambda t: t["step"].fill_(-5),
+        "of many steps": lambda t: t.update(step=torch.zeros(3)), "with another bank": lambda t: t.update({"x.B": t["x.B"][:, :2].clone()}),
+        "with NaN": lambda t: t["x.B"].fill_(math.nan), "with another mask": lambda t: t.update(mask=t["mask"][:1].clone())}.items()},
+    "a state cut short": (lambda: Path(STATE).write_bytes(Path(STATE).read_bytes()[:50]), ("fit", "--resume", "--out", "r"), (STATE,)),
+    "a state of another bank": (lambda: Path("r/config.yaml").write_text(re.sub("  m: 3", "  m: 2", Path("r/config.yaml").read_text())),
+                                ("fit", "--resume", "--out", "r"), (STATE,)),
+    "a training state of nothing": (lambda: (Path("t/state").mkdir(parents=True), save_file({"a": torch.zeros(1)}, "t/state/train.safetensors")),
+                                    ("train", "--resume", "--to", "t", *TRAIN), ("t/state", "state")),
+    "a sweep's fit.json of nothing": (lambda: (Path("o/m=2").mkdir(parents=True), Path("o/m=2/fit.json").write_text("{}")),
+                                      ("fit", "--out", "o", *FIT, "bank.m=2,3"), ("o/m=2", "settings")),
+    "info of a description that is a word": (lambda: edit_config(quantization_config="globe")(Path("src")), ("info", "src"), ("src", "quantized")),
+    "info of a text": (None, ("info", "words.txt"), ("words.txt", "factors")), "info of a device": (None, ("info", "/dev/null"), ("/dev/null",)),
+}
+
+
+@pytest.mark.parametrize("row", (*OUTPUT_ROWS, *COMMAND_ROWS))
+def test_a_command_is_refused_for(row, small, run, words, capsys):
+    prepare, argv, said = (OUTPUT_ROWS | COMMAND_ROWS)[row]
     shutil.copytree(small, "src")
     shutil.copytree(run, "r")
+    shutil.copy(words, "words.txt")
     if prepare:
         prepare()
     line = refused_whole(*argv, capsys=capsys, late=True)
     assert all(w in line for w in said), line
+
+
+def test_a_damaged_state_of_a_heal_is_named(small, run, words, capsys):
+    Path("h/state").mkdir(parents=True)
+    shutil.copy(run / "config.yaml", "h")
+    argv = ("heal", "--factors", run, "--out", "h", "--resume", f"calib.text={words}", "calib.length=32", "heal.tokens=256", "heal.steps=1")
+    for name in ("stack-000", "step"):
+        Path(f"h/state/{name}.safetensors").write_text("x" * 50)
+        capsys.readouterr()
+        assert globe.main([str(a) for a in argv]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"h/state/{name}.safetensors: expected the saved state" in line, line
+        Path(f"h/state/{name}.safetensors").unlink()
+
+
+BENCH_ROWS = {
+    "an unknown suite": (("speed",), ("suite", "'speed'")), "an unknown preset": (("fit", "--preset", "big"), ("--preset", "'big'")),
+    "0 repeats": (("compose", "--repeats", "0"), ("--repeats", "0")), "-1 tokens": (("decode", "--tokens", "-1"), ("--tokens", "-1")),
+    "a ratio of NaN": (("quality", "--ratio", "nan"), ("--ratio", "nan")), "a result in no directory": (("fit", "--json", "nowhere/x.json"), ("nowhere/x.json",)),
+    "a result over a directory": (("fit", "--json", "."), (".",)), "a plot in no directory": (("quality", "--png", "nowhere/x.png"), ("nowhere/x.png",)),
+    "a device of words": (("fit", "--device", "gpu"), ("gpu",)), "an unknown setting": (("fit", "--preset", "tiny", "--set", "fit.stepz=3"), ("fit.steps",)),
+}
+
+
+@pytest.mark.parametrize("row", BENCH_ROWS)
+def test_a_benchmark_is_refused_for(row, capsys):
+    import bench
+    (argv, said), before = BENCH_ROWS[row], snapshot(Path())
+    assert bench.main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    line = err.strip().splitlines()[-1]
+    assert out == "" and line.startswith("bench.py: ") and all(w in line for w in said) and "Traceback" not in err and snapshot(Path()) == before, err
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes into read-only directories")

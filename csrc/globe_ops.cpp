@@ -31,7 +31,7 @@ static void parallel(int64_t n, int64_t cost, const F& f) {
   }
 }
 
-// The kernels three times in one binary. A name for each level; the third is AVX-512.
+// The kernels four times in one binary: a name and a level for each instruction set.
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the baseline's only travel between inlined functions
 #define ISA plain
 #define LEVEL 0
@@ -64,6 +64,14 @@ TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #undef ISA
 #undef LEVEL
 TARGET_END
+
+TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#define ISA avx512bf16
+#define LEVEL 3
+#include "cpu_kernels.h"
+#undef ISA
+#undef LEVEL
+TARGET_END
 #endif
 
 static int level() {  // GLOBE_ISA lowers it, for tests
@@ -75,24 +83,28 @@ static int level() {  // GLOBE_ISA lowers it, for tests
       best = 1;
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
           __builtin_cpu_supports("avx512vl"))
-        best = 2;
+        best = __builtin_cpu_supports("avx512bf16") ? 3 : 2;
     }
 #endif
     const char* want = std::getenv("GLOBE_ISA");
     const std::string name = want ? want : "";
-    return std::min(best, name == "plain" ? 0 : name == "avx2" ? 1 : 2);
+    return std::min(best, name == "plain" ? 0 : name == "avx2" ? 1 : name == "avx512" ? 2 : 3);
   }();
   return chosen;
 }
 
 #if defined(__x86_64__)
-#define RUN(kernel, ...) (level() == 2 ? avx512::kernel(__VA_ARGS__) : level() == 1 ? avx2::kernel(__VA_ARGS__) : plain::kernel(__VA_ARGS__))
+#define RUN(kernel, ...) \
+  (level() == 3   ? avx512bf16::kernel(__VA_ARGS__) \
+   : level() == 2 ? avx512::kernel(__VA_ARGS__) \
+   : level() == 1 ? avx2::kernel(__VA_ARGS__) \
+                  : plain::kernel(__VA_ARGS__))
 #else
 #define RUN(kernel, ...) plain::kernel(__VA_ARGS__)
 #endif
 
 static std::string about() {  // "1 avx512": the schemas' version and what runs on this CPU
-  return std::to_string(kVersion) + " " + (level() == 2 ? "avx512" : level() == 1 ? "avx2" : "plain");
+  return std::to_string(kVersion) + " " + (level() == 3 ? "avx512bf16" : level() == 2 ? "avx512" : level() == 1 ? "avx2" : "plain");
 }
 
 // ---- operators ---------------------------------------------------------------------------------------
@@ -114,7 +126,7 @@ static std::tuple<Tensor, Tensor> compose_backward(Tensor grad, Tensor bank, Ten
   Compose c = compose_args(bank, idx, val, act);
   expect("globe::compose_backward", "grad", grad, bank.scalar_type(), bank, {idx.size(0), bank.size(1), bank.size(2)});
   Tensor dbank = torch::stable::empty_like(bank), dval = torch::stable::empty_like(val);
-  c.grad = grad.const_data_ptr(), c.dbank = dbank.mutable_data_ptr(), c.dval = dval.mutable_data_ptr();
+  c.grad = grad.const_data_ptr(), c.dbank = dbank.mutable_data_ptr(), c.dval = dval.mutable_data_ptr(), c.backward = true;
   RUN(compose, c);
   return {dbank, dval};
 }

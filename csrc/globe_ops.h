@@ -88,6 +88,7 @@ struct Compose {
   const void* grad;  // backward: of out
   void* dbank;
   void* dval;        // in val's type
+  bool backward;     // asked for here: pointers of empty tensors are null
 };
 
 inline Compose compose_args(const Tensor& bank, const Tensor& idx, const Tensor& val, const std::string& act) {
