@@ -2235,19 +2235,24 @@ class ExpertCache:
         self.hits, self.misses, self.seconds = 0, 0, 0.0
 
     def hold(self, keys: Sequence[int], build: Callable[[list, list], None]) -> None:
-        """Have these experts, at most `slots` of them, in slots: build(missing experts, their slots) fills all at once."""
+        """Have these experts, at most `slots` of them, in slots: build(missing experts, their slots) fills all at once.
+
+        The last of them counts as the most recently used, whichever were there.
+        """
         missing = [k for k in keys if k not in self.slot_of]
         self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
         for k in keys:
             if k in self.slot_of:
-                self.slot_of.move_to_end(k)
+                self.slot_of.move_to_end(k)  # a missing one then evicts none of these
         if missing:
-            slots, begin = [self.free.pop() if self.free else self.slot_of.popitem(last=False)[1] for _ in missing], time.perf_counter()
+            begin, self.table = time.perf_counter(), None
+            slots = [self.free.pop() if self.free else self.slot_of.popitem(last=False)[1] for _ in missing]
             self.free += slots[::-1]  # a build that fails leaves them free
-            self.table = None
             build(missing, slots)
             del self.free[-len(slots):]
             self.slot_of.update(zip(missing, slots))
+            for k in keys:
+                self.slot_of.move_to_end(k)
             self.seconds += time.perf_counter() - begin
 
     def bytes(self) -> int:
@@ -2279,7 +2284,8 @@ FLOPS_PER_NUMBER = 40  # that a CPU core computes while it reads one bfloat16 nu
 class GlobeExperts(nn.Module):
     """Drop-in for a transformers experts module: same forward(hidden_states, top_k_index, top_k_weights).
 
-    Families with factors run through composed bases or composed weights from the cache, every other matrix is dense. Tensors are created on the meta device; patch and load put real ones in their place.
+    Families with factors run through composed bases or composed weights from the cache, every other matrix is dense.
+    Tensors are created on the meta device; patch and load put real ones in their place.
     """
 
     def __init__(self, meta: dict, layer: int, old: nn.Module, bank: GlobeBank, cache: CacheConfig):
@@ -2450,11 +2456,8 @@ class GlobeExperts(nn.Module):
 
     def _run(self, x: Tensor, index: Tensor, weights: Tensor, cache: ExpertCache) -> Tensor:
         """The layer, with every expert of index in its slot: natively, by grouped products, or expert by expert."""
-        if self.dense_row or torch.is_grad_enabled():
-            return self._by_expert(x, index, weights)
-        families = self._families(cache)
-        if all(t is None or t.dtype == x.dtype for pair in families for t in pair):
-            cpu = x.device.type == "cpu"
+        families, cpu = [] if self.dense_row else self._families(cache), x.device.type == "cpu"
+        if families and not x.requires_grad and not weights.requires_grad and all(t is None or t.dtype == x.dtype for pair in families for t in pair):
             if (self.native_act and (cpu or len(x) <= DECODE_TOKENS) and len(x) and x.dtype != torch.float64
                     and _native("experts_decode", x.device.type)):
                 scale, shift = ([float(self.families.get(f, {}).get(k, default)) for f in FAMILIES] for k, default in (("scale", 1), ("shift", 0)))
@@ -2462,8 +2465,8 @@ class GlobeExperts(nn.Module):
                 return torch.ops.globe.experts_decode(
                     x.contiguous(), index.long().contiguous(), weights.contiguous(), *self._table(cache), *(t for pair in families for t in pair),
                     [int(f in self.families) for f in FAMILIES], scale, shift, self.native_act)
-            aligned = x.dtype == torch.bfloat16 and all(n % 8 == 0 for pair in families for t in pair if t is not None for n in t.shape[1:])
-            if self.in_order(cache) and len(x) and (cpu or aligned):
+            aligned = all(n * t.itemsize % 16 == 0 for pair in families for t in pair if t is not None for n in t.shape[1:])
+            if self.in_order(cache) and len(x) and aligned and (cpu or x.dtype == torch.bfloat16):
                 return self._grouped(x, index, weights, families)
         return self._by_expert(x, index, weights)
 
@@ -2523,12 +2526,12 @@ class GlobeExperts(nn.Module):
         uses = {e: n for e, n in uses.items() if e < self.num_experts}
         if self._bank[0].cache.mode == "all":
             uses = dict.fromkeys(self.fitted, 0)
-        # hits first, since a miss then evicts none of them; of the others the most used last, which the next step finds held
-        mine = sorted((e for e in uses if e in self.fitted), key=lambda e: (e not in cache.slot_of, uses[e]))
-        parts = [mine[i:i + cache.slots] for i in range(0, len(mine), cache.slots)] or [[]]
-        if len(parts) == 1:
-            self.hold_only(cache, parts[0])
+        mine = sorted((e for e in uses if e in self.fitted), key=uses.get)  # the most used last, which the next step finds held
+        if len(mine) <= cache.slots:
+            self.hold_only(cache, mine)
             return self._run(x, index, weights, cache)
+        mine.sort(key=lambda e: e not in cache.slot_of)  # hits first: a miss then evicts none that is still to come
+        parts = [mine[i:i + cache.slots] for i in range(0, len(mine), cache.slots)]
         out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         parts[0] += [e for e in uses if e not in self.fitted]
         for part in parts:
@@ -2684,7 +2687,7 @@ def lru_hits(steps: Sequence[Sequence[int]], slots: int) -> list:
         for e in step:
             if e in stack and stack.index(e) < slots:
                 at[stack.index(e) + 1] += 1
-        stack = list(dict.fromkeys([*step, *stack]))
+        stack = list(dict.fromkeys([*reversed(step), *stack]))
     return list(itertools.accumulate(at))
 
 

@@ -1,5 +1,6 @@
 """Tests of globe.py. Each name is a claim; `pytest -m "not slow"` leaves out what takes longest. No network is used."""
 import ast
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -916,11 +917,11 @@ def test_the_cache_is_a_least_recently_used_one():
             fails = int(torch.randint(10, (1,), generator=g)) == 0
             missing = [k for k in step if k not in order]
             hits, lookups = hits + len(step) - len(missing), lookups + len(step)
-            order = [k for k in order if k not in step] + [k for k in step if k in order]
-            order = order[max(0, len(order) + len(missing) - slots):]
+            there, others = [k for k in step if k in order], [k for k in order if k not in step]
+            others = others[max(0, len(others) + len(step) - slots):] if missing else others
             with pytest.raises(OSError) if fails and missing else contextlib.nullcontext():
                 cache.hold(step, build)
-            order += [] if fails else missing
+            order = others + (there if fails or not missing else step)
             assert list(cache.slot_of) == order and cache.hits == hits and cache.hits + cache.misses == lookups
             assert all(slab[i] == k for k, i in cache.slot_of.items())  # what a slot holds is what the table says
             assert sorted([*cache.slot_of.values(), *cache.free]) == list(range(slots))
@@ -934,7 +935,7 @@ def test_hits_of_every_size_by_one_pass_are_those_of_the_cache():
     for slots in range(3, 10):
         cache = globe.ExpertCache(slots)
         for step in steps:
-            cache.hold(sorted(step, key=lambda k: k not in cache.slot_of), lambda keys, at: None)
+            cache.hold(step, lambda keys, at: None)
         assert cache.hits == curve[slots]
     assert curve[0] == 0 and globe.share_slots(8, [[0, 5, 6, 6, 6, 6, 6], [0, 0, 0, 0, 9, 10, 10]]) == [3, 5]
 
@@ -957,6 +958,108 @@ def test_the_cache_keeps_to_its_budget_and_warming_fills_it(checkpoints):
     globe.warm(lru, IDS[:1])
     assert globe.cache_stats(lru) == globe.cache_stats(lru) | {"hits": 0, "misses": 0} and globe.cache_stats(lru)["cache_mib"] > 0
     assert all(len(m.cache.slot_of) == 2 for m in globe.globe_modules(lru))
+
+
+def test_a_budget_is_what_the_process_grows_by_and_is_never_exceeded():
+    """Measured from outside: resident memory of a process that decodes and prefills with slots for 2, 24 and 96 MiB."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("no /proc here to read the resident size from")
+    code = """
+import sys, types, torch, globe, test_globe as t
+torch.set_num_threads(1)
+own = lambda: next(int(s.split()[1]) for s in open("/proc/self/status") if s.startswith("RssAnon")) / 1024
+sizes = dict(vocab_size=64, hidden_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, num_experts=32,
+             num_experts_per_tok=2, moe_intermediate_size=256, intermediate_size=64, head_dim=8, model_type="qwen3_moe")
+empty = types.SimpleNamespace(dims=globe.dims_of(sizes), config=sizes, fingerprint=lambda: "none")
+factors = t.random_factors(empty, "both", m=4, r=128)  # an item: 2 x 128 x 512 float32, 0.5 MiB; 128 items in all
+budget = float(sys.argv[1])
+model = globe._skeleton(sizes, torch.float32, factors.meta(), globe.CacheConfig(budget=budget))
+globe._assign_factors(model, factors, torch.device("cpu"), torch.float32)
+for name, p in model.state_dict().items():
+    if p.is_meta:
+        globe._assign(model, name, torch.randn(p.shape) / 16)
+ids = torch.randint(64, (1, 300), generator=t.gen())
+with torch.no_grad():
+    small = globe.globe_modules(model)
+    globe.set_cache(model, globe.CacheConfig(budget=1))
+    model(ids), model(ids[:, :1])  # what everything else takes
+    for c in small: c.cache.clear()
+    small[0]._bank[0].scratch.clear()
+    before = own()
+    globe.set_cache(model, globe.CacheConfig(budget=budget))
+    for turn in range(2):
+        model(ids)
+        globe.warm(model, ids[:, :50])
+        past = None
+        for token in ids[:, :50].split(1, 1):
+            past = model(token, past_key_values=past, use_cache=True).past_key_values
+        assert globe.cache_stats(model)["cache_mib"] <= budget
+        print(own() - before, globe.cache_stats(model)["cache_mib"])
+"""
+    for budget in (2, 24, 96):
+        done = in_process(code.replace("sys.argv[1]", repr(str(budget))))
+        assert done.returncode == 0, done.stderr[-2000:]
+        for line in done.stdout.splitlines():
+            grown, held = map(float, line.split())
+            assert grown < budget + 4 and budget / 2 < held <= budget, done.stdout  # 4 MiB: activations and the allocator
+
+
+def test_a_budget_goes_to_the_layers_that_ask_for_more(checkpoints):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    item = 2 * 6 * 32 * 4
+    model = globe.patch(stock(ckpt.dir), random_factors(ckpt), globe.CacheConfig(budget=5 * item / 2 ** 20))
+    one, many = [[0, 1]] * 50, torch.stack([torch.randperm(4, generator=gen(i))[:2] for i in range(50)]).tolist()
+    globe.set_cache(model, globe.CacheConfig(budget=5 * item / 2 ** 20), {0: many, 1: one})
+    assert [m.cache.slots for m in globe.globe_modules(model)] == [3, 2]
+    globe.set_cache(model, globe.CacheConfig(budget=6 * item / 2 ** 20), {0: one, 1: many})
+    assert [m.cache.slots for m in globe.globe_modules(model)] == [2, 4]
+    with pytest.raises(UserError, match="expected GlobeExperts"):
+        globe.set_cache(stock(ckpt.dir), globe.CacheConfig())
+
+
+def test_weights_are_held_where_that_is_cheaper(checkpoints):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])  # p 16, d 32: weights take fewer products from r 11 on
+    for r, mode, hold in ((6, "all", "basis"), (12, "all", "weight"), (12, "lru", "basis"), (12, "none", "basis")):
+        model = globe.patch(stock(ckpt.dir), random_factors(ckpt, "all", r=r), globe.CacheConfig(mode=mode))
+        assert {h for m in globe.globe_modules(model) for h in m.hold.values()} == {hold}
+
+
+def test_two_threads_generating_at_once_give_the_right_text(checkpoints):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    for cache in (dict(per_layer=2), dict(mode="none"), dict(mode="all")):
+        model = globe.patch(stock(ckpt.dir), random_factors(ckpt, "all"), globe.CacheConfig(**cache))
+
+        def text(seed: int) -> list:
+            ids = torch.randint(ckpt.config["vocab_size"], (1, 5), generator=gen(seed))
+            return model.generate(ids, max_new_tokens=40, min_new_tokens=40, do_sample=False, pad_token_id=0)[0].tolist()
+        want = [text(seed) for seed in range(4)]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(text, range(4))) == want
+
+
+def test_64_greedy_tokens_equal_the_dense_exports(run, tmp_path):
+    """Token by token, float32, of the trained and fitted model of these tests, for each way to hold the experts."""
+    factors, ckpt = globe.load_factors(run), Checkpoint(globe.run_config(run, types.SimpleNamespace(overrides=[], config=None)).model.path)
+    globe.export_dense(ckpt, factors, fresh_dir(tmp_path / "dense"))
+    cpu, ids = torch.device("cpu"), torch.tensor([list(b"def main(")])
+    text = lambda model: model.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)[0].tolist()  # noqa: E731
+    want = text(globe.load_dense(tmp_path / "dense", cpu, torch.float32))
+    assert len(want) == ids.shape[1] + 64
+    for cache in (dict(mode="all"), dict(per_layer=1), dict(per_layer=3), dict(mode="none"), dict(budget=0.05)):
+        model = globe.patch(globe.load_dense(ckpt.dir, cpu, torch.float32), factors, globe.CacheConfig(**cache))
+        globe.warm(model, ids)
+        assert text(model) == want, cache
+
+
+def test_a_model_that_holds_every_expert_compiles_whole(checkpoints):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    model = globe.patch(stock(ckpt.dir), random_factors(ckpt), globe.CacheConfig(mode="all"))
+    globe.warm(model)
+    layer = globe.globe_modules(model)[0]
+    x, index, weights = torch.randn(6, 32, generator=gen()), torch.randint(4, (6, 2), generator=gen()), torch.rand(6, 2, generator=gen())
+    with torch.no_grad():
+        got = torch.compile(layer, fullgraph=True, backend="eager")(x, index, weights)
+        torch.testing.assert_close(got, layer(x, index, weights))
 
 
 # ======================================================================================================
@@ -1740,7 +1843,7 @@ def test_the_native_path_and_the_grouped_one_equal_expert_by_expert(checkpoints,
                     assert globe._native("experts_decode", "cpu") and want.isfinite().all()
                     torch.testing.assert_close(twin(m, *args), want, atol=1e-5, rtol=1e-5)  # grouped in mode all, else by expert
                     with torch.enable_grad():
-                        torch.testing.assert_close(m(*args), want, atol=1e-5, rtol=1e-5)
+                        torch.testing.assert_close(m(x[:n].clone().requires_grad_(), *args[1:]).detach(), want, atol=1e-5, rtol=1e-5)
                 m.bfloat16(), model.globe_bank.bfloat16()
                 assert m(x.bfloat16(), index, weights).dtype is torch.bfloat16
 
@@ -1888,7 +1991,8 @@ print(json.dumps(out))
         assert where.startswith("transformers.models.") and not trains and not dense
         assert layers == len(globe.dims_of({**read(path), "quantization_config": None}).layers)
         assert gap(torch.tensor(full), want) < 1e-5, kind
-        assert gap(torch.tensor(half), logits(globe.load(path, dtype=torch.bfloat16))) < 0.1, kind  # the copy may run on torch's operators
+        other = logits(globe.load(path, dtype=torch.bfloat16))  # may run on other operators, so a token may go to another expert
+        assert (torch.tensor(half) - other).abs().median() < 0.05, kind
         assert dtypes["A"] == "torch.bfloat16" and dtypes.get("val", "torch.float32") == "torch.float32"
         assert module == "globe" if how == "package" else module.startswith("transformers_modules.")
 
