@@ -685,7 +685,7 @@ def bench_decode(preset: str, args: argparse.Namespace) -> list:
             need_native("experts_decode", device)
             rows += bench_operator(args)
             write_qwen15(scratch / "dense", popularity(source, calibration), layers=1, vocab=4096)
-            write_qwen15_globe(scratch / "dense", scratch / "globe")
+            write_qwen15_globe(scratch / "dense", scratch / "globe", qwen15_config(args))
             text, calibration = (as_words("heldout", 2048, 4096), as_words("calibration", 512, 4096))
         text, experts = text.to(device), globe.dims_of(globe.read_json(scratch / "dense" / "config.json")).experts
         held = max(1, int(SHARE * experts))
@@ -846,12 +846,15 @@ def rename(directory: Path, fused: bool) -> None:
     write_index(directory)
 
 
-def write_qwen15_globe(dense: Path, to: Path) -> None:
+def qwen15_config(args: argparse.Namespace) -> globe.Config:
+    return globe.load_config(str(Path(globe.__file__).parent / "configs" / "qwen15.yaml"), [o for o in args.set if o.startswith("cache.")])
+
+
+def write_qwen15_globe(dense: Path, to: Path, cfg: globe.Config) -> None:
     """A globe export of the sizes in configs/qwen15.yaml beside such a checkpoint: random factors, everything else its own."""
     to.mkdir(parents=True)
     ckpt, g = globe.Checkpoint(dense), torch.Generator().manual_seed(1)
-    cfg, layers = globe.load_config(str(Path(globe.__file__).parent / "configs" / "qwen15.yaml")), ckpt.dims.layers
-    m, r, s = cfg.bank.m, cfg.bank.r, cfg.sparsity.support
+    m, r, s, layers = cfg.bank.m, cfg.bank.r, cfg.sparsity.support, ckpt.dims.layers
     family = {"m": m, "r": r, "s": s, "groups": 1, "group": {str(l): 0 for l in layers}, "activation": cfg.bank.activation, "shift": 0.0, "scale": 1.0}
     meta = {"format_version": globe.FORMAT_VERSION, "globe_version": globe.__version__, "model_type": "qwen2_moe", "fingerprint": "random",
             "dims": dataclasses.asdict(ckpt.dims), "families": {f: family | {"bank": f} for f in globe.FAMILIES},
@@ -894,7 +897,7 @@ def run_one(args: argparse.Namespace) -> list:
     device, begin, where = torch.device("cpu"), time.perf_counter(), Path(args.dir)
     text = as_words("heldout", 8 + 4 * args.tokens, 151936)
     if args.only == "globe":
-        model = globe.load(where / "globe", cache=globe.CacheConfig(budget=args.budget))
+        model = globe.load(where / "globe", cache=qwen15_config(args).cache)
         globe.warm(model, as_words("calibration", 128, 151936))
     elif args.only == "mapped":
         model = mapped(where / "dense")
@@ -923,7 +926,7 @@ def run_one(args: argparse.Namespace) -> list:
 def watched(args: argparse.Namespace, only: str, tokens: int, seconds: float) -> list:
     """Rows of run_one in a process that is ended where its own memory passes --limit or its time is over; a row says so."""
     command = [sys.executable, __file__, "decode", "--preset", "qwen15", "--only", only, "--dir", args.dir, "--tokens", str(tokens),
-               "--budget", str(args.budget), "--limit", str(args.limit)]
+               "--limit", str(args.limit), *(["--set", *args.set] if args.set else [])]
     begin, anon, why = time.perf_counter(), 0.0, None
     with tempfile.TemporaryFile("w+") as out:
         p = subprocess.Popen(command, stdout=out)
@@ -969,7 +972,7 @@ def bench_24gib(args: argparse.Namespace) -> list:
         rename(where / "dense", fused=True)
         rows += watched(args, "mapped", tokens, 400)
         if not (where / "globe").is_dir():
-            write_qwen15_globe(where / "dense", where / "globe")
+            write_qwen15_globe(where / "dense", where / "globe", qwen15_config(args))
             say(f"  globe export: {globe.weight_bytes(where / 'globe') / 2 ** 30:.1f} GiB")
         rows += watched(args, "globe", tokens, 400)
     finally:
@@ -1024,7 +1027,6 @@ def main(argv=None) -> int:
     parser.add_argument("--sweep", action="store_true", help="decode: also over cache sizes")
     parser.add_argument("--dir", help="qwen15: where its files go (47 GiB); default: the user's cache")
     parser.add_argument("--keep", action="store_true", help="qwen15: leave them there, for the next run")
-    parser.add_argument("--budget", type=float, default=2600, metavar="MIB", help="qwen15: of GloBE's cache")
     parser.add_argument("--limit", type=float, default=21, metavar="GIB", help="qwen15: a process is ended when it holds more of its own")
     parser.add_argument("--only", choices=("plain", "offload", "mapped", "globe"), help="qwen15: this way alone, in this process, on files that --keep left")
     parser.add_argument("--repeats", type=int, default=5)

@@ -171,11 +171,12 @@ class CalibConfig:
 
 @dataclass
 class CacheConfig:
-    mode: str = "lru"                   # lru | all (every expert composed once and held) | none
+    mode: str = "lru"                   # lru | lfu (keeps the most used, not the most recent) | all (every expert composed
+                                        # once and held) | none
     per_layer: int | None = None        # slots per layer; default: half of the experts
-    budget: float | None = None         # MiB for all layers together, in place of per_layer
+    budget: float | None = None         # MiB for all layers together, in place of per_layer, shared out by what each asks for
     dtype: str | None = None            # of what is held; default: the model's
-    warmup_tokens: int = 256
+    warmup_tokens: int = 256            # of calibration text, to fill the caches and share out the budget
 
 
 @dataclass
@@ -270,7 +271,7 @@ CHOICES = {
     "model.normalize": ("none", "scale", "zscore"), "bank.activation": ("identity", "silu", "tanh"),
     "bank.init": ("auto", "experts", "svd", "dictionary", "random"), "sparsity.map": ("auto", "sparsemax", "entmax", "softmax", "signed"),
     "sparsity.alpha": (1.0, 1.5, 2.0), "fit.method": ("varpro", "am", "adam"), "fit.metric": ("data", "weights"),
-    "cache.mode": ("lru", "all", "none"), "log.to": ("none", "trackio", "wandb"),
+    "cache.mode": ("lru", "lfu", "all", "none"), "log.to": ("none", "trackio", "wandb"),
     "heal.bank": ("auto", "train", "freeze"),
     "fit.dtype": ("float64", "float32", "bfloat16", "float16"),
     "export.dtype": (None, "float32", "bfloat16", "float16"), "cache.dtype": (None, "float32", "bfloat16", "float16"),
@@ -2207,22 +2208,22 @@ def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
 # 7. Runtime: composed-basis cache, GlobeExperts, patch
 # ======================================================================================================
 class ExpertCache:
-    """LRU cache of composed items: expert -> a slot in preallocated slabs, one slab per family.
+    """Cache of composed items: expert -> a slot in preallocated slabs, one slab per family.
 
-    Memory is taken once, at the first use, and stays at slots times one item. `lock` is held while a step uses the slots, so
-    that threads which generate at once take turns.
+    What goes first is the least recently used, or, by_uses, the least used. Memory is taken once, at the first use, and stays
+    at slots times one item. `lock` is held while a step uses the slots, so that threads which generate at once take turns.
     """
 
-    def __init__(self, slots: int):
-        self.slots, self.lock = slots, threading.RLock()
+    def __init__(self, slots: int, by_uses: bool = False):
+        self.slots, self.by_uses, self.lock = slots, by_uses, threading.RLock()
         self.clear()
 
     def __reduce__(self):  # a copy begins empty: what was held can be composed again, and a lock cannot be copied
-        return ExpertCache, (self.slots,)
+        return ExpertCache, (self.slots, self.by_uses)
 
     def clear(self) -> None:
         """As new: no memory taken, nothing counted."""
-        self.slabs = {}  # family: (slots, rows, columns)
+        self.slabs, self.uses = {}, collections.Counter()  # family: (slots, rows, columns); steps that used an expert, held or not
         self.forget()
         self.count()
 
@@ -2240,13 +2241,14 @@ class ExpertCache:
         The last of them counts as the most recently used, whichever were there.
         """
         missing = [k for k in keys if k not in self.slot_of]
+        self.uses.update(keys)
         self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
         for k in keys:
             if k in self.slot_of:
                 self.slot_of.move_to_end(k)  # a missing one then evicts none of these
         if missing:
             begin, self.table = time.perf_counter(), None
-            slots = [self.free.pop() if self.free else self.slot_of.popitem(last=False)[1] for _ in missing]
+            slots = [self.free.pop() if self.free else self._evict(keys) for _ in missing]
             self.free += slots[::-1]  # a build that fails leaves them free
             build(missing, slots)
             del self.free[-len(slots):]
@@ -2254,6 +2256,12 @@ class ExpertCache:
             for k in keys:
                 self.slot_of.move_to_end(k)
             self.seconds += time.perf_counter() - begin
+
+    def _evict(self, keys: Sequence[int]) -> int:
+        """The slot of the first to go, which is none of keys."""
+        if self.by_uses:
+            return self.slot_of.pop(min((k for k in self.slot_of if k not in keys), key=self.uses.__getitem__))
+        return self.slot_of.popitem(last=False)[1]
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.slabs.values())
@@ -2321,6 +2329,8 @@ class GlobeExperts(nn.Module):
         plain = type(old)._apply_gate.__name__ == "_default_apply_gate"  # act(gate) * up
         self.native_act = NATIVE_ACTS.get(type(getattr(self, "act_fn", None)).__name__) if plain else None
         self.hold, self.cache_dtype, self.cache = dict.fromkeys(self.families, "basis"), as_dtype(cache.dtype), ExpertCache(0)
+        self.constants = ([int(f in self.families) for f in FAMILIES], [float(self.families.get(f, {}).get("scale", 1)) for f in FAMILIES],
+                          [float(self.families.get(f, {}).get("shift", 0)) for f in FAMILIES], self.native_act)  # of experts_decode
 
     def _new(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> None:
         setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
@@ -2460,11 +2470,10 @@ class GlobeExperts(nn.Module):
         if families and not x.requires_grad and not weights.requires_grad and all(t is None or t.dtype == x.dtype for pair in families for t in pair):
             if (self.native_act and (cpu or len(x) <= DECODE_TOKENS) and len(x) and x.dtype != torch.float64
                     and _native("experts_decode", x.device.type)):
-                scale, shift = ([float(self.families.get(f, {}).get(k, default)) for f in FAMILIES] for k, default in (("scale", 1), ("shift", 0)))
                 weights = weights if weights.dtype == torch.float32 else weights.to(x.dtype)
                 return torch.ops.globe.experts_decode(
                     x.contiguous(), index.long().contiguous(), weights.contiguous(), *self._table(cache), *(t for pair in families for t in pair),
-                    [int(f in self.families) for f in FAMILIES], scale, shift, self.native_act)
+                    *self.constants)
             aligned = all(n * t.itemsize % 16 == 0 for pair in families for t in pair if t is not None for n in t.shape[1:])
             if self.in_order(cache) and len(x) and aligned and (cpu or x.dtype == torch.bfloat16):
                 return self._grouped(x, index, weights, families)
@@ -2691,6 +2700,12 @@ def lru_hits(steps: Sequence[Sequence[int]], slots: int) -> list:
     return list(itertools.accumulate(at))
 
 
+def top_hits(steps: Sequence[Sequence[int]], slots: int) -> list:
+    """The same of a cache that holds the S most used items all along."""
+    uses = collections.Counter(e for step in steps for e in step)
+    return [sum(n for _, n in uses.most_common(S)) for S in range(slots + 1)]
+
+
 def share_slots(total: int, curves: Sequence[list]) -> list:
     """Slots for each layer, at least one: each further slot goes where it brings the most hits by the curves of lru_hits."""
     slots = [1] * len(curves)
@@ -2716,14 +2731,15 @@ def set_cache(model: nn.Module, cache: CacheConfig, demand: dict | None = None) 
     if not modules:
         raise UserError("model: expected GlobeExperts, found none (not patched, nor a globe export)")
     bank, plans = modules[0]._bank[0], []
-    curves = [lru_hits(demand[m.layer], len(m.fitted)) for m in modules] if demand else [[0] * (len(m.fitted) + 1) for m in modules]
+    hits_of = top_hits if cache.mode == "lfu" else lru_hits
+    curves = [hits_of(demand[m.layer], len(m.fitted)) for m in modules] if demand else [[0] * (len(m.fitted) + 1) for m in modules]
     for weights in (False, True):
         item, use, miss = modules[0].costs(modules[0].held(weights))
         total = int((cache.budget or 0) * 2 ** 20 // item)
-        if cache.mode == "lru" and cache.budget:
+        if cache.mode in ("lru", "lfu") and cache.budget:
             slots = share_slots(total, curves) if total >= len(modules) else [int(i < total - 1) for i in range(len(modules))]
         else:
-            slots = [{"none": 0, "all": len(m.fitted), "lru": min(len(m.fitted), cache.per_layer or (len(m.fitted) + 1) // 2)}[cache.mode]
+            slots = [{"none": 0, "all": len(m.fitted)}.get(cache.mode, min(len(m.fitted), cache.per_layer or (len(m.fitted) + 1) // 2))
                      for m in modules]
         uses = sum(len(step) for steps in demand.values() for step in steps) if demand else 2
         misses = 0 if cache.mode == "all" else uses - sum(c[s] for c, s in zip(curves, slots)) if demand else 1
@@ -2732,7 +2748,7 @@ def set_cache(model: nn.Module, cache: CacheConfig, demand: dict | None = None) 
     bank.cache, bank.scratch = cache, {}
     bank.scratch_slots = min(modules[0].top_k, len(modules[0].fitted)) if cache.mode == "none" else 1
     for m, n in zip(modules, slots):
-        m.hold, m.cache = m.held(weights), ExpertCache(n)
+        m.hold, m.cache = m.held(weights), ExpertCache(n, cache.mode == "lfu")
 
 
 @torch.no_grad()
@@ -2758,7 +2774,7 @@ def warm(model: nn.Module, ids: Tensor | None = None) -> None:
     """
     modules = globe_modules(model)
     cache = modules[0]._bank[0].cache
-    demand = demand_of(model, ids) if ids is not None and cache.mode == "lru" else {}
+    demand = demand_of(model, ids) if ids is not None and cache.mode in ("lru", "lfu") else {}
     if demand and cache.budget:
         set_cache(model, cache, demand)
     for m in modules:
@@ -2767,6 +2783,7 @@ def warm(model: nn.Module, ids: Tensor | None = None) -> None:
             order = list(m.fitted) if m.cache.slots == len(m.fitted) else [e for e, _ in uses.most_common(m.cache.slots)][::-1]
             m.cache.clear()
             m.hold_only(m.cache, order)
+            m.cache.uses.update(uses)
         m.cache.count()
     for scratch in modules[0]._bank[0].scratch.values():
         scratch.count()
