@@ -657,6 +657,7 @@ def _register_kernels() -> None:
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def _native(op: str, device: str) -> bool:
     """Whether the native form of an operator serves a kind of device; under torch.compile, settled while tracing."""
     return kernels().startswith("native") and torch._C._dispatch_has_kernel_for_dispatch_key(f"globe::{op}", device.upper())
@@ -2229,7 +2230,7 @@ class ExpertCache:
 
     def forget(self) -> None:
         self.slot_of, self.free = OrderedDict(), list(range(self.slots))[::-1]  # least recently used first
-        self.table = None  # slots and rows by expert, as a tensor
+        self.table = None  # slots and rows by expert, as tensors
 
     def count(self) -> None:
         """Start the statistics afresh: lookups that found their expert, those that did not, seconds spent composing."""
@@ -2415,12 +2416,12 @@ class GlobeExperts(nn.Module):
         """Every fitted expert is held, so that nothing will be composed or evicted again."""
         return self.composed or len(self.cache.slot_of) == len(self.fitted)
 
-    def _table(self, cache: ExpertCache) -> Tensor:
-        """(2, E): an expert's slot, and its row among the adapters."""
+    def _table(self, cache: ExpertCache) -> tuple:
+        """Experts' slots, and their rows among the adapters, (E,) each."""
         if cache.table is None:
-            slot, E = self.fitted if self.composed else cache.slot_of, range(self.num_experts)
-            cache.table = torch.tensor([[slot.get(e, -1) for e in E], [self.fitted.get(e, -1) for e in E]],
-                                       device=self._parameters[f"{next(iter(self.families))}_A"].device)
+            device = self._parameters[f"{next(iter(self.families))}_A"].device
+            cache.table = tuple(torch.tensor([of.get(e, -1) for e in range(self.num_experts)], device=device)
+                                for of in (self.fitted if self.composed else cache.slot_of, self.fitted))
         return cache.table
 
     def trains(self) -> bool:
@@ -2471,7 +2472,7 @@ class GlobeExperts(nn.Module):
             if (self.native_act and (cpu or len(x) <= DECODE_TOKENS) and len(x) and x.dtype != torch.float64
                     and _native("experts_decode", x.device.type)):
                 weights = weights if weights.dtype == torch.float32 else weights.to(x.dtype)
-                return torch.ops.globe.experts_decode(
+                return torch.ops.globe.experts_decode.default(
                     x.contiguous(), index.long().contiguous(), weights.contiguous(), *self._table(cache), *(t for pair in families for t in pair),
                     *self.constants)
             aligned = all(n * t.itemsize % 16 == 0 for pair in families for t in pair if t is not None for n in t.shape[1:])
