@@ -1066,6 +1066,36 @@ def test_a_model_that_holds_every_expert_compiles_whole(checkpoints):
         torch.testing.assert_close(got, layer(x, index, weights))
 
 
+def test_the_benchmarks_checkpoints_are_one_model_in_three_layouts_with_the_wanted_popularity(monkeypatch):
+    """Qwen1.5-MoE's layout at small sizes: tensors per expert, fused by new headers over the same bytes, and a globe export."""
+    import bench
+    for name, value in {"D": 64, "P": 32, "E": 12, "BLOCK": 2 ** 20}.items():
+        monkeypatch.setattr(bench, name, value)
+    shares = torch.linspace(3, 1, 12).double() / 24
+    bench.write_qwen15(Path("dense"), shares, layers=2, vocab=300)
+    cfg = load_config(str(HERE / "configs" / "qwen15.yaml"), ["bank.m=5", "bank.r=24", "sparsity.support=3"])
+    bench.write_qwen15_globe(Path("dense"), Path("globe"), cfg)
+    cpu, ids = torch.device("cpu"), bench.as_words("heldout", 2000, 300)
+    dense, model = globe.load_dense(Path("dense"), cpu, None), globe.load("globe")
+    first = globe.demand_of(model, ids)[0]  # the deeper one also sees what the first, with weights this small, has added
+    counts = torch.bincount(torch.tensor(first).flatten(), minlength=12).double()
+    assert (counts / counts.sum()).sort(descending=True).values.sub(shares).abs().max() < 0.04
+    with torch.no_grad():
+        want, ours = dense(ids[:, :20]).logits, model(ids[:, :20]).logits
+        assert ours.isfinite().all() and gap(ours, want) > 0
+        del dense
+        bench.rename(Path("dense"), fused=True)
+        assert Checkpoint("dense").fused and gap(bench.mapped(Path("dense"))(ids[:, :20]).logits, want) < 0.1
+
+
+def test_the_decode_benchmark_refuses_what_it_cannot_do(capsys):
+    import bench
+    for argv, words in ((["--tokens", "0"], "1 to 2000"), (["--prefill", "4000"], "1 to 2048"), (["--preset", "huge"], "found 'huge'"),
+                        (["--preset", "qwen15", "--only", "mapped", "--dir", "nowhere"], "none")):
+        assert bench.main(["decode", *argv]) == 2
+        assert words in capsys.readouterr().err
+
+
 # ======================================================================================================
 # Factors file
 # ======================================================================================================
