@@ -1041,6 +1041,36 @@ def test_two_threads_generating_at_once_give_the_right_text(checkpoints):
             assert list(pool.map(text, range(4))) == want
 
 
+def test_a_gradient_passes_through_a_cache_that_is_refilled(checkpoints):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    grads = []
+    for cache in (dict(mode="all"), dict(per_layer=1), dict(mode="none")):
+        m = globe.globe_modules(globe.patch(stock(ckpt.dir), random_factors(ckpt), globe.CacheConfig(**cache)))[0]
+        x, index = torch.randn(6, 32, generator=gen()).requires_grad_(), torch.stack([torch.randperm(4, generator=gen(i))[:2] for i in range(6)])
+        y = m(x, index, torch.full((6, 2), 0.5))
+        with torch.no_grad():
+            m(x.flip(0), index, torch.full((6, 2), 0.5))
+        grads.append(torch.autograd.grad(y.square().sum(), x)[0])
+    for g in grads[1:]:
+        torch.testing.assert_close(g, grads[0], atol=1e-4, rtol=1e-4)
+
+
+def test_shared_experts_run_natively_and_unpatching_gives_them_back(checkpoints):
+    for kind in ("qwen2_moe", "deepseek_v3"):
+        ckpt, model = Checkpoint(checkpoints[kind]), stock(checkpoints[kind])
+        globe.patch(model, random_factors(ckpt))
+        mlps = [m for m in model.modules() if "forward" in vars(m)]
+        assert len(mlps) == len(ckpt.dims.layers)
+        for dtype, tol in ((torch.float32, 0), (torch.bfloat16, 1e-2)):
+            mlp, x = mlps[0].to(dtype), torch.randn(2, 3, 32, generator=gen()).to(dtype)
+            with torch.no_grad():
+                torch.testing.assert_close(mlp(x), type(mlp).forward(mlp, x), atol=tol, rtol=tol)
+            x.requires_grad_()
+            assert torch.autograd.grad(mlp(x).sum(), x)[0].isfinite().all()
+        globe.unpatch(model)
+        assert not any("forward" in vars(m) for m in model.modules())
+
+
 def test_64_greedy_tokens_equal_the_dense_exports(run, tmp_path):
     """Token by token, float32, of the trained and fitted model of these tests, for each way to hold the experts."""
     factors, ckpt = globe.load_factors(run), Checkpoint(globe.run_config(run, types.SimpleNamespace(overrides=[], config=None)).model.path)

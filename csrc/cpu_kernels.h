@@ -616,12 +616,12 @@ INLINE void dot(const T* w, int64_t stride, const Kept<T>* const* x, int64_t n, 
     }
 }
 // take(row, t, <W[row], x[t]>) for rows [begin, end) of W (., n). Rows stay in a cache for all the tokens; the next ones are
-// fetched meanwhile, a few in each tile.
+// fetched meanwhile, a few in each tile. One token takes long rows singly, in the order of memory.
 template <class T, class F> INLINE void dots(const T* W, int64_t n, int64_t begin, int64_t end, const Kept<T>* const* x, int64_t tokens, const F& take) {
   constexpr int M = kRows<T>;
   const int64_t tiles = (tokens + kTokens - 1) / kTokens;
   for (int64_t row = begin; row < end;) {
-    const int64_t rows = tokens > 1 && end - row >= M ? M : 1, ahead = std::min<int64_t>(rows, end - row - rows);
+    const int64_t rows = (tokens > 1 || n < 512) && end - row >= M ? M : 1, ahead = std::min<int64_t>(rows, end - row - rows);
     const T* w = W + row * n;
     for (int64_t i = 0; i < tiles; ++i) {
       float y[M][kTokens];
