@@ -980,7 +980,7 @@ def bench_24gib(args: argparse.Namespace) -> list:
                 write_qwen15(tmp, popularity(source, calibration))
             say(f"  dense checkpoint: {globe.weight_bytes(where / 'dense') / 2 ** 30:.1f} GiB, written in {time.perf_counter() - begin:.0f} s")
         rows = watched(args, "plain", tokens, 300)
-        rows += watched(args, "offload", 2, 400)
+        rows += watched(args, "offload", 2, 300)
         shutil.rmtree(where / "offload", ignore_errors=True)
         rename(where / "dense", fused=True)
         rows += watched(args, "mapped", tokens, 400)
