@@ -874,14 +874,14 @@ def write_qwen15_globe(dense: Path, to: Path, cfg: globe.Config, consume: bool =
         shard = Shard(to / f"model-{shard_of}.safetensors", g)
         for name in (n for n in state if part(n) == shard_of):
             shape = tuple(state[name].shape)
-            if name in ckpt.shard_of:
+            if name.endswith(".gate_up_proj"):  # the dense one's name, if that is fused
+                shard.add(name, torch.zeros(1, dtype=torch.int8))
+            elif name in ckpt.shard_of:
                 shard.add(name, ckpt.tensor(name))
             elif name.endswith("_idx"):
                 shard.add(name, torch.stack([torch.randperm(m, generator=g)[:s] for _ in range(E)]).int())
             elif name.endswith("_val"):
                 shard.add(name, torch.full(shape, 1 / s))
-            elif name.endswith(".gate_up_proj"):
-                shard.add(name, torch.zeros(1, dtype=torch.int8))
             else:
                 shard.noise(name, shape, block, 0.004 if name.endswith("_A") else 1.0)
         shard.close()
@@ -913,7 +913,7 @@ def run_one(args: argparse.Namespace) -> list:
     elif args.only == "mapped":
         model = mapped(where / "dense")
     else:
-        more = {} if args.only == "plain" else {"device_map": "auto", "max_memory": {"cpu": f"{args.limit - 5:.0f}GiB"}, "offload_folder": str(where / "offload")}
+        more = {} if args.only == "plain" else {"device_map": "auto", "max_memory": {"cpu": f"{args.limit - 3:.0f}GiB"}, "offload_folder": str(where / "offload")}
         model = AutoModelForCausalLM.from_pretrained(where / "dense", dtype=torch.bfloat16, **more)
     load = time.perf_counter() - begin
     prompt = text[:, :8]
@@ -951,7 +951,8 @@ def watched(args: argparse.Namespace, only: str, tokens: int, seconds: float) ->
                 line = next(s for s in open(f"/proc/{p.pid}/status") if s.startswith("RssAnon"))
                 anon = max(anon, int(line.split()[1]) / 2 ** 20)
             why = f"out of memory: {anon:.1f} GiB of its own after {time.perf_counter() - begin:.0f} s, and not loaded" if anon > args.limit \
-                else f"no result in {seconds:.0f} s" if time.perf_counter() - begin > seconds else None
+                else f"no result in {seconds:.0f} s" if time.perf_counter() - begin > seconds \
+                else "stopped, the disk is full" if shutil.disk_usage(args.dir).free < 2 ** 31 else None
             if why:
                 p.kill()
                 p.wait()
@@ -960,7 +961,7 @@ def watched(args: argparse.Namespace, only: str, tokens: int, seconds: float) ->
     if p.returncode == 0:
         return [r | {"own_gib": round(anon, 2)} for r in json.loads(lines[-1])["rows"]]
     say(f"  {only}: {why or f'exit code {p.returncode}'}")
-    return [{"suite": "decode", "preset": "qwen15", "test": f"tg{tokens}", "variant": "dense", "implementation": only, "cache": None, "value": None,
+    return [{"suite": "decode", "preset": "qwen15", "test": f"tg{tokens}", "variant": "globe" if only == "globe" else "dense", "implementation": only, "cache": None, "value": None,
              "unit": "tokens/s", "ratio": None, "peak_gib": None, "own_gib": round(anon, 2), "why": why or f"exit code {p.returncode}"}]
 
 

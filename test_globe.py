@@ -1116,6 +1116,8 @@ def test_the_benchmarks_checkpoints_are_one_model_in_three_layouts_with_the_want
         del dense
         bench.rename(Path("dense"), fused=True)
         assert Checkpoint("dense").fused and gap(bench.mapped(Path("dense"))(ids[:, :20]).logits, want) < 0.1
+        bench.write_qwen15_globe(Path("dense"), Path("again"), cfg, consume=True)
+        assert torch.equal(globe.load("again")(ids[:, :20]).logits, ours) and len(list(Path("dense").glob("*.safetensors"))) == 1
 
 
 def test_the_decode_benchmark_refuses_what_it_cannot_do(capsys):
