@@ -657,9 +657,13 @@ def _register_kernels() -> None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _native(op: str, device: str) -> bool:
     """Whether the native form of an operator serves a kind of device; under torch.compile, settled while tracing."""
+    return _has_kernel(op, device)
+
+
+@functools.cache
+def _has_kernel(op: str, device: str) -> bool:
     return kernels().startswith("native") and torch._C._dispatch_has_kernel_for_dispatch_key(f"globe::{op}", device.upper())
 
 
@@ -2473,7 +2477,8 @@ class GlobeExperts(nn.Module):
     def _run(self, x: Tensor, index: Tensor, weights: Tensor, cache: ExpertCache) -> Tensor:
         """The layer, with every expert of index in its slot: natively, by grouped products, or expert by expert."""
         families, cpu = [] if self.dense_row else self._families(cache), x.device.type == "cpu"
-        if families and not x.requires_grad and not weights.requires_grad and all(t is None or t.dtype == x.dtype for pair in families for t in pair):
+        if (families and not x.requires_grad and not weights.requires_grad
+                and all(t is None or t.dtype == x.dtype and t.is_contiguous() for pair in families for t in pair)):
             if (self.native_act and (cpu or len(x) <= DECODE_TOKENS) and len(x) and x.dtype != torch.float64
                     and _native("experts_decode", x.device.type)):
                 weights = weights if weights.dtype == torch.float32 else weights.to(x.dtype)
