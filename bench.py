@@ -10,11 +10,17 @@ Peers run in the same process, turn by turn with ours; a figure is the median of
 over the best peer (compose, sparsemax, decode), or stored / dense size (quality). In the operator suites `native` is ours,
 `gbps` the bytes that must move over the time, and `share_of_bandwidth` that over what this machine copies or reads in the
 same run.
+
+decode: `pp512` is a prompt of 512 tokens, `tg128` the next 128 one at a time, of a held-out text; `load` seconds to a model.
+`cache`: all experts held; warm, a quarter of them, filled from calibration text; cold, the same, empty at first. `peak_gib` is
+the process's peak while that variant alone is loaded and run. qwen15 is Qwen1.5-MoE-A2.7B's shapes with random weights, and
+routers that reproduce the popularity of experts measured on tiny; qwen15-layer is one layer of it with a small vocabulary.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import importlib.util
@@ -22,6 +28,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -29,6 +36,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +46,7 @@ import globe
 from globe import UserError, say
 
 SUITES = ("compose", "sparsemax", "decode", "fit", "quality")
-PRESETS = {"compose": (), "sparsemax": (), "decode": ("tiny", "qwen15-layer"), "fit": ("tiny", "qwen15"), "quality": ("tiny", "smol-moe")}
+PRESETS = {"compose": (), "sparsemax": (), "decode": ("tiny", "qwen15-layer", "qwen15"), "fit": ("tiny", "qwen15"), "quality": ("tiny", "smol-moe")}
 SMOL_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -500,7 +508,7 @@ def bench_sparsemax(preset: str, args: argparse.Namespace) -> list:
     return rows
 
 
-def bench_layer(args: argparse.Namespace) -> list:
+def bench_operator(args: argparse.Namespace) -> list:
     """One token through one Qwen1.5-MoE layer, all of it cached: experts_decode against transformers' experts."""
     from transformers import Qwen2MoeConfig
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
@@ -546,7 +554,11 @@ def bench_layer(args: argparse.Namespace) -> list:
     return rows
 
 
-# ---- decode ------------------------------------------------------------------------------------------
+# ---- decode: whole models ----------------------------------------------------------------------------
+DENSE = ("eager", "grouped_mm", "batched_mm")  # transformers' ways to run experts; the best of them is the peer
+SHARE = 0.25                                   # of the experts that the caches of `warm` and `cold` hold
+
+
 def tensor_gib(model: torch.nn.Module) -> float:
     """GiB that parameters, buffers and caches take."""
     size = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
@@ -563,43 +575,434 @@ def timed(run, device: torch.device) -> float:
 
 
 @torch.no_grad()
-def bench_decode(preset: str, args: argparse.Namespace) -> list:
-    """Tokens/s of prefill and greedy decode: the dense model (each experts implementation), and GloBE's cache modes.
+def prefill(model, ids: torch.Tensor, device: torch.device) -> float:
+    """Seconds from a prompt ids (1, n) to its first new token."""
+    return timed(lambda: int(model(ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax()), device)
 
-    Preset qwen15-layer: the operator alone, on one layer of true size.
-    """
-    if preset == "qwen15-layer":
-        return bench_layer(args)
-    ckpt, device, models = checkpoint_of(preset, args), globe.pick_device(args.device), {}
-    dtype = globe.as_dtype(args.dtype) or ckpt.dtype
+
+@torch.no_grad()
+def decode(model, ids: torch.Tensor, prompt: int, device: torch.device) -> float:
+    """Seconds for the tokens of a text after its first `prompt`, one at a time: the same for every model, and a real text."""
+    past = model(ids[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+
+    def run() -> None:
+        for token in ids[:, prompt:].split(1, 1):
+            int(model(token, past_key_values=past, use_cache=True).logits[0, -1].argmax())
+    return timed(run, device)
+
+
+def measure(make: dict, text: torch.Tensor, args: argparse.Namespace, device: torch.device, preset: str, load: dict) -> list:
+    """Rows of pp, tg and load for {(variant, how): function that makes the model}: memory one by one, then speed turn by turn."""
+    prompts = {f"pp{args.prefill}": lambda m: prefill(m, text[:, :args.prefill], device),
+               f"tg{args.tokens}": lambda m: decode(m, text[:, :8 + args.tokens], 8, device)}
+    peak, seconds, stats, models = {}, {}, {}, {}
+    for k in make:
+        gc.collect()
+        globe.reset_peak(device)
+        model = make[k]()
+        for run in prompts.values():
+            run(model)
+        peak[k], model = globe.peak_gib(device), None
+    models = {k: f() for k, f in make.items()}
+    for test, run in prompts.items():
+        for turn in range(args.repeats + 1):
+            for k, m in models.items():  # turn by turn, so that a slow spell hits all
+                for e in globe.globe_modules(m):
+                    e.cache.count()
+                    if k[1] == "cold":
+                        e.cache.forget()
+                seconds.setdefault((test, *k), []).append(run(m))
+                stats[(test, *k)] = globe.cache_stats(m)
+    rows = []
+    for test in prompts:
+        speed = {k: [int(test[2:]) / s for s in seconds[(test, *k)][1:]] for k in models}
+        best = max(statistics.median(v) for (variant, _), v in speed.items() if variant == "dense")
+        for (variant, how), values in speed.items():
+            value, st = statistics.median(values), stats[(test, variant, how)]
+            rows.append({"suite": "decode", "preset": preset, "test": test, "variant": variant, "implementation": how,
+                         "cache": how if variant == "globe" else None, "value": round(value, 2), "unit": "tokens/s", "ratio": round(value / best, 3),
+                         "spread": round(statistics.pstdev(values), 2), "ttft_ms": round(1e3 * int(test[2:]) / value, 2) if test[:2] == "pp" else None,
+                         "peak_gib": round(peak[variant, how], 3), "weights_gib": round(tensor_gib(models[variant, how]), 5),
+                         "cache_mib": round(st["cache_mib"], 3), "hit_rate": round(st["hit_rate"], 4) if variant == "globe" else None})
+    took = {k: [] for k in load}
+    for turn in range(args.repeats + 1):
+        for k, f in load.items():
+            took[k].append(timed(f, device))
+    fastest = min((statistics.median(s[1:]) for k, s in took.items() if k == "dense"), default=math.nan)
+    rows += [{"suite": "decode", "preset": preset, "test": "load", "variant": k, "implementation": None, "cache": None, "unit": "s",
+              "value": round(statistics.median(s[1:]), 4), "ratio": round(fastest / statistics.median(s[1:]), 3),
+              "spread": round(statistics.pstdev(s[1:]), 4), "peak_gib": None} for k, s in took.items()]
+    show(rows)
+    return rows
+
+
+def show(rows: list) -> None:
+    say(globe.text_table(("test", "variant", "how / cache", "value", "unit", "x best dense", "peak GiB", "tensors GiB", "cache MiB", "hit rate"),
+                         [(r["test"], r["variant"], r["implementation"], r["value"], r["unit"], r["ratio"], r["peak_gib"], r.get("weights_gib"),
+                           r.get("cache_mib"), r.get("hit_rate")) for r in rows]))
+
+
+def sweep(make, text: torch.Tensor, experts: int, args: argparse.Namespace, device: torch.device, preset: str) -> list:
+    """Rows of test "sweep": tokens/s and hit rate against the number of slots per layer; a plot with --png."""
+    rows = []
+    for slots in sorted({1, *(max(1, experts * i // 8) for i in range(1, 9))}):
+        model = make(slots)
+        for turn in range(3):
+            for e in globe.globe_modules(model):
+                e.cache.count()
+            took = decode(model, text[:, :8 + args.tokens], 8, device)
+        st = globe.cache_stats(model)
+        rows.append({"suite": "decode", "preset": preset, "test": "sweep", "variant": "globe", "cache": "warm", "slots": slots, "unit": "tokens/s",
+                     "value": round(args.tokens / took, 2), "ratio": None, "hit_rate": round(st["hit_rate"], 4),
+                     "cache_mib": round(st["cache_mib"], 3), "weights_gib": round(tensor_gib(model), 5), "peak_gib": None})
+    say(globe.text_table(("slots per layer", "cache MiB", "hit rate", "tokens/s"), [(r["slots"], r["cache_mib"], r["hit_rate"], r["value"]) for r in rows]))
+    if args.png:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        fig, left = plt.subplots(figsize=(6, 4))
+        right, x = left.twinx(), [r["cache_mib"] for r in rows]
+        left.plot(x, [r["value"] for r in rows], "ko-", label="tokens/s")
+        right.plot(x, [r["hit_rate"] for r in rows], "s--", color="0.5", label="hit rate")
+        left.set(xlabel="MiB held by the caches", ylabel="tokens/s (circles)", title=f"{preset}: speed and hit rate against memory", ylim=(0, None))
+        right.set(ylabel="hit rate (squares)", ylim=(0, 1.02))
+        fig.tight_layout()
+        with globe.written(Path(args.png)) as tmp:
+            fig.savefig(tmp, dpi=120, format="png")
+        plt.close(fig)
+    return rows
+
+
+def bench_decode(preset: str, args: argparse.Namespace) -> list:
+    """Tokens/s of prompt (pp), decode (tg) and the seconds of loading: the dense model in each of its ways, and GloBE cold, warm, all."""
+    if preset == "qwen15":
+        return bench_24gib(args)
+    device, dtype, source = globe.pick_device(args.device), globe.as_dtype(args.dtype) or torch.bfloat16, checkpoint_of("tiny", args)
+    text = globe.token_windows(globe.load_tokenizer(source.dir), globe.builtin_text("heldout"), 2048, 2048)
+    calibration = globe.token_windows(globe.load_tokenizer(source.dir), globe.builtin_text("calibration"), 512, 512)
     with tempfile.TemporaryDirectory() as scratch:
-        factors = globe.load_factors(quiet(["fit", "--out", f"{scratch}/run", f"model.path={ckpt.dir}", "fit.steps=10", *args.set])["factors"])
-        text = globe.token_windows(globe.load_tokenizer(ckpt.dir), globe.builtin_text("heldout"), 512, 512)  # real text: real hits
-        for how in ("eager", "grouped_mm", "batched_mm"):
-            models["dense", how] = globe.load_dense(ckpt.dir, device, dtype)
-            models["dense", how].set_experts_implementation(how)
-        for mode in ("all", "lru", "none"):
-            models["globe", mode] = globe.assemble(ckpt, factors, device, dtype, globe.CacheConfig(mode=mode))
-            globe.warm(models["globe", mode], text[:, :256])
-        tests = {f"pp{args.prefill}": lambda m: m(text[:, :args.prefill].to(device)),
-                 f"tg{args.tokens}": lambda m: m.generate(text[:, :8].to(device), max_new_tokens=args.tokens, do_sample=False,
-                                                          min_new_tokens=args.tokens, pad_token_id=0)}
-        rows = []
-        for test, run in tests.items():
-            seconds = {k: [] for k in models}
-            for turn in range(args.repeats + 1):
-                for k, m in models.items():  # turn by turn, so that a slow spell hits all
-                    seconds[k].append(timed(lambda: run(m), device))
-            speed = {k: int(test[2:]) / statistics.median(s[1:]) for k, s in seconds.items()}
-            best = max(v for (variant, _), v in speed.items() if variant == "dense")
-            for (variant, how), value in speed.items():
-                m = models[variant, how]
-                rows.append({"suite": "decode", "preset": preset, "test": test, "variant": variant, "implementation": how,
-                             "cache": how if variant == "globe" else None, "value": round(value, 2), "unit": "tokens/s",
-                             "ratio": round(value / best, 3), "weights_gib": round(tensor_gib(m), 5),
-                             "peak_gib": round(globe.peak_rss_gib(), 2), "hit_rate": globe.cache_stats(m)["hit_rate"]})
-    say(globe.text_table(("test", "variant", "how / cache", "tokens/s", "x best dense", "tensors GiB"),
-                         [(r["test"], r["variant"], r["implementation"], r["value"], r["ratio"], r["weights_gib"]) for r in rows]))
+        scratch, rows = Path(scratch), []
+        if preset == "tiny":
+            factors = quiet(["fit", "--out", f"{scratch}/run", f"model.path={source.dir}", "fit.steps=10", *args.set])["factors"]
+            quiet(["export", "--factors", factors, "--to", f"{scratch}/globe", "--no-check", "--dtype", str(dtype).removeprefix("torch.")])
+            dense = globe.load_dense(source.dir, device, dtype)
+            dense.save_pretrained(scratch / "dense")  # both in one dtype on one disk
+        else:
+            need_native("experts_decode", device)
+            rows += bench_operator(args)
+            write_qwen15(scratch / "dense", popularity(source, calibration), layers=1, vocab=4096)
+            write_qwen15_globe(scratch / "dense", scratch / "globe", qwen15_config(args))
+            text, calibration = (as_words("heldout", 2048, 4096), as_words("calibration", 512, 4096))
+        text, experts = text.to(device), globe.dims_of(globe.read_json(scratch / "dense" / "config.json")).experts
+        held = max(1, int(SHARE * experts))
+
+        def dense_model(how: str):
+            model = globe.load_dense(scratch / "dense", device, dtype)
+            model.set_experts_implementation(how)
+            return model
+
+        def globe_model(**cache):
+            model = globe.load(scratch / "globe", device, dtype, globe.CacheConfig(**cache))
+            globe.warm(model, calibration)
+            return model
+        make = {("dense", how): lambda how=how: dense_model(how) for how in DENSE if preset == "tiny" or how != "batched_mm"}
+        make |= {("globe", "all"): lambda: globe_model(mode="all"), ("globe", "warm"): lambda: globe_model(per_layer=held),
+                 ("globe", "cold"): lambda: globe_model(per_layer=held)}
+        rows += measure(make, text, args, device, preset, {"dense": lambda: globe.load_dense(scratch / "dense", device, dtype),
+                                                           "globe": lambda: globe.load(scratch / "globe", device, dtype)})
+        if args.sweep:
+            rows += sweep(lambda slots: globe_model(per_layer=slots), text, experts, args, device, preset)
+    return rows
+
+
+# ---- Qwen1.5-MoE's shapes, random weights --------------------------------------------------------------
+BLOCK = 2 ** 24  # random numbers that all tensors are cut from
+
+
+def popularity(ckpt: globe.Checkpoint, ids: torch.Tensor) -> torch.Tensor:
+    """(E,) the tiny model's shares of the routed tokens by rank, mean of its layers, stretched from its experts to Qwen's."""
+    model, shares, hooks = globe.load_dense(ckpt.dir, torch.device("cpu"), None), [], []
+
+    def note(module, args, kwargs) -> None:
+        shares.append(torch.bincount((*args, *kwargs.values())[1].flatten(), minlength=ckpt.dims.experts).double().sort(descending=True).values)
+    for _, _, m in globe.experts_modules(model).values():
+        hooks.append(m.register_forward_pre_hook(note, with_kwargs=True))
+    with torch.no_grad():
+        model(ids)
+    curve = torch.nn.functional.interpolate((sum(shares) / sum(s.sum() for s in shares))[None, None], E, mode="linear")[0, 0]
+    return curve / curve.sum()
+
+
+def router_bias(shares: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """(E,) biases with which the top 4 of z + bias, router logits z (n, E) of a text, hit the experts with these shares."""
+    bias = torch.zeros(len(shares))
+    for step in range(300):
+        hits = torch.bincount((z + bias).topk(TOP_K).indices.flatten(), minlength=len(shares)) + 1.0
+        bias += 0.3 * 0.99 ** step * z.std() * (shares / (hits / hits.sum())).log().float()
+    return bias
+
+
+def as_words(split: str, n: int, vocab: int) -> torch.Tensor:
+    """(1, n) ids of a real text's words, for a model with no tokenizer: each word has its number, so frequent ones recur."""
+    words = re.findall(r"\w+|[^\w\s]", globe.builtin_text(split))[:n]
+    return torch.tensor([[zlib.crc32(w.encode()) % vocab for w in words]])
+
+
+class Shard:
+    """A safetensors file written tensor by tensor; the header has room, so that the same bytes can be renamed later."""
+    ROOM = 2 ** 16
+
+    def __init__(self, path: Path, g: torch.Generator):
+        self.path, self.f, self.table, self.at, self.g = path, open(path, "wb"), {}, 0, g
+        self.f.seek(self.ROOM)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        raw = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+        self.f.write(raw.data)
+        kind = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32", torch.int8: "I8"}[tensor.dtype]
+        self.table[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [self.at, self.at + raw.size]}
+        self.at += raw.size
+
+    def noise(self, name: str, shape: tuple, block: torch.Tensor, scale: float) -> None:
+        """bfloat16 numbers from the random block, which starts somewhere else for each tensor."""
+        n = math.prod(shape)
+        start = int(torch.randint(max(1, len(block) - n), (1,), generator=self.g))
+        self.add(name, ((block[start:start + n] if n <= len(block) else block.repeat(-(-n // len(block)))[:n]) * scale).view(shape))
+
+    def close(self) -> None:
+        self.f.close()
+        write_header(self.path, self.table)
+
+
+def write_header(path: Path, table: dict) -> None:
+    text = json.dumps({"__metadata__": {"format": "pt"}, **table}).encode()
+    with open(path, "r+b") as f:
+        f.write((Shard.ROOM - 8).to_bytes(8, "little") + text.ljust(Shard.ROOM - 8))
+
+
+def write_index(to: Path) -> None:
+    table = {}
+    for path in sorted(to.glob("*.safetensors")):
+        with open(path, "rb") as f:
+            table |= {k: path.name for k in json.loads(f.read(int.from_bytes(f.read(8), "little"))) if k != "__metadata__"}
+    (to / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+
+
+def write_qwen15(to: Path, shares: torch.Tensor, layers: int = 24, vocab: int = 151936) -> None:
+    """A Qwen1.5-MoE checkpoint of random bfloat16 weights, a shard per layer, whose router reproduces `shares`.
+
+    Coordinate 0 of every embedding is large, so it stays nearly constant behind the norms, and the router's column 0 acts as
+    a bias. A layer's experts lie on disk as the fused layout has them, so `rename(to, fused=True)` turns one into the other.
+    """
+    from transformers import Qwen2MoeConfig
+    to.mkdir(parents=True)
+    g = torch.Generator().manual_seed(0)
+    config = Qwen2MoeConfig(hidden_size=D, moe_intermediate_size=P, num_experts=E, num_experts_per_tok=TOP_K, num_hidden_layers=layers,
+                            vocab_size=vocab, shared_expert_intermediate_size=4 * P, intermediate_size=5632, num_attention_heads=16,
+                            num_key_value_heads=16, norm_topk_prob=False, architectures=["Qwen2MoeForCausalLM"], dtype=torch.bfloat16,
+                            bos_token_id=None, eos_token_id=None)
+    config.save_pretrained(to)
+    block, offset = torch.randn(BLOCK, generator=g).bfloat16(), 10.0
+    shard = Shard(to / "model-00.safetensors", g)
+    embed = block.repeat(vocab * D // BLOCK + 1)[:vocab * D].view(vocab, D)
+    embed[:, 0] = offset
+    shard.add("model.embed_tokens.weight", embed)
+    seen = embed[as_words("calibration", 2048, vocab)[0]].float()
+    seen /= seen.square().mean(-1, keepdim=True).sqrt()  # what the routers see, but for what the layers add
+    del embed
+    shard.noise("lm_head.weight", (vocab, D), block, 0.02)
+    shard.add("model.norm.weight", torch.ones(D, dtype=torch.bfloat16))
+    shard.close()
+    for l in range(layers):
+        shard, base = Shard(to / f"model-{l + 1:02d}.safetensors", g), f"model.layers.{l}."
+        for e in range(E):
+            for n in ("gate", "up"):
+                shard.noise(f"{base}mlp.experts.{e}.{n}_proj.weight", (P, D), block, 0.02)
+        for e in range(E):
+            shard.noise(f"{base}mlp.experts.{e}.down_proj.weight", (D, P), block, 0.02)
+        for n, shape in (("gate", (4 * P, D)), ("up", (4 * P, D)), ("down", (D, 4 * P))):
+            shard.noise(f"{base}mlp.shared_expert.{n}_proj.weight", shape, block, 0.01)
+        for n in "qkvo":
+            shard.noise(f"{base}self_attn.{n}_proj.weight", (D, D), block, 0.02)
+            if n != "o":
+                shard.add(f"{base}self_attn.{n}_proj.bias", torch.zeros(D, dtype=torch.bfloat16))
+        router = 0.028 * torch.randn(E, D, generator=g)
+        router[:, 0] = 0
+        router[:, 0] = router_bias(shares[torch.randperm(E, generator=g)], seen @ router.T) / seen[0, 0]
+        shard.add(f"{base}mlp.gate.weight", router.bfloat16())
+        shard.noise(f"{base}mlp.shared_expert_gate.weight", (1, D), block, 0.01)
+        for n in ("input_layernorm", "post_attention_layernorm"):
+            shard.add(f"{base}{n}.weight", torch.ones(D, dtype=torch.bfloat16))
+        shard.close()
+    write_index(to)
+
+
+def rename(directory: Path, fused: bool) -> None:
+    """Give a checkpoint of write_qwen15 the fused layout's names, in place: only the headers change."""
+    for path in sorted(directory.glob("*.safetensors"))[1:]:
+        with open(path, "rb") as f:
+            table = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        base = f"model.layers.{int(path.stem.split('-')[1]) - 1}.mlp.experts."
+        spans = [[v["data_offsets"] for k, v in table.items() if k.startswith(base) and ("down" in k) == down] for down in (False, True)]
+        if fused and len(spans[0]) == 2 * E:
+            table = {k: v for k, v in table.items() if not k.startswith(base) and k != "__metadata__"}
+            for n, shape, span in (("gate_up_proj", [E, 2 * P, D], spans[0]), ("down_proj", [E, D, P], spans[1])):
+                table[base + n] = {"dtype": "BF16", "shape": shape, "data_offsets": [span[0][0], span[-1][1]]}
+            write_header(path, table)
+    write_index(directory)
+
+
+def qwen15_config(args: argparse.Namespace) -> globe.Config:
+    return globe.load_config(str(Path(globe.__file__).parent / "configs" / "qwen15.yaml"), [o for o in args.set if o.startswith("cache.")])
+
+
+def write_qwen15_globe(dense: Path, to: Path, cfg: globe.Config, consume: bool = False) -> None:
+    """A globe export of the sizes in configs/qwen15.yaml beside such a checkpoint: random factors, everything else its own.
+
+    consume: each of the checkpoint's layers is deleted when its own is written, where the disk has no room for both.
+    """
+    to.mkdir(parents=True)
+    ckpt, g = globe.Checkpoint(dense), torch.Generator().manual_seed(1)
+    m, r, s, layers = cfg.bank.m, cfg.bank.r, cfg.sparsity.support, ckpt.dims.layers
+    family = {"m": m, "r": r, "s": s, "groups": 1, "group": {str(l): 0 for l in layers}, "activation": cfg.bank.activation, "shift": 0.0, "scale": 1.0}
+    meta = {"format_version": globe.FORMAT_VERSION, "globe_version": globe.__version__, "model_type": "qwen2_moe", "fingerprint": "random",
+            "dims": dataclasses.asdict(ckpt.dims), "families": {f: family | {"bank": f} for f in globe.FAMILIES},
+            "experts": {str(l): list(range(E)) for l in layers}, "config": {}}
+    (to / "config.json").write_text(json.dumps(ckpt.config | {"quantization_config": {"quant_method": "globe"} | meta}))
+    state, block = globe._skeleton(ckpt.config, torch.bfloat16, meta).state_dict(), torch.randn(BLOCK, generator=g).bfloat16()
+    part = lambda name: re.search(r"layers\.(\d+)\.", name)[1] if ".layers." in name else "rest"  # noqa: E731
+    for shard_of in dict.fromkeys(map(part, state)):
+        shard = Shard(to / f"model-{shard_of}.safetensors", g)
+        for name in (n for n in state if part(n) == shard_of):
+            shape = tuple(state[name].shape)
+            if name.endswith(".gate_up_proj"):  # the dense one's name, if that is fused
+                shard.add(name, torch.zeros(1, dtype=torch.int8))
+            elif name in ckpt.shard_of:
+                shard.add(name, ckpt.tensor(name))
+            elif name.endswith("_idx"):
+                shard.add(name, torch.stack([torch.randperm(m, generator=g)[:s] for _ in range(E)]).int())
+            elif name.endswith("_val"):
+                shard.add(name, torch.full(shape, 1 / s))
+            else:
+                shard.noise(name, shape, block, 0.004 if name.endswith("_A") else 1.0)
+        shard.close()
+        if consume and shard_of != "rest":
+            ckpt._open.clear()  # an open file keeps its room
+            (dense / f"model-{int(shard_of) + 1:02d}.safetensors").unlink()
+
+
+# ---- the 24-GiB case -----------------------------------------------------------------------------------
+def mapped(directory: Path) -> torch.nn.Module:
+    """The dense model over memory-mapped files in the fused layout: eager experts use the pages where they lie."""
+    from safetensors.torch import load_file
+    model = globe._skeleton(globe.read_json(directory / "config.json"), torch.bfloat16)
+    for path in sorted(directory.glob("*.safetensors")):
+        for name, t in load_file(path).items():
+            globe._assign(model, name, t)
+    model.set_experts_implementation("eager")
+    return globe._finish(model, directory, torch.device("cpu"))
+
+
+def run_one(args: argparse.Namespace) -> list:
+    """One contender of the 24-GiB case, in a process of its own: 8 tokens of prompt, then args.tokens more, after a run to warm up."""
+    from transformers import AutoModelForCausalLM
+    device, begin, where = torch.device("cpu"), time.perf_counter(), Path(args.dir)
+    text = as_words("heldout", 8 + 4 * args.tokens, 151936)
+    if args.only == "globe":
+        model = globe.load(where / "globe", cache=qwen15_config(args).cache)
+        globe.warm(model, as_words("calibration", 128, 151936))
+    elif args.only == "mapped":
+        model = mapped(where / "dense")
+    else:
+        more = {} if args.only == "plain" else {"device_map": "auto", "max_memory": {"cpu": f"{args.limit - 3:.0f}GiB"}, "offload_folder": str(where / "offload")}
+        model = AutoModelForCausalLM.from_pretrained(where / "dense", dtype=torch.bfloat16, **more)
+    load = time.perf_counter() - begin
+    prompt = text[:, :8]
+    first = prefill(model, prompt, device)
+    for path in sorted((where / ("globe" if args.only == "globe" else "dense")).glob("*.safetensors")) if args.only in ("mapped", "globe") else ():
+        with open(path, "rb", buffering=0) as f:  # what fits in memory shall be there
+            while f.read(2 ** 24):
+                pass
+    speeds, turns = [], 1 if args.only == "offload" else 3
+    for turn in range(turns):
+        part = text[:, turn * args.tokens:][:, :8 + args.tokens]
+        for m in globe.globe_modules(model):
+            m.cache.count()
+        speeds.append((part.shape[1] - 8) / decode(model, part, 8, device))
+        say(f"  {args.only}: {speeds[-1]:.3f} tokens/s")
+    st, timed_turns = globe.cache_stats(model), speeds[1:] or speeds
+    value = statistics.median(timed_turns)
+    return [{"suite": "decode", "preset": "qwen15", "test": f"tg{args.tokens}", "variant": "globe" if args.only == "globe" else "dense",
+             "implementation": args.only, "cache": "warm" if args.only == "globe" else None, "value": round(value, 4), "unit": "tokens/s",
+             "spread": round(max(timed_turns) - min(timed_turns), 4), "peak_gib": round(globe.peak_gib(device), 2), "load_s": round(load, 2),
+             "ttft_ms": round(1e3 * first, 1), "cache_mib": round(st["cache_mib"], 1),
+             "hit_rate": round(st["hit_rate"], 4) if args.only == "globe" else None, "compose_share": round(st["compose_seconds"] * value / args.tokens, 3)}]
+
+
+def watched(args: argparse.Namespace, only: str, tokens: int, seconds: float) -> list:
+    """Rows of run_one in a process that is ended where its own memory passes --limit or its time is over; a row says so."""
+    command = [sys.executable, __file__, "decode", "--preset", "qwen15", "--only", only, "--dir", args.dir, "--tokens", str(tokens),
+               "--limit", str(args.limit), *(["--set", *args.set] if args.set else [])]
+    begin, anon, why = time.perf_counter(), 0.0, None
+    with tempfile.TemporaryFile("w+") as out:
+        p = subprocess.Popen(command, stdout=out)
+        while p.poll() is None:
+            time.sleep(0.2)
+            with contextlib.suppress(OSError, StopIteration):
+                line = next(s for s in open(f"/proc/{p.pid}/status") if s.startswith("RssAnon"))
+                anon = max(anon, int(line.split()[1]) / 2 ** 20)
+            why = f"out of memory: {anon:.1f} GiB of its own after {time.perf_counter() - begin:.0f} s, and not loaded" if anon > args.limit \
+                else f"no result in {seconds:.0f} s" if time.perf_counter() - begin > seconds \
+                else "stopped, the disk is full" if shutil.disk_usage(args.dir).free < 2 ** 31 else None
+            if why:
+                p.kill()
+                p.wait()
+        out.seek(0)
+        lines = out.read().splitlines()
+    if p.returncode == 0:
+        return [r | {"own_gib": round(anon, 2)} for r in json.loads(lines[-1])["rows"]]
+    say(f"  {only}: {why or f'exit code {p.returncode}'}")
+    return [{"suite": "decode", "preset": "qwen15", "test": f"tg{tokens}", "variant": "globe" if only == "globe" else "dense", "implementation": only, "cache": None, "value": None,
+             "unit": "tokens/s", "ratio": None, "peak_gib": None, "own_gib": round(anon, 2), "why": why or f"exit code {p.returncode}"}]
+
+
+def bench_24gib(args: argparse.Namespace) -> list:
+    """Qwen1.5-MoE in bfloat16 (26.7 GiB) on a 24-GiB machine: the dense ways, and GloBE; 32 tokens after a prompt of 8."""
+    where = Path(args.dir or globe.user_cache() / "qwen15")
+    args.dir, tokens = str(where), min(args.tokens, 32)
+    if args.only:
+        if not (where / ("globe" if args.only == "globe" else "dense")).is_dir():
+            raise UserError(f"--only {args.only}: expected files that --keep left in {where}, found none")
+        args.tokens = tokens
+        return run_one(args)
+    need_native("experts_decode", torch.device("cpu"))
+    where.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(where).free / 2 ** 30
+    if free < 40 and not (where / "dense").is_dir():
+        raise UserError(f"qwen15: expected 40 GiB free on the disk of {where}, found {free:.0f}; --dir names another place")
+    try:
+        if not (where / "dense").is_dir():
+            begin, source = time.perf_counter(), checkpoint_of("tiny", args)
+            calibration = globe.token_windows(globe.load_tokenizer(source.dir), globe.builtin_text("calibration"), 512, 512)
+            with globe.written(where / "dense") as tmp:
+                write_qwen15(tmp, popularity(source, calibration))
+            say(f"  dense checkpoint: {globe.weight_bytes(where / 'dense') / 2 ** 30:.1f} GiB, written in {time.perf_counter() - begin:.0f} s")
+        rows = watched(args, "plain", tokens, 300)
+        rows += watched(args, "offload", 2, 300)
+        shutil.rmtree(where / "offload", ignore_errors=True)
+        rename(where / "dense", fused=True)
+        rows += watched(args, "mapped", tokens, 400)
+        if not (where / "globe").is_dir():
+            with globe.written(where / "globe") as tmp:
+                write_qwen15_globe(where / "dense", tmp, qwen15_config(args), consume=not args.keep)
+            say(f"  globe export: {globe.weight_bytes(where / 'globe') / 2 ** 30:.1f} GiB")
+        rows += watched(args, "globe", tokens, 400)
+    finally:
+        for made in () if args.keep else ("dense", "globe", "offload"):
+            shutil.rmtree(where / made, ignore_errors=True)
+    best = max((r["value"] for r in rows if r["variant"] == "dense" and r["value"]), default=math.nan)
+    rows = [r | {"ratio": round(r["value"] / best, 3) if r["value"] else None} for r in rows]
+    show(rows)
     return rows
 
 
@@ -734,7 +1137,7 @@ def bench_scale(args: argparse.Namespace) -> list:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} or all; default: decode")
-    parser.add_argument("--preset", nargs="+", help="tiny; qwen15-layer (decode only); smol-moe (quality only; needs "
+    parser.add_argument("--preset", nargs="+", help="tiny; qwen15-layer and qwen15 (decode only; the latter takes 40 GiB of disk); smol-moe (quality only; needs "
                         "SMOL_DIR or the hub). Default: tiny, and for decode, asked for by name, qwen15-layer too")
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.8, 0.6], help="quality: stored / dense sizes")
     parser.add_argument("--experts", type=int, default=8, help="smol-moe: slices per layer (8 of 192, or 4 of 384)")
@@ -742,10 +1145,15 @@ def main(argv=None) -> int:
     parser.add_argument("--peers", nargs="+", default=["closed"], choices=(*PEERS, "closed", "all", "none"),
                         help="quality: which peers; closed: those in closed form (default); mobe and slbf take hours on smol-moe")
     parser.add_argument("--heal", action="store_true", help="quality: heal globe's factors too (variant globe+heal)")
-    parser.add_argument("--png", metavar="FILE", help="quality: plot of the loss against the size")
+    parser.add_argument("--png", metavar="FILE", help="quality: plot of the loss against the size; decode --sweep: of speed and hit rate against memory")
     parser.add_argument("--windows", type=int, default=12, help="quality: evaluation windows of 512 tokens per text")
-    parser.add_argument("--tokens", type=int, default=64, help="decode: new tokens")
-    parser.add_argument("--prefill", type=int, default=256, help="decode: prompt tokens of the prefill test")
+    parser.add_argument("--tokens", type=int, default=128, help="decode: new tokens (qwen15: at most 32)")
+    parser.add_argument("--prefill", type=int, default=512, help="decode: prompt tokens of the prefill test")
+    parser.add_argument("--sweep", action="store_true", help="decode: also over cache sizes")
+    parser.add_argument("--dir", help="qwen15: where its files go (40 GiB; with --keep 46); default: the user's cache")
+    parser.add_argument("--keep", action="store_true", help="qwen15: leave them there, for the next run")
+    parser.add_argument("--limit", type=float, default=21, metavar="GIB", help="qwen15: a process is ended when it holds more of its own")
+    parser.add_argument("--only", choices=("plain", "offload", "mapped", "globe"), help="qwen15: this way alone, in this process, on files that --keep left")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, help="fit: steps of each method (default 60); quality: of mobe and slbf (default 3000)")
     parser.add_argument("--mobe-steps", type=int, default=3000, help="fit: most steps of MoBE's setting on its way to our error")
@@ -768,15 +1176,17 @@ def main(argv=None) -> int:
             odd = [g for g in given if g not in good]
             if odd:
                 raise UserError(f"{what}: expected {', '.join(sorted(good))}, found {odd[0]!r}")
-        for name in ("experts", "windows", "tokens", "prefill", "repeats", "steps"):
-            if (value := getattr(args, name)) is not None and value < 1:
-                raise UserError(f"--{name}: expected 1 or more, found {value}")
+        for name, most in {"experts": 10 ** 6, "windows": 10 ** 6, "tokens": 2000, "prefill": 2048, "repeats": 10 ** 6, "steps": 10 ** 9}.items():
+            if (value := getattr(args, name)) is not None and not 1 <= value <= most:
+                raise UserError(f"--{name}: expected 1 to {most}, found {value}")
         if not all(0 < x < 10 for x in args.ratio):
             raise UserError(f"--ratio: expected numbers above 0, as 0.8, found {args.ratio}")
         rows, device = [], globe.pick_device(args.device)
         for path in (Path(p) for p in (args.json, args.png) if p):  # now, not after an hour
             if path.is_dir() or not path.absolute().parent.is_dir():
                 raise UserError(f"{path}: expected a file in a directory that is there")
+        if args.png and not importlib.util.find_spec("matplotlib"):
+            raise UserError("--png needs matplotlib, which is not installed")
         presets = args.preset or ["tiny", "qwen15-layer"][:1 + bool(args.suites)]
         for suite in suites:
             for preset in presets if PRESETS[suite] else [None]:

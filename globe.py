@@ -27,6 +27,7 @@ One flow, no way back:
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -185,11 +186,12 @@ class CalibConfig:
 
 @dataclass
 class CacheConfig:
-    mode: str = "lru"                   # lru | all (every expert composed once and held) | none
+    mode: str = "lru"                   # lru | lfu (keeps the most used, not the most recent) | all (every expert composed
+                                        # once and held) | none
     per_layer: int | None = None        # slots per layer; default: half of the experts
-    budget: float | None = None         # MiB for all layers together, in place of per_layer
+    budget: float | None = None         # MiB for all layers together, in place of per_layer, shared out by what each asks for
     dtype: str | None = None            # of what is held; default: the model's
-    warmup_tokens: int = 256
+    warmup_tokens: int = 256            # of calibration text, to fill the caches and share out the budget
 
 
 @dataclass
@@ -284,7 +286,7 @@ CHOICES = {
     "model.normalize": ("none", "scale", "zscore"), "bank.activation": ("identity", "silu", "tanh"),
     "bank.init": ("auto", "experts", "svd", "dictionary", "random"), "sparsity.map": ("auto", "sparsemax", "entmax", "softmax", "signed"),
     "sparsity.alpha": (1.0, 1.5, 2.0), "fit.method": ("varpro", "am", "adam"), "fit.metric": ("data", "weights"),
-    "cache.mode": ("lru", "all", "none"), "log.to": ("none", "trackio", "wandb"),
+    "cache.mode": ("lru", "lfu", "all", "none"), "log.to": ("none", "trackio", "wandb"),
     "heal.bank": ("auto", "train", "freeze"),
     "fit.dtype": ("float64", "float32", "tf32", "bfloat16", "float16"),
     "export.dtype": (None, "float32", "bfloat16", "float16"), "cache.dtype": (None, "float32", "bfloat16", "float16"),
@@ -744,6 +746,20 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def reset_peak(device: torch.device) -> None:
+    """Measure peak memory afresh from here on, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib(device: torch.device) -> float:
+    """GiB at most resident since reset_peak, with what an accelerator held."""
+    there = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory() if device.type == "mps" else 0
+    return peak_rss_gib() + there / 2 ** 30
+
+
 def peak_rss_gib() -> float:
     try:
         import resource
@@ -778,7 +794,7 @@ def train_dtype(name: str, device: torch.device) -> torch.dtype | None:
 # ======================================================================================================
 # 2. Operators: one entry point each; the torch form is the fallback and the oracle of the native one in csrc/
 # ======================================================================================================
-KERNELS_VERSION = 1  # of the schemas in csrc/; a library of another version is refused
+KERNELS_VERSION = 2  # of the schemas in csrc/; a library of another version is refused
 
 
 @functools.cache
@@ -844,7 +860,7 @@ def _register_kernels() -> None:
     ops, like = torch.ops.globe, torch.empty_like
     for name, fake in {
         "compose": lambda bank, idx, val, activation: bank.new_empty(idx.shape[0], *bank.shape[1:]),
-        "compose_out": lambda bank, idx, val, activation, out: None,
+        "compose_out": lambda bank, idx, val, activation, out, slot: None,
         "compose_backward": lambda grad, bank, idx, val, activation: (like(bank), like(val)),
         "simplex": lambda x, alpha: (like(x), x.new_empty(x.shape[:-1], dtype=torch.int64)),
         "simplex_backward": lambda grad, p, alpha: like(p),
@@ -875,6 +891,11 @@ def _register_kernels() -> None:
 @torch.compiler.assume_constant_result
 def _native(op: str, device: str) -> bool:
     """Whether the native form of an operator serves a kind of device; under torch.compile, settled while tracing."""
+    return _has_kernel(op, device)
+
+
+@functools.cache
+def _has_kernel(op: str, device: str) -> bool:
     return kernels().startswith("native") and torch._C._dispatch_has_kernel_for_dispatch_key(f"globe::{op}", device.upper())
 
 
@@ -984,14 +1005,14 @@ def phi(z: Tensor, activation: str) -> Tensor:
     return {"identity": lambda t: t, "silu": F.silu, "tanh": torch.tanh}[activation](z)
 
 
-def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence[Tensor],
-            activation: str = "identity", out: Tensor | None = None) -> Tensor:
+def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence[Tensor], activation: str = "identity",
+            out: Tensor | None = None, slot: Tensor | None = None) -> Tensor:
     """Composed bases B~_i = phi(sum_j val_ij bank[idx_ij]).
 
     bank (m, r, d), idx (E, s) integers in [0, m), val (E, s) -> (E, r, d) in the bank's dtype, summed in float32 or
     better. A padded entry has val 0; ragged supports are sequences of E one-dimensional tensors. Differentiable in
-    bank and val, unless written into `out` (contiguous, of the result's shape and dtype). Raises IndexError for an
-    index outside the bank, ValueError for shapes that do not fit.
+    bank and val, unless written into `out` (contiguous, of the result's shape and dtype), or into out[slot], `out` (S, r, d)
+    and slot (E,) int64. Raises IndexError for an index outside the bank, ValueError for shapes that do not fit.
     """
     if not isinstance(idx, Tensor):
         idx = nn.utils.rnn.pad_sequence(list(idx), batch_first=True)
@@ -1000,17 +1021,17 @@ def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence
         raise ValueError(f"compose: expected bank (m, r, d), idx and val (E, s), found {tuple(bank.shape)}, "
                          f"{tuple(idx.shape)}, {tuple(val.shape)}")
     m, r, d = bank.shape
-    if out is not None and (out.shape != (idx.shape[0], r, d) or out.dtype != bank.dtype or not out.is_contiguous()):
-        raise ValueError(f"compose: out: expected a contiguous {(idx.shape[0], r, d)} of {bank.dtype}, found {tuple(out.shape)} "
-                         f"of {out.dtype}")
-    # while compiling, data cannot be looked at: the native operator checks when it runs
-    if not torch.compiler.is_compiling() and idx.numel() and not (0 <= int(idx.min()) and int(idx.max()) < m):
+    want = (idx.shape[0] if slot is None or out is None else len(out), r, d)
+    if out is not None and (out.shape != want or out.dtype != bank.dtype or not out.is_contiguous()):
+        raise ValueError(f"compose: out: expected a contiguous {want} of {bank.dtype}, found {tuple(out.shape)} of {out.dtype}")
+    # while compiling, data cannot be looked at, and into slots it need not be: the native operator checks when it runs
+    if slot is None and not torch.compiler.is_compiling() and idx.numel() and not (0 <= int(idx.min()) and int(idx.max()) < m):
         raise IndexError(f"compose: indices in [0, {m}) expected, found {int(idx.min())}..{int(idx.max())}")
     wide = torch.promote_types(bank.dtype, torch.float32)
     E, s = idx.shape
     if _native("compose", bank.device.type):
         args = bank.contiguous(), idx.long().contiguous(), val.to(wide).contiguous(), activation
-        return torch.ops.globe.compose(*args) if out is None else torch.ops.globe.compose_out(*args, out) or out
+        return torch.ops.globe.compose(*args) if out is None else torch.ops.globe.compose_out(*args, out, slot) or out
     if E * s >= m and E > 1:  # many experts: one product over the dense mixture reads the bank once
         w = torch.zeros(E, m, dtype=wide, device=bank.device).index_put(
             (torch.arange(E, device=idx.device)[:, None].expand(E, s), idx.long()), val.to(wide), accumulate=True)
@@ -1024,7 +1045,7 @@ def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence
             rows.append(z)
         z = torch.stack(rows) if rows else bank.new_zeros(0, r, d, dtype=wide)
     y = phi(z, activation).to(bank.dtype)
-    return y if out is None else out.copy_(y)
+    return y if out is None else out.copy_(y) if slot is None else out.index_copy_(0, slot, y)
 
 
 # ======================================================================================================
@@ -2662,43 +2683,63 @@ def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
 # 7. Runtime: composed-basis cache, GlobeExperts, patch
 # ======================================================================================================
 class ExpertCache:
-    """LRU cache of composed items in preallocated slots; key: expert, value: one tensor per family (views of slots)."""
+    """Cache of composed items: expert -> a slot in preallocated slabs, one slab per family.
 
-    def __init__(self, slots: int):
-        self.slots, self.slot_of, self.slabs = slots, OrderedDict(), None  # slot_of: least recently used first
-        self.hits = self.misses = 0
-        self.free, self.table = [], None  # table: slots and rows as a tensor, made when the native decode asks
+    What goes first is the least recently used, or, by_uses, the least used. Memory is taken once, at the first use, and stays
+    at slots times one item. `lock` is held while a step uses the slots, so that threads which generate at once take turns.
+    """
 
-    def get(self, key: int, build: Callable[[int, dict], dict]) -> dict:
-        """The item of `key`; build(key, slot) makes it, in the slot's tensors (family: tensor) where it can."""
-        if key in self.slot_of:
-            self.hits += 1
-            self.slot_of.move_to_end(key)
-            i = self.slot_of[key]
-            return {f: slab[i] for f, slab in self.slabs.items()}
-        self.misses += 1
-        if not self.slots:
-            return build(key, {})
-        if self.slabs is None:
-            self.slabs = {f: t.new_empty(self.slots, *t.shape) for f, t in build(key, {}).items()}
-            self.free = list(range(self.slots))[::-1]
-        self.table = None
-        if not self.free:
-            self.free.append(self.slot_of.popitem(last=False)[1])
-        slot = {f: slab[self.free[-1]] for f, slab in self.slabs.items()}
-        for f, t in build(key, slot).items():
-            if t is not slot[f]:
-                slot[f].copy_(t)
-        self.slot_of[key] = self.free.pop()  # only now: a build that failed leaves its slot free
-        return slot
+    def __init__(self, slots: int, by_uses: bool = False):
+        self.slots, self.by_uses, self.lock = slots, by_uses, threading.RLock()
+        self.clear()
 
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.slabs or {}).values())
+    def __reduce__(self):  # a copy begins empty: what was held can be composed again, and a lock cannot be copied
+        return ExpertCache, (self.slots, self.by_uses)
 
     def clear(self) -> None:
-        self.slot_of.clear()
-        self.slabs = self.table = None
-        self.hits = self.misses = 0
+        """As new: no memory taken, nothing counted."""
+        self.slabs, self.uses = {}, collections.Counter()  # family: (slots, rows, columns); steps that used an expert, held or not
+        self.forget()
+        self.count()
+
+    def forget(self) -> None:
+        self.slot_of, self.free = OrderedDict(), list(range(self.slots))[::-1]  # least recently used first
+        self.table = None  # slots and rows by expert, as tensors
+
+    def count(self) -> None:
+        """Start the statistics afresh: lookups that found their expert, those that did not, seconds spent composing."""
+        self.hits, self.misses, self.seconds = 0, 0, 0.0
+
+    def hold(self, keys: Sequence[int], build: Callable[[list, list], None]) -> None:
+        """Have these experts, at most `slots` of them, in slots: build(missing experts, their slots) fills all at once.
+
+        The last of them counts as the most recently used, whichever were there.
+        """
+        missing = [k for k in keys if k not in self.slot_of]
+        self.uses.update(keys)
+        self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
+        for k in keys:
+            if k in self.slot_of:
+                self.slot_of.move_to_end(k)  # a missing one then evicts none of these
+        if missing:
+            begin, self.table = time.perf_counter(), None
+            slots = [self.free.pop() if self.free else self._evict(keys) for _ in missing]
+            self.free += slots[::-1]  # a build that fails leaves them free
+            build(missing, slots)
+            del self.free[-len(slots):]
+            self.slot_of.update(zip(missing, slots))
+            for k in keys:
+                self.slot_of.move_to_end(k)
+            self.seconds += time.perf_counter() - begin
+
+    def _evict(self, keys: Sequence[int]) -> int:
+        """The slot of the first to go, which is none of keys."""
+        if self.by_uses:
+            return self.slot_of.pop(min((k for k in self.slot_of if k not in keys), key=self.uses.__getitem__))
+        return self.slot_of.popitem(last=False)[1]
+
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.slabs.values())
 
 
 class GlobeBank(nn.Module):
@@ -2710,23 +2751,30 @@ class GlobeBank(nn.Module):
             for g in range(f["groups"] if f["bank"] == name else 0):
                 shape = (f["m"], f["r"], meta["dims"]["d"])
                 setattr(self, f"{name}_{g}", nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+        self.cache, self.scratch, self.scratch_slots = CacheConfig(), {}, 1  # device: slots of layers that have none of their own
+
+    def _apply(self, fn, recurse=True):
+        self.scratch.clear()
+        return super()._apply(fn, recurse)
 
 
 NATIVE_ACTS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "ReLU": "relu"}  # of experts_decode
-DECODE_TOKENS = 8  # up to so many tokens experts_decode is the faster form: every weight is read once for all of them
+DECODE_TOKENS = 8   # up to so many, experts_decode beats grouped products on an accelerator; on a CPU it serves any number
+CHUNK_TOKENS = 2048  # of a prefill; bounds what its intermediate results take
+FLOPS_PER_NUMBER = 40  # that a CPU core computes while it reads one bfloat16 number: weighs a product against a read
 
 
 class GlobeExperts(nn.Module):
     """Drop-in for a transformers experts module: same forward(hidden_states, top_k_index, top_k_weights).
 
-    Families with factors run through composed bases or, where r (p + d) >= p d, composed weights, from the cache;
-    every other matrix is dense. Tensors are created on the meta device; patch and load put real ones in their place.
+    Families with factors run through composed bases or composed weights from the cache, every other matrix is dense.
+    Tensors are created on the meta device; patch and load put real ones in their place.
     """
 
     def __init__(self, meta: dict, layer: int, old: nn.Module, bank: GlobeBank, cache: CacheConfig):
         super().__init__()
         D = _meta_dims(meta)
-        self.layer, self.num_experts, self.intermediate_dim, self.hidden_dim = layer, D.experts, D.p, D.d
+        self.layer, self.num_experts, self.intermediate_dim, self.hidden_dim, self.top_k = layer, D.experts, D.p, D.d, D.top_k
         self.fitted = {e: i for i, e in enumerate(meta["experts"][str(layer)])}
         self.dense_row = {e: i for i, e in enumerate(e for e in range(D.experts) if e not in self.fitted)}
         self.families, self.composed = meta["families"], bool(meta.get("composed"))
@@ -2755,25 +2803,28 @@ class GlobeExperts(nn.Module):
         self._gate = types.MethodType(type(old)._apply_gate, self)
         plain = type(old)._apply_gate.__name__ == "_default_apply_gate"  # act(gate) * up
         self.native_act = NATIVE_ACTS.get(type(getattr(self, "act_fn", None)).__name__) if plain else None
-        self.hold = {f: "weight" if F_["r"] * (D.p + D.d) >= D.p * D.d else "basis" for f, F_ in self.families.items()}
-        self.cache_dtype = as_dtype(cache.dtype)
-        self.set_cache(cache)
+        self.hold, self.cache_dtype, self.cache = dict.fromkeys(self.families, "basis"), as_dtype(cache.dtype), ExpertCache(0)
+        self.constants = ([int(f in self.families) for f in FAMILIES], [float(self.families.get(f, {}).get("scale", 1)) for f in FAMILIES],
+                          [float(self.families.get(f, {}).get("shift", 0)) for f in FAMILIES], self.native_act)  # of experts_decode
 
     def _new(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> None:
         setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
 
-    def item_bytes(self) -> int:
-        """Bytes of one cached expert in the model's dtype."""
-        A = getattr(self, f"{next(iter(self.families))}_A")
-        size = (self.cache_dtype or A.dtype).itemsize
-        rows = [self.intermediate_dim if self.hold[f] == "weight" else F_["r"] for f, F_ in self.families.items()]
-        return sum(rows) * self.hidden_dim * size
+    def held(self, weights: bool) -> dict:
+        """{family: "basis" | "weight"}: what is held, if composed weights are where they take fewer products to use."""
+        p, d = self.intermediate_dim, self.hidden_dim
+        return {f: "weight" if weights and F_["r"] * (p + d) >= p * d and not self.composed else "basis" for f, F_ in self.families.items()}
 
-    def set_cache(self, cache: CacheConfig, layers: int = 1) -> None:
-        """Slots of this layer: 0 (none), all, per_layer, or this layer's even part of the budget."""
-        n = len(self.fitted)
-        lru = int(cache.budget * 2 ** 20 / layers // self.item_bytes()) if cache.budget else cache.per_layer or (n + 1) // 2
-        self.cache = ExpertCache({"none": 0, "all": n, "lru": min(n, lru)}[cache.mode])
+    def costs(self, hold: dict) -> tuple:
+        """(bytes of an item, numbers that move in one use, in one miss)."""
+        p, d, item, use, miss = self.intermediate_dim, self.hidden_dim, 0, 0, 0
+        for f, F_ in self.families.items():
+            r, weight = F_["r"], hold[f] == "weight"
+            item += (p if weight else r) * d
+            use += p * d if weight else r * (p + d)
+            miss += F_["s"] * r * d + (2 * p * r * d // FLOPS_PER_NUMBER if weight else 0)
+        A = self._parameters[f"{next(iter(self.families))}_A"]
+        return item * (self.cache_dtype or A.dtype).itemsize, use, miss
 
     def train(self, mode: bool = True):
         self.cache.clear()  # factors may have moved while training
@@ -2783,47 +2834,104 @@ class GlobeExperts(nn.Module):
         self.cache.clear()  # slots follow the module to its new device and dtype
         return super()._apply(fn, recurse)
 
-    def _basis(self, f: str, i: int, out: Tensor | None = None) -> Tensor:
+    def _basis(self, f: str, rows: Sequence[int], out: Tensor | None = None, slot: Tensor | None = None) -> Tensor:
+        """B~ (n, r, d) of rows; into out[slot] where those are given."""
         if self.composed:
-            return getattr(self, f"{f}_basis")[i]
+            return getattr(self, f"{f}_basis")[rows]
         F_ = self.families[f]
-        bank, idx = getattr(self._bank[0], f"{F_['bank']}_{F_['group'][str(self.layer)]}"), getattr(self, f"{f}_idx")[i:i + 1]
-        if bank.device != idx.device:  # layers spread over devices: fetch the bases that this expert mixes, not the bank
-            bank = bank[idx[0].long().to(bank.device)].to(idx.device)
-            idx = torch.arange(idx.shape[1], device=idx.device)[None]
-        out = out if out is not None and out.dtype == bank.dtype else None
-        y = compose(bank, idx, getattr(self, f"{f}_val")[i:i + 1], F_["activation"], out=None if out is None else out[None])
-        return y[0] if out is None else out
+        bank, idx = self._bank_of(f), getattr(self, f"{f}_idx")[rows]
+        if bank.device != idx.device:  # layers spread over devices: fetch the bases that these experts mix, not the bank
+            used, idx = idx.long().unique(return_inverse=True)
+            bank = bank[used.to(bank.device)].to(idx.device)
+        return compose(bank, idx, getattr(self, f"{f}_val")[rows], F_["activation"], out, slot)
 
-    def _build(self, e: int, slot: dict) -> dict:
-        """What the cache holds of expert e, per family: B~ (r, d) or W^ (p, d); a basis is composed in its slot."""
-        item = {}
-        for f in self.families:
-            i = self.fitted[e]
-            X = self._basis(f, i, slot.get(f) if self.hold[f] == "basis" else None)
-            if self.hold[f] == "weight":
-                X = self.families[f]["shift"] + self.families[f]["scale"] * (getattr(self, f"{f}_A")[i] @ X)
-            item[f] = X.to(self.cache_dtype) if self.cache_dtype else X
-        return item
+    def _bank_of(self, f: str) -> Tensor:
+        F_ = self.families[f]
+        return self._bank[0]._parameters[f"{F_['bank']}_{F_['group'][str(self.layer)]}"]
 
-    def item(self, e: int) -> dict:
+    def _value(self, f: str, row: int) -> Tensor:
+        """What is held of one row: B~ (r, d), or W^ as the model has it, (p, d) and of down (d, p)."""
+        X = self._basis(f, [row])[0]
+        if self.hold[f] == "basis":
+            return X
+        W = self.families[f]["shift"] + self.families[f]["scale"] * (getattr(self, f"{f}_A")[row] @ X)
+        return W.T if f == "down" else W
+
+    def _fill(self, cache: ExpertCache, experts: list, slots: list) -> None:
+        """Compose experts into their slots: bases of a family in one call, straight into its slab."""
+        rows, at = [self.fitted[e] for e in experts], None
+        for f, slab in self._slabs(cache).items():
+            if self.hold[f] == "basis" and slab.dtype == self._bank_of(f).dtype:
+                at = torch.tensor(slots, device=slab.device) if at is None else at
+                self._basis(f, rows, slab, at)
+            else:
+                for row, i in zip(rows, slots):
+                    slab[i] = self._value(f, row)
+
+    def _slabs(self, cache: ExpertCache) -> dict:
+        """{family: what is held, by slot}, allocated at first use; the stored bases of a composed export serve as they are."""
+        if self.composed:
+            return {f: self._parameters[f"{f}_basis"] for f in self.families}
+        if not cache.slabs:
+            p, d = self.intermediate_dim, self.hidden_dim
+            for f, F_ in self.families.items():
+                A, shape = self._parameters[f"{f}_A"], (F_["r"], d) if self.hold[f] == "basis" else (d, p) if f == "down" else (p, d)
+                cache.slabs[f] = torch.empty(cache.slots, *shape, dtype=self.cache_dtype or A.dtype, device=A.device)
+        return cache.slabs
+
+    def _slots(self) -> ExpertCache:
+        """This layer's cache; where it has no slots, those that such layers share."""
+        if self.cache.slots:
+            return self.cache
+        device, bank = self._parameters[f"{next(iter(self.families))}_A"].device, self._bank[0]
+        return bank.scratch.setdefault(device, ExpertCache(bank.scratch_slots))
+
+    def full(self) -> bool:
+        """Every fitted expert is held, so that nothing will be composed or evicted again."""
+        return self.composed or len(self.cache.slot_of) == len(self.fitted)
+
+    def _table(self, cache: ExpertCache) -> tuple:
+        """Experts' slots, and their rows among the adapters, (E,) each."""
+        if cache.table is None:
+            device = self._parameters[f"{next(iter(self.families))}_A"].device
+            cache.table = tuple(torch.tensor([of.get(e, -1) for e in range(self.num_experts)], device=device)
+                                for of in (self.fitted if self.composed else cache.slot_of, self.fitted))
+        return cache.table
+
+    def trains(self) -> bool:
+        fresh = self.training or torch.is_grad_enabled()  # training: also in the no-grad pass of gradient checkpointing
+        return fresh and any(p.requires_grad for m in (self, *self._bank) for n, p in m.named_parameters() if n[-4:] != "proj")
+
+    def fresh(self, x: Tensor) -> bool:
+        """Whether items are composed for x alone: factors learn, or a gradient goes back to x after slots were refilled."""
+        return self.trains() or torch.is_grad_enabled() and x.requires_grad and not self.full()
+
+    def item(self, e: int, fresh: bool) -> dict:
+        """{family: what is held} of one expert; with gradients where its factors learn. Call it under the cache's lock."""
         if e not in self.fitted:
             return {}
-        fresh = self.training or torch.is_grad_enabled()  # training: also in the no-grad pass of gradient checkpointing
-        trains = fresh and any(p.requires_grad for m in (self, *self._bank) for n, p in m.named_parameters() if n[-4:] != "proj")
-        return self._build(e, {}) if trains else self.cache.get(e, self._build)
+        if fresh:
+            self.cache.misses += 1
+            return {f: self._value(f, self.fitted[e]) for f in self.families}
+        cache = self._slots()
+        if not self.composed:
+            self.hold_only(cache, [e])
+        return {f: slab[self.fitted[e] if self.composed else cache.slot_of[e]] for f, slab in self._slabs(cache).items()}
+
+    def hold_only(self, cache: ExpertCache, experts: Sequence[int]) -> None:
+        if cache is not self.cache:  # another layer's experts may lie there, under the same numbers
+            cache.forget()
+        cache.hold(experts, functools.partial(self._fill, cache))
 
     def project(self, f: str, x: Tensor, e: int, item: dict) -> Tensor:
         """x (t, d) -> x W^T (t, p) for gate and up; h (t, p) -> h W_down^T (t, d) for down."""
-        down = f == "down"
         if f not in item:
-            W = getattr(self, f"{f}_proj")[self.dense_row[e] if f in self.families else e]
-            return F.linear(x, W)
+            return F.linear(x, getattr(self, f"{f}_proj")[self.dense_row[e] if f in self.families else e])
         M = item[f].to(x.dtype)
         if self.hold[f] == "weight":
-            return x @ M if down else F.linear(x, M)
+            return F.linear(x, M)
         A, F_ = getattr(self, f"{f}_A")[self.fitted[e]], self.families[f]
-        y = (x @ A) @ M if down else F.linear(F.linear(x, M), A)
+        y = (x @ A) @ M if f == "down" else F.linear(F.linear(x, M), A)
         y = y * F_["scale"]
         return y + F_["shift"] * x.sum(-1, keepdim=True) if F_["shift"] else y
 
@@ -2831,54 +2939,96 @@ class GlobeExperts(nn.Module):
         """act(gate x) * up x (t, p), by the model's own gate."""
         return self._gate(torch.cat([self.project("gate", x, e, item), self.project("up", x, e, item)], -1))
 
-    def _decode(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
-        """The layer by the native operator, straight from the cache's slots; None where it does not serve."""
-        cache, E = self.cache, self.num_experts
-        if (not 0 < len(x) <= DECODE_TOKENS or not cache.slots or self.dense_row or not self.native_act or torch.is_grad_enabled()
-                or not _native("experts_decode", x.device.type)):
-            return None
-        if x.device.type == "cpu":
-            ids = {e for e in index.reshape(-1).tolist() if e < E}
-            if len(ids) > cache.slots:
-                return None
-            for e in sorted(ids, key=lambda e: e not in cache.slot_of):  # hits first: a miss then evicts none of these
-                self.item(e)
-        elif len(cache.slot_of) < len(self.fitted):
-            return None  # elsewhere the host does not know the indices, and waiting to see them costs more
-        else:
-            cache.hits += index.numel()
-        families = [(cache.slabs[f], getattr(self, f"{f}_A") if self.hold[f] == "basis" else None) if f in self.families
-                    else (getattr(self, f"{f}_proj"), None) for f in FAMILIES]
-        if any(t is not None and t.dtype != x.dtype for pair in families for t in pair):
-            return None
-        if cache.table is None:
-            cache.table = torch.tensor([[cache.slot_of.get(e, -1) for e in range(E)], [self.fitted[e] for e in range(E)]], device=x.device)
-        scale, shift = ([float(self.families.get(f, {}).get(k, default)) for f in FAMILIES] for k, default in (("scale", 1), ("shift", 0)))
-        weights = weights if weights.dtype == torch.float32 else weights.to(x.dtype)
-        return torch.ops.globe.experts_decode(
-            x.contiguous(), index.long().contiguous(), weights.contiguous(), *cache.table, *(t for pair in families for t in pair),
-            [int(f in self.families) for f in FAMILIES], scale, shift, self.native_act)
+    def _families(self, cache: ExpertCache) -> list:
+        """[(held or dense weights, adapters or None)] of gate, up and down."""
+        slabs, P = self._slabs(cache), self._parameters
+        return [(slabs[f], P[f"{f}_A"] if self.hold[f] == "basis" else None) if f in slabs else (P[f"{f}_proj"], None) for f in FAMILIES]
+
+    def _run(self, x: Tensor, index: Tensor, weights: Tensor, cache: ExpertCache) -> Tensor:
+        """The layer, with every expert of index in its slot: natively, by grouped products, or expert by expert."""
+        families, cpu = [] if self.dense_row else self._families(cache), x.device.type == "cpu"
+        if (families and not x.requires_grad and not weights.requires_grad
+                and all(t is None or t.dtype == x.dtype and t.is_contiguous() for pair in families for t in pair)):
+            if (self.native_act and (cpu or len(x) <= DECODE_TOKENS) and len(x) and x.dtype != torch.float64
+                    and _native("experts_decode", x.device.type)):
+                weights = weights if weights.dtype == torch.float32 else weights.to(x.dtype)
+                return torch.ops.globe.experts_decode.default(
+                    x.contiguous(), index.long().contiguous(), weights.contiguous(), *self._table(cache), *(t for pair in families for t in pair),
+                    *self.constants)
+            aligned = all(n * t.itemsize % 16 == 0 for pair in families for t in pair if t is not None for n in t.shape[1:])
+            if self.in_order(cache) and len(x) and aligned and (cpu or x.dtype == torch.bfloat16):
+                return self._grouped(x, index, weights, families)
+        return self._by_expert(x, index, weights)
+
+    def in_order(self, cache: ExpertCache) -> bool:
+        """Every expert lies in the slot of its own number."""
+        return self.composed or self.full() and all(e == i for e, i in cache.slot_of.items())
+
+    def _grouped(self, x: Tensor, index: Tensor, weights: Tensor, families: list) -> Tensor:
+        """Grouped products over tokens sorted by expert; the host need not know the routing. Experts lie in order."""
+        E, (flat, order) = self.num_experts, index.reshape(-1).sort(stable=True)
+        token = order // index.shape[-1]
+        counts = torch.zeros(E + 1, dtype=torch.int32, device=x.device).scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+        ends, xs = counts.cumsum(0, dtype=torch.int32)[:E], x[token]
+
+        def project(f: str, x: Tensor) -> Tensor:
+            (M, A), F_ = families[FAMILIES.index(f)], self.families.get(f, {})
+            if A is None:
+                return F.grouped_mm(x, M.mT, offs=ends)
+            first, then = (A, M) if f == "down" else (M.mT, A.mT)
+            y = F.grouped_mm(F.grouped_mm(x, first, offs=ends), then, offs=ends) * F_["scale"]
+            return y + F_["shift"] * x.sum(-1, keepdim=True) if F_["shift"] else y
+        y = project("down", self._gate(torch.cat([project("gate", xs), project("up", xs)], -1)))
+        y = torch.where((flat < E)[:, None], y * weights.reshape(-1)[order, None], 0)  # expert E: of another rank
+        return torch.zeros(x.shape, dtype=torch.float32, device=x.device).index_add_(0, token, y.float()).to(x.dtype)
+
+    def _by_expert(self, x: Tensor, index: Tensor, weights: Tensor, fresh: bool = False) -> Tensor:
+        """One expert after the other: differentiable, and for layers of which a part is dense."""
+        k, weights = index.shape[-1], weights.reshape(-1)
+        flat, order = index.reshape(-1).sort(stable=True)
+        experts, counts = flat.unique_consecutive(return_counts=True)
+        out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        for e, where in zip(experts.tolist(), order.split(counts.tolist())):
+            if e < self.num_experts:  # expert parallelism marks tokens of other ranks by a number beyond
+                item, token = self.item(e, fresh), where // k
+                y = self.project("down", self.hidden(x[token], e, item), e, item)
+                out = out.index_add(0, token, (y * weights[where, None]).to(out.dtype))
+        return out.to(x.dtype)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, d), top_k_index (T, k) int, top_k_weights (T, k) -> (T, d)."""
-        y = self._decode(hidden_states, top_k_index, top_k_weights)
-        if y is not None:
-            return y
-        k = top_k_index.shape[-1]
-        flat, order = top_k_index.reshape(-1).sort(stable=True)
-        experts, counts = flat.unique_consecutive(return_counts=True)
-        parts = dict(zip(experts.tolist(), order.split(counts.tolist())))
-        weights = top_k_weights.reshape(-1)
-        out = torch.zeros(hidden_states.shape, dtype=torch.promote_types(hidden_states.dtype, torch.float32),
-                          device=hidden_states.device)
-        for e in sorted(parts, key=lambda e: e not in self.cache.slot_of):  # hits first: a miss may evict
-            if e >= self.num_experts:
-                continue  # expert parallelism marks tokens of other ranks so
-            item, where = self.item(e), parts[e]
-            token = where // k
-            y = self.project("down", self.hidden(hidden_states[token], e, item), e, item)
-            out.index_add_(0, token, (y * weights[where, None]).to(out.dtype))
-        return out.to(hidden_states.dtype)
+        args = hidden_states, top_k_index, top_k_weights
+        if len(hidden_states) > CHUNK_TOKENS and not torch.is_grad_enabled():
+            return torch.cat([self.forward(*part) for part in zip(*(t.split(CHUNK_TOKENS) for t in args))])
+        if self.fresh(hidden_states):
+            return self._by_expert(*args, fresh=True)
+        if self.full():
+            if not torch.compiler.is_compiling():
+                self.cache.hits += top_k_index.numel()
+            return self._run(*args, self.cache)
+        cache = self._slots()
+        with cache.lock:
+            return self._in_parts(*args, cache)
+
+    def _in_parts(self, x: Tensor, index: Tensor, weights: Tensor, cache: ExpertCache) -> Tensor:
+        """As many of the needed experts at a time as there are slots, composing what is missing of them in one call."""
+        uses = collections.Counter(index.reshape(-1).tolist())
+        uses = {e: n for e, n in uses.items() if e < self.num_experts}
+        if self._bank[0].cache.mode == "all":
+            uses = dict.fromkeys(self.fitted, 0)
+        mine = sorted((e for e in uses if e in self.fitted), key=uses.get)  # the most used last, which the next step finds held
+        if len(mine) <= cache.slots:
+            self.hold_only(cache, mine)
+            return self._run(x, index, weights, cache)
+        mine.sort(key=lambda e: e not in cache.slot_of)  # hits first: a miss then evicts none that is still to come
+        parts = [mine[i:i + cache.slots] for i in range(0, len(mine), cache.slots)]
+        out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        parts[0] += [e for e in uses if e not in self.fitted]
+        for part in parts:
+            self.hold_only(cache, [e for e in part if e in self.fitted])
+            now = torch.isin(index, torch.tensor(part, device=index.device))
+            out += self._run(x, index.where(now, self.num_experts), weights, cache)
+        return out.to(x.dtype)
 
 
 class GlobeShared(nn.Module):
@@ -2892,20 +3042,35 @@ class GlobeShared(nn.Module):
                 setattr(self, f"{f}_proj", getattr(old, f"{f}_proj"))
 
     def forward(self, x: Tensor) -> Tensor:
-        shape, x, E = x.shape, x.reshape(-1, x.shape[-1]), self._experts[0]
-        ids = range(E.num_experts, E.num_experts + self.slices)
-        items = [E.item(e) for e in ids]
+        shape, x, E, h, y = x.shape, x.reshape(-1, x.shape[-1]), self._experts[0], [], 0.0
+        dense = {f: getattr(self, f"{f}_proj")(x).chunk(self.slices, -1) for f in ("gate", "up") if f not in E.families}
+        with E._slots().lock:
+            for i in range(self.slices):  # one after the other: there may be a single slot
+                e = E.num_experts + i
+                item = E.item(e, E.fresh(x))
+                h.append(E._gate(torch.cat([dense[f][i] if f in dense else E.project(f, x, e, item) for f in ("gate", "up")], -1)))
+                y = y + E.project("down", h.pop(), e, item) if "down" in E.families else y
+        return (y if "down" in E.families else self.down_proj(torch.cat(h, -1))).view(shape)
 
-        def wide(f: str) -> Sequence[Tensor]:
-            if f in E.families:
-                return [E.project(f, x, e, item) for e, item in zip(ids, items)]
-            return getattr(self, f"{f}_proj")(x).chunk(self.slices, -1)
-        h = [E._gate(torch.cat(pair, -1)) for pair in zip(wide("gate"), wide("up"))]
-        if "down" in E.families:
-            y = sum(E.project("down", a, e, item) for a, e, item in zip(h, ids, items))
-        else:
-            y = self.down_proj(torch.cat(h, -1))
-        return y.view(shape)
+
+@functools.lru_cache(maxsize=64)
+def _alone(tokens: int) -> tuple:
+    """Routing of every token to one expert: indices (T, 1), weights (T, 1), the table (1,)."""
+    return torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1), torch.zeros(1, dtype=torch.int64)
+
+
+def native_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """Forward of a dense shared expert: as a single expert of the native operator where that serves, since on a CPU it reads
+    weights of half precision faster than torch's products do (30 against 17 GB/s)."""
+    parts, act = [mlp._modules[f"{f}_proj"] for f in FAMILIES], NATIVE_ACTS.get(type(mlp.act_fn).__name__)
+    if (x.itemsize != 2 or not act or not x.numel() or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+            or any(type(m) is not nn.Linear or m.bias is not None or m.weight.dtype != x.dtype for m in parts) or not _native("experts_decode", "cpu")):
+        return type(mlp).forward(mlp, x)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    index, ones, table = _alone(len(flat))
+    gate, up, down = (m.weight[None] for m in parts)
+    return torch.ops.globe.experts_decode.default(flat, index, ones, table, table, gate, None, up, None, down, None, [0, 0, 0],
+                                                  [1.0, 1.0, 1.0], [0.0, 0.0, 0.0], act).view(x.shape)
 
 
 def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
@@ -2928,7 +3093,6 @@ def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
         if sizes != (D.experts, D.p, D.d):
             raise UserError(f"model layer {layer}: expected experts, p, d = {(D.experts, D.p, D.d)}, found {sizes}")
         new = GlobeExperts(meta, layer, old, bank, cache)
-        new.set_cache(cache, len(meta["experts"]))
         new.train(model.training)
         setattr(parent, attr, new)
         old_modules[(layer, attr)] = (parent, old)
@@ -2936,8 +3100,13 @@ def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
             name = next(n for n in ("shared_expert", "shared_experts") if hasattr(parent, n))
             old_modules[(layer, name)] = (parent, getattr(parent, name))
             setattr(parent, name, GlobeShared(new, getattr(parent, name), D.shared).train(model.training))
+            continue
+        for mlp in (m for n, m in parent.named_children() if n in ("shared_expert", "shared_experts")):
+            if all(hasattr(mlp, f"{f}_proj") for f in FAMILIES) and hasattr(mlp, "act_fn"):
+                mlp.forward = functools.partial(native_mlp, mlp)
     model._modules = {"globe_bank": bank, **model._modules}  # first: device_map="auto" offloads what comes last
     model.save_pretrained = functools.partial(save_pretrained, model, meta)
+    set_cache(model, cache)
     return old_modules
 
 
@@ -2994,7 +3163,7 @@ def patch(model: nn.Module, factors: Factors | str | Path, cache: CacheConfig | 
             rows = list(new.dense_row)
             for f, w in zip(FAMILIES, (gate, up, module.down_proj.detach())):
                 if hasattr(new, f"{f}_proj"):
-                    _assign(new, f"{f}_proj", w[rows] if f in new.families else w)
+                    _assign(new, f"{f}_proj", (w[rows] if f in new.families else w).contiguous())
     _assign_factors(model, factors, device, dtype)
     model._globe_dense = old if keep_dense else None
     return model
@@ -3007,6 +3176,9 @@ def unpatch(model: nn.Module):
     for (_, attr), (parent, module) in model._globe_dense.items():
         setattr(parent, attr, module)
     del model.globe_bank, model._globe_dense, model.save_pretrained
+    for m in model.modules():
+        if getattr(vars(m).get("forward"), "func", None) is native_mlp:
+            del m.forward
     for owner, key in ((model, "_weight_conversions"), (model.config, "quantization_config"), (model.config, "auto_map")):
         vars(owner).pop(key, None)  # save_pretrained left them
     return model
@@ -3017,24 +3189,112 @@ def globe_modules(model: nn.Module) -> list:
 
 
 def cache_stats(model: nn.Module) -> dict:
-    """Hits, misses, hit rate and MiB of all layers' caches."""
-    caches = [m.cache for m in globe_modules(model)]
+    """Hits, misses, hit rate, seconds spent composing, and MiB held, of all layers' caches."""
+    modules = globe_modules(model)
+    caches = [m.cache for m in modules] + [c for bank in {m._bank[0] for m in modules} for c in bank.scratch.values()]
     hits, misses = sum(c.hits for c in caches), sum(c.misses for c in caches)
-    return {"hits": hits, "misses": misses, "hit_rate": hits / max(1, hits + misses),
-            "cache_mib": sum(c.bytes() for c in caches) / 2 ** 20}
+    return {"hits": hits, "misses": misses, "hit_rate": hits / max(1, hits + misses), "cache_mib": sum(c.bytes() for c in caches) / 2 ** 20,
+            "compose_seconds": sum(c.seconds for c in caches)}
+
+
+def lru_hits(steps: Sequence[Sequence[int]], slots: int) -> list:
+    """[hits of an LRU cache of S slots, S = 0..slots] over steps that use several items each (Mattson et al. 1970)."""
+    stack, at = [], [0] * (slots + 1)  # most recently used first: a cache of S slots holds the first S
+    for step in steps:
+        for e in step:
+            if e in stack and stack.index(e) < slots:
+                at[stack.index(e) + 1] += 1
+        stack = list(dict.fromkeys([*reversed(step), *stack]))
+    return list(itertools.accumulate(at))
+
+
+def top_hits(steps: Sequence[Sequence[int]], slots: int) -> list:
+    """The same of a cache that holds the S most used items all along."""
+    uses = collections.Counter(e for step in steps for e in step)
+    return [sum(n for _, n in uses.most_common(S)) for S in range(slots + 1)]
+
+
+def share_slots(total: int, curves: Sequence[list]) -> list:
+    """Slots for each layer, at least one: each further slot goes where it brings the most hits by the curves of lru_hits."""
+    slots = [1] * len(curves)
+
+    def gain(l: int) -> float:  # of the best run of slots from here on: a curve may be flat before it rises
+        h, s = curves[l], slots[l]
+        return max(((h[n] - h[s]) / (n - s) for n in range(s + 1, len(h))), default=-1.0)
+    for _ in range(total - len(slots)):
+        best = max(range(len(slots)), key=lambda l: (gain(l), -slots[l]))
+        if gain(best) < 0:
+            break  # every layer holds all
+        slots[best] += 1
+    return slots
+
+
+def set_cache(model: nn.Module, cache: CacheConfig, demand: dict | None = None) -> None:
+    """Give every layer its slots, and choose what they hold: composed bases, or composed weights where that is cheaper.
+
+    demand: {layer: steps of experts}, as measured on a text; without it a budget is divided evenly. The budget counts in
+    whole items; where it holds fewer than one for each layer, layers without a slot share one.
+    """
+    modules = globe_modules(model)
+    if not modules:
+        raise UserError("model: expected GlobeExperts, found none (not patched, nor a globe export)")
+    bank, plans = modules[0]._bank[0], []
+    hits_of = top_hits if cache.mode == "lfu" else lru_hits
+    curves = [hits_of(demand[m.layer], len(m.fitted)) for m in modules] if demand else [[0] * (len(m.fitted) + 1) for m in modules]
+    for weights in (False, True):
+        item, use, miss = modules[0].costs(modules[0].held(weights))
+        total = int((cache.budget or 0) * 2 ** 20 // item)
+        if cache.mode in ("lru", "lfu") and cache.budget:
+            slots = share_slots(total, curves) if total >= len(modules) else [int(i < total - 1) for i in range(len(modules))]
+        else:
+            slots = [{"none": 0, "all": len(m.fitted)}.get(cache.mode, min(len(m.fitted), cache.per_layer or (len(m.fitted) + 1) // 2))
+                     for m in modules]
+        uses = sum(len(step) for steps in demand.values() for step in steps) if demand else 2
+        misses = 0 if cache.mode == "all" else uses - sum(c[s] for c, s in zip(curves, slots)) if demand else 1
+        plans.append((uses * use + misses * miss, weights, slots))
+    _, weights, slots = min(plans)
+    bank.cache, bank.scratch = cache, {}
+    bank.scratch_slots = min(modules[0].top_k, len(modules[0].fitted)) if cache.mode == "none" else 1
+    for m, n in zip(modules, slots):
+        m.hold, m.cache = m.held(weights), ExpertCache(n, cache.mode == "lfu")
 
 
 @torch.no_grad()
-def warm(model: nn.Module, ids: Tensor | None) -> None:
-    """Fill the caches: mode all composes every expert; else one forward pass over ids (1, n). Counts start afresh."""
-    for m in globe_modules(model):
-        if m.cache.slots >= len(m.fitted):
-            for e in m.fitted:
-                m.item(e)
-    if ids is not None:
-        model.model(ids.to(next(model.parameters()).device))
-    for m in globe_modules(model):
-        m.cache.hits = m.cache.misses = 0
+def demand_of(model: nn.Module, ids: Tensor) -> dict:
+    """{layer: [experts that each token of ids (1, n) asks for]}, the shared ones too."""
+    steps = {}
+
+    def note(m, args, kwargs) -> None:
+        always = [e for e in m.fitted if e >= m.num_experts]
+        steps[m.layer] = [[e for e in row if e in m.fitted] + always for row in (*args, *kwargs.values())[1].tolist()]
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in globe_modules(model)]
+    model.model(ids.to(next(model.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return steps
+
+
+@torch.no_grad()
+def warm(model: nn.Module, ids: Tensor | None = None) -> None:
+    """Fill the caches: mode all composes every expert; else a text, ids (1, n), shows which layers and experts are asked for.
+
+    A budget is divided between the layers by that, and each holds its most used experts. Counts start afresh.
+    """
+    modules = globe_modules(model)
+    cache = modules[0]._bank[0].cache
+    demand = demand_of(model, ids) if ids is not None and cache.mode in ("lru", "lfu") else {}
+    if demand and cache.budget:
+        set_cache(model, cache, demand)
+    for m in modules:
+        uses = collections.Counter(e for step in demand.get(m.layer, ()) for e in step)
+        if m.cache.slots and not m.composed and (uses or m.cache.slots == len(m.fitted)):
+            order = list(m.fitted) if m.cache.slots == len(m.fitted) else [e for e, _ in uses.most_common(m.cache.slots)][::-1]
+            m.cache.clear()
+            m.hold_only(m.cache, order)
+            m.cache.uses.update(uses)
+        m.cache.count()
+    for scratch in modules[0]._bank[0].scratch.values():
+        scratch.count()
 
 
 # ======================================================================================================
@@ -3344,7 +3604,7 @@ def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = 
         for name, m in model.named_modules():
             if isinstance(m, GlobeExperts):
                 for f in m.families:
-                    state[f"{name}.{f}_basis"] = torch.stack([m._basis(f, i) for i in range(len(m.fitted))])
+                    state[f"{name}.{f}_basis"] = m._basis(f, list(range(len(m.fitted))))
     if getattr(model.config, "tie_word_embeddings", False):
         state.pop("lm_head.weight", None)
     config = ckpt.config | {"quantization_config": {"quant_method": "globe"} | meta, "auto_map": AUTO_MAP,

@@ -1,6 +1,8 @@
 """Tests of globe.py. Each name is a claim; `pytest -m "not slow"` leaves out what takes longest. No network is used."""
 import ast
+import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -885,7 +887,7 @@ def test_every_cache_mode_and_size_gives_the_same_output(checkpoints, device):
     for families in ("both", "all"):
         ckpt = Checkpoint(checkpoints["qwen2_moe"])
         factors, outs = random_factors(ckpt, families), []
-        for cache in (dict(mode="none"), dict(mode="all"), dict(per_layer=1), dict(per_layer=3), dict(per_layer=99), dict(budget=1e-6)):
+        for cache in (dict(mode="none"), dict(mode="all"), dict(per_layer=1), dict(per_layer=3), dict(mode="lfu", per_layer=3), dict(per_layer=99), dict(budget=1e-6)):
             model = globe.patch(stock(checkpoints["qwen2_moe"]).to(device), factors, globe.CacheConfig(**cache))
             outs += [logits(model), logits(model)]
             assert all(len(m.cache.slot_of) <= m.cache.slots for m in globe.globe_modules(model))
@@ -903,24 +905,47 @@ def test_bases_held_or_weights_held_compute_what_the_dense_export_holds(checkpoi
         torch.testing.assert_close(logits(model), want, atol=2e-3, rtol=2e-3)
 
 
-def test_the_cache_is_a_least_recently_used_one():
-    for slots in (0, 1, 3, 8):
-        cache, order, hits, built = globe.ExpertCache(slots), [], 0, []
+def test_the_cache_lets_go_of_the_least_recently_used_or_the_least_used():
+    """Against a brute-force model, under random steps that use several experts each; one build in ten fails."""
+    for slots, by_uses in itertools.product((1, 3, 8), (False, True)):
+        cache, order, hits, slab, g = globe.ExpertCache(slots, by_uses), [], 0, torch.full((slots,), -1.0), gen(slots)
+        lookups, uses = 0, [0] * 10
 
-        def build(key: int, slot: dict) -> dict:
-            built.append(key)
-            return {"up": torch.full((2, 3), float(key)), "gate": torch.full((1,), -float(key))}
-        keys = torch.randint(10, (400,), generator=gen(slots)).tolist()
-        for n, key in enumerate(keys, 1):
-            had = key in order
-            hits += had
-            before = len(built)
-            item = cache.get(key, build)
-            assert (item["up"] == key).all() and (item["gate"] == -key).all() and (len(built) == before) == had
-            order = [k for k in order if k != key][-(slots - 1):] if slots > 1 else []
-            order = order + [key] if slots else []
-            assert list(cache.slot_of) == order and cache.hits == hits and cache.hits + cache.misses == n
-        assert (hits > 0) == (slots > 0)
+        def build(keys: list, at: list) -> None:
+            assert keys == missing and len(set(at)) == len(at) and not set(at) & {cache.slot_of[k] for k in step if k in cache.slot_of}
+            if fails:
+                raise OSError("no")
+            slab[at] = torch.tensor(keys).float()
+        for _ in range(400):
+            step = torch.randperm(10, generator=g)[:1 + int(torch.randint(slots, (1,), generator=g))].tolist()
+            fails = int(torch.randint(10, (1,), generator=g)) == 0
+            missing = [k for k in step if k not in order]
+            hits, lookups = hits + len(step) - len(missing), lookups + len(step)
+            there, others = [k for k in step if k in order], [k for k in order if k not in step]
+            for k in step:
+                uses[k] += 1
+            go = max(0, len(others) + len(step) - slots) if missing else 0
+            gone = sorted(others, key=lambda k: uses[k])[:go] if by_uses else others[:go]
+            others = [k for k in others if k not in gone]
+            with pytest.raises(OSError) if fails and missing else contextlib.nullcontext():
+                cache.hold(step, build)
+            order = others + (there if fails or not missing else step)
+            assert list(cache.slot_of) == order and cache.hits == hits and cache.hits + cache.misses == lookups
+            assert all(slab[i] == k for k, i in cache.slot_of.items())  # what a slot holds is what the table says
+            assert sorted([*cache.slot_of.values(), *cache.free]) == list(range(slots))
+        assert hits > 0
+        assert copy.deepcopy(cache).slots == slots and not copy.deepcopy(cache).slot_of
+
+
+def test_hits_of_every_size_by_one_pass_are_those_of_the_cache():
+    steps = [torch.randperm(9, generator=gen(i))[:3].tolist() for i in range(200)]
+    curve = globe.lru_hits(steps, 9)
+    for slots in range(3, 10):
+        cache = globe.ExpertCache(slots)
+        for step in steps:
+            cache.hold(step, lambda keys, at: None)
+        assert cache.hits == curve[slots]
+    assert curve[0] == 0 and globe.share_slots(8, [[0, 5, 6, 6, 6, 6, 6], [0, 0, 0, 0, 9, 10, 10]]) == [3, 5]
 
 
 def test_the_cache_keeps_to_its_budget_and_warming_fills_it(checkpoints):
@@ -931,7 +956,7 @@ def test_the_cache_keeps_to_its_budget_and_warming_fills_it(checkpoints):
         model = globe.patch(stock(ckpt.dir), factors, globe.CacheConfig(budget=(items * item + 8) / 2 ** 20))
         logits(model)
         stats = globe.cache_stats(model)
-        assert stats["cache_mib"] * 2 ** 20 <= items * item + 8 and stats["cache_mib"] * 2 ** 20 == items // 2 * 2 * item
+        assert stats["cache_mib"] * 2 ** 20 <= items * item + 8 and stats["cache_mib"] * 2 ** 20 == items * item
     model = globe.patch(stock(ckpt.dir), factors, globe.CacheConfig(mode="all"))
     globe.warm(model, None)
     assert all(len(m.cache.slot_of) == 4 for m in globe.globe_modules(model)) and globe.cache_stats(model)["misses"] == 0
@@ -940,6 +965,171 @@ def test_the_cache_keeps_to_its_budget_and_warming_fills_it(checkpoints):
     lru = globe.patch(stock(ckpt.dir), factors, globe.CacheConfig(per_layer=2))
     globe.warm(lru, IDS[:1])
     assert globe.cache_stats(lru) == globe.cache_stats(lru) | {"hits": 0, "misses": 0} and globe.cache_stats(lru)["cache_mib"] > 0
+    assert all(len(m.cache.slot_of) == 2 for m in globe.globe_modules(lru))
+
+
+def test_a_budget_is_what_the_process_grows_by_and_is_never_exceeded():
+    """Measured from outside: resident memory of a process that decodes and prefills with slots for 2, 24 and 96 MiB."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("no /proc here to read the resident size from")
+    code = """
+import sys, types, torch, globe, test_globe as t
+torch.set_num_threads(1)
+own = lambda: next(int(s.split()[1]) for s in open("/proc/self/status") if s.startswith("RssAnon")) / 1024
+sizes = dict(vocab_size=64, hidden_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, num_experts=32,
+             num_experts_per_tok=2, moe_intermediate_size=256, intermediate_size=64, head_dim=8, model_type="qwen3_moe")
+empty = types.SimpleNamespace(dims=globe.dims_of(sizes), config=sizes, fingerprint=lambda: "none")
+factors = t.random_factors(empty, "both", m=4, r=128)  # an item: 2 x 128 x 512 float32, 0.5 MiB; 128 items in all
+budget = float(sys.argv[1])
+model = globe._skeleton(sizes, torch.float32, factors.meta(), globe.CacheConfig(budget=budget))
+globe._assign_factors(model, factors, torch.device("cpu"), torch.float32)
+for name, p in model.state_dict().items():
+    if p.is_meta:
+        globe._assign(model, name, torch.randn(p.shape) / 16)
+ids = torch.randint(64, (1, 300), generator=t.gen())
+with torch.no_grad():
+    small = globe.globe_modules(model)
+    globe.set_cache(model, globe.CacheConfig(budget=1))
+    model(ids), model(ids[:, :1])  # what everything else takes
+    for c in small: c.cache.clear()
+    small[0]._bank[0].scratch.clear()
+    before = own()
+    globe.set_cache(model, globe.CacheConfig(budget=budget))
+    for turn in range(2):
+        model(ids)
+        globe.warm(model, ids[:, :50])
+        past = None
+        for token in ids[:, :50].split(1, 1):
+            past = model(token, past_key_values=past, use_cache=True).past_key_values
+        assert globe.cache_stats(model)["cache_mib"] <= budget
+        print(own() - before, globe.cache_stats(model)["cache_mib"])
+"""
+    for budget in (2, 24, 96):
+        done = in_process(code.replace("sys.argv[1]", repr(str(budget))))
+        assert done.returncode == 0, done.stderr[-2000:]
+        for line in done.stdout.splitlines():
+            grown, held = map(float, line.split())
+            assert grown < budget + 4 and budget / 2 < held <= budget, done.stdout  # 4 MiB: activations and the allocator
+
+
+def test_a_budget_goes_to_the_layers_that_ask_for_more(checkpoints):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    item = 2 * 6 * 32 * 4
+    model = globe.patch(stock(ckpt.dir), random_factors(ckpt), globe.CacheConfig(budget=5 * item / 2 ** 20))
+    one, many = [[0, 1]] * 50, torch.stack([torch.randperm(4, generator=gen(i))[:2] for i in range(50)]).tolist()
+    globe.set_cache(model, globe.CacheConfig(budget=5 * item / 2 ** 20), {0: many, 1: one})
+    assert [m.cache.slots for m in globe.globe_modules(model)] == [3, 2]
+    globe.set_cache(model, globe.CacheConfig(budget=6 * item / 2 ** 20), {0: one, 1: many})
+    assert [m.cache.slots for m in globe.globe_modules(model)] == [2, 4]
+    with pytest.raises(UserError, match="expected GlobeExperts"):
+        globe.set_cache(stock(ckpt.dir), globe.CacheConfig())
+
+
+def test_weights_are_held_where_that_is_cheaper(checkpoints):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])  # p 16, d 32: weights take fewer products from r 11 on
+    for r, mode, hold in ((6, "all", "basis"), (12, "all", "weight"), (12, "lru", "basis"), (12, "none", "basis")):
+        model = globe.patch(stock(ckpt.dir), random_factors(ckpt, "all", r=r), globe.CacheConfig(mode=mode))
+        assert {h for m in globe.globe_modules(model) for h in m.hold.values()} == {hold}
+
+
+def test_two_threads_generating_at_once_give_the_right_text(checkpoints):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    for cache in (dict(per_layer=2), dict(mode="none"), dict(mode="all")):
+        model = globe.patch(stock(ckpt.dir), random_factors(ckpt, "all"), globe.CacheConfig(**cache))
+
+        def text(seed: int) -> list:
+            ids = torch.randint(ckpt.config["vocab_size"], (1, 5), generator=gen(seed))
+            return model.generate(ids, max_new_tokens=40, min_new_tokens=40, do_sample=False, pad_token_id=0)[0].tolist()
+        want = [text(seed) for seed in range(4)]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(text, range(4))) == want
+
+
+def test_a_gradient_passes_through_a_cache_that_is_refilled(checkpoints):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    grads = []
+    for cache in (dict(mode="all"), dict(per_layer=1), dict(mode="none")):
+        m = globe.globe_modules(globe.patch(stock(ckpt.dir), random_factors(ckpt), globe.CacheConfig(**cache)))[0]
+        x, index = torch.randn(6, 32, generator=gen()).requires_grad_(), torch.stack([torch.randperm(4, generator=gen(i))[:2] for i in range(6)])
+        y = m(x, index, torch.full((6, 2), 0.5))
+        with torch.no_grad():
+            m(x.flip(0), index, torch.full((6, 2), 0.5))
+        grads.append(torch.autograd.grad(y.square().sum(), x)[0])
+    for g in grads[1:]:
+        torch.testing.assert_close(g, grads[0], atol=1e-4, rtol=1e-4)
+
+
+def test_shared_experts_run_natively_and_unpatching_gives_them_back(checkpoints):
+    for kind in ("qwen2_moe", "deepseek_v3"):
+        ckpt, model = Checkpoint(checkpoints[kind]), stock(checkpoints[kind])
+        globe.patch(model, random_factors(ckpt))
+        mlps = [m for m in model.modules() if "forward" in vars(m)]
+        assert len(mlps) == len(ckpt.dims.layers)
+        for dtype, tol in ((torch.float32, 0), (torch.bfloat16, 1e-2)):
+            mlp, x = mlps[0].to(dtype), torch.randn(2, 3, 32, generator=gen()).to(dtype)
+            with torch.no_grad():
+                torch.testing.assert_close(mlp(x), type(mlp).forward(mlp, x), atol=tol, rtol=tol)
+            x.requires_grad_()
+            assert torch.autograd.grad(mlp(x).sum(), x)[0].isfinite().all()
+        globe.unpatch(model)
+        assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_64_greedy_tokens_equal_the_dense_exports(run, tmp_path):
+    """Token by token, float32, of the trained and fitted model of these tests, for each way to hold the experts."""
+    factors, ckpt = globe.load_factors(run), Checkpoint(globe.run_config(run, types.SimpleNamespace(overrides=[], config=None)).model.path)
+    globe.export_dense(ckpt, factors, fresh_dir(tmp_path / "dense"))
+    cpu, ids = torch.device("cpu"), torch.tensor([list(b"def main(")])
+    text = lambda model: model.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)[0].tolist()  # noqa: E731
+    want = text(globe.load_dense(tmp_path / "dense", cpu, torch.float32))
+    assert len(want) == ids.shape[1] + 64
+    for cache in (dict(mode="all"), dict(per_layer=1), dict(per_layer=3), dict(mode="none"), dict(budget=0.05)):
+        model = globe.patch(globe.load_dense(ckpt.dir, cpu, torch.float32), factors, globe.CacheConfig(**cache))
+        globe.warm(model, ids)
+        assert text(model) == want, cache
+
+
+def test_a_model_that_holds_every_expert_compiles_whole(checkpoints):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    model = globe.patch(stock(ckpt.dir), random_factors(ckpt), globe.CacheConfig(mode="all"))
+    globe.warm(model)
+    layer = globe.globe_modules(model)[0]
+    x, index, weights = torch.randn(6, 32, generator=gen()), torch.randint(4, (6, 2), generator=gen()), torch.rand(6, 2, generator=gen())
+    with torch.no_grad():
+        got = torch.compile(layer, fullgraph=True, backend="eager")(x, index, weights)
+        torch.testing.assert_close(got, layer(x, index, weights))
+
+
+def test_the_benchmarks_checkpoints_are_one_model_in_three_layouts_with_the_wanted_popularity(monkeypatch):
+    """Qwen1.5-MoE's layout at small sizes: tensors per expert, fused by new headers over the same bytes, and a globe export."""
+    import bench
+    for name, value in {"D": 64, "P": 32, "E": 12, "BLOCK": 2 ** 20}.items():
+        monkeypatch.setattr(bench, name, value)
+    shares = torch.linspace(3, 1, 12).double() / 24
+    bench.write_qwen15(Path("dense"), shares, layers=2, vocab=300)
+    cfg = load_config(str(HERE / "configs" / "qwen15.yaml"), ["bank.m=5", "bank.r=24", "sparsity.support=3"])
+    bench.write_qwen15_globe(Path("dense"), Path("globe"), cfg)
+    cpu, ids = torch.device("cpu"), bench.as_words("heldout", 2000, 300)
+    dense, model = globe.load_dense(Path("dense"), cpu, None), globe.load("globe")
+    first = globe.demand_of(model, ids)[0]  # the deeper one also sees what the first, with weights this small, has added
+    counts = torch.bincount(torch.tensor(first).flatten(), minlength=12).double()
+    assert (counts / counts.sum()).sort(descending=True).values.sub(shares).abs().max() < 0.04
+    with torch.no_grad():
+        want, ours = dense(ids[:, :20]).logits, model(ids[:, :20]).logits
+        assert ours.isfinite().all() and gap(ours, want) > 0
+        del dense
+        bench.rename(Path("dense"), fused=True)
+        assert Checkpoint("dense").fused and gap(bench.mapped(Path("dense"))(ids[:, :20]).logits, want) < 0.1
+        bench.write_qwen15_globe(Path("dense"), Path("again"), cfg, consume=True)
+        assert torch.equal(globe.load("again")(ids[:, :20]).logits, ours) and len(list(Path("dense").glob("*.safetensors"))) == 1
+
+
+def test_the_decode_benchmark_refuses_what_it_cannot_do(capsys):
+    import bench
+    for argv, words in ((["--tokens", "0"], "1 to 2000"), (["--prefill", "4000"], "1 to 2048"), (["--preset", "huge"], "found 'huge'"),
+                        (["--preset", "qwen15", "--only", "mapped", "--dir", "nowhere"], "none")):
+        assert bench.main(["decode", *argv]) == 2
+        assert words in capsys.readouterr().err
 
 
 # ======================================================================================================
@@ -1629,7 +1819,7 @@ def test_opcheck_passes_for_every_native_operator():
     val, x = torch.rand(4, 3, generator=gen(2)), torch.randn(4, 9, generator=gen(3))
     check(ops.compose.default, (bank.requires_grad_(), idx, val.requires_grad_(), "silu"))
     bank, val = bank.detach(), val.detach()
-    check(ops.compose_out.default, (bank, idx, val, "tanh", torch.empty(4, 5, 7)))
+    check(ops.compose_out.default, (bank, idx, val, "tanh", torch.empty(4, 5, 7), None))
     check(ops.compose_backward.default, (torch.randn(4, 5, 7), bank, idx, val, "silu"))
     check(ops.simplex.default, (x.requires_grad_(), 1.5))
     check(ops.simplex_backward.default, (torch.randn(4, 9), x.detach().softmax(-1), 2.0))
@@ -1661,7 +1851,7 @@ def test_native_operators_refuse_what_they_cannot_read():
         ops.compose(bank, idx, val, "gelu_tanh")
     for out in (torch.empty(2, 2, 3), torch.empty(1, 2, 3, dtype=torch.float64)):
         with pytest.raises(RuntimeError, match="out"):
-            ops.compose_out(bank, idx, val, "silu", out)
+            ops.compose_out(bank, idx, val, "silu", out, None)
         with pytest.raises(ValueError, match="out"):
             globe.compose(bank, idx, val, "silu", out=out)
     args, _ = decode_case(torch.float32, "basis", "dense")
@@ -1681,7 +1871,7 @@ def decode_case(dtype: torch.dtype, hold: str, down: str, T: int = 3, act: str =
     basis = hold == "basis"
     W = {f: new(E, r if basis else p, d) for f in ("gate", "up")}
     A = {f: new(E, p, r) if basis else None for f in ("gate", "up")}
-    D = new(E, d, p) if down == "dense" else new(E, r if down == "basis" else p, d)
+    D = new(E, r, d) if down == "basis" else new(E, d, p)
     A["down"] = new(E, p, r) if down == "basis" else None
     scale, shift = [1.5, 0.5, 2.0], [0.01, -0.02, 0.03]
     row = torch.arange(E).flip(0)
@@ -1699,7 +1889,7 @@ def decode_case(dtype: torch.dtype, hold: str, down: str, T: int = 3, act: str =
             elif down == "basis":
                 y = scale[2] * ((h @ f64(A["down"][row[e]])) @ f64(D[perm[e]])) + shift[2] * h.sum()
             else:
-                y = h @ f64(D[perm[e]])
+                y = f64(D[perm[e]]) @ h
             out[t] += w * y
     return args, out
 
@@ -1708,7 +1898,7 @@ def decode_case(dtype: torch.dtype, hold: str, down: str, T: int = 3, act: str =
 def test_experts_decode_is_its_equation_for_every_way_to_hold_the_weights():
     assert globe._native("experts_decode", "cpu")
     for dtype, tol in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
-        for hold, down, T, act in itertools.product(("basis", "weight"), ("dense", "basis", "weight"), (1, 2, 7), ("silu", "gelu_tanh", "relu")):
+        for hold, down, T, act in itertools.product(("basis", "weight"), ("dense", "basis", "weight"), (1, 2, 7, 40), ("silu", "gelu_tanh", "relu")):
             args, want = decode_case(dtype, hold, down, T, act)
             torch.testing.assert_close(torch.ops.globe.experts_decode(*args).double(), want, atol=tol, rtol=tol)
             args[1][0, 0] = 5  # E: another rank's expert is left out
@@ -1716,24 +1906,30 @@ def test_experts_decode_is_its_equation_for_every_way_to_hold_the_weights():
 
 
 @native
-def test_few_tokens_run_natively_and_equal_the_torch_path(checkpoints, twin):
+def test_the_native_path_and_the_grouped_one_equal_expert_by_expert(checkpoints, twin):
     for kind, families in (("qwen2_moe", "both"), ("mixtral", "both"), ("qwen2_moe", "all")):
         ckpt = Checkpoint(checkpoints[kind])
-        factors = random_factors(ckpt, families)
-        for mode in ("all", "lru"):
-            m = globe.globe_modules(globe.patch(stock(ckpt.dir), factors, globe.CacheConfig(mode=mode, per_layer=4)))[0]
-            x = torch.randn(2, m.hidden_dim, generator=gen())
-            index, weights = torch.tensor([[0, 1], [1, 2]]), torch.rand(2, 2, generator=gen(1))
+        for mode, r in (("all", 6), ("all", 24), ("lru", 6), ("none", 6)):  # r 24: weights are held
+            model = globe.patch(stock(ckpt.dir), random_factors(ckpt, families, r=r), globe.CacheConfig(mode=mode, per_layer=3))
+            m, T = globe.globe_modules(model)[0], 50
+            assert set(m.hold.values()) == {"weight" if (mode, r) == ("all", 24) else "basis"}
+            x = torch.randn(T, m.hidden_dim, generator=gen())
+            index, weights = torch.stack([torch.randperm(4, generator=gen(i))[:2] for i in range(T)]), torch.rand(T, 2, generator=gen(1))
+            index[3, 1] = 4  # of another rank
             with torch.no_grad():
-                want = twin(m, x, index, weights)
-                assert m._decode(x, index, weights) is not None
-                torch.testing.assert_close(m(x, index, weights), want, atol=1e-5, rtol=1e-5)
-                m.bfloat16()
+                for n in (1, 2, T):
+                    args = x[:n], index[:n], weights[:n]
+                    want = m(*args)
+                    assert globe._native("experts_decode", "cpu") and want.isfinite().all()
+                    torch.testing.assert_close(twin(m, *args), want, atol=1e-5, rtol=1e-5)  # grouped in mode all, else by expert
+                    with torch.enable_grad():
+                        torch.testing.assert_close(m(x[:n].clone().requires_grad_(), *args[1:]).detach(), want, atol=1e-5, rtol=1e-5)
+                m.bfloat16(), model.globe_bank.bfloat16()
                 assert m(x.bfloat16(), index, weights).dtype is torch.bfloat16
 
 
 @native
-@pytest.mark.parametrize("isa", ("avx2", "plain"))
+@pytest.mark.parametrize("isa", ("avx512", "avx2", "plain"))
 def test_lesser_instruction_sets_give_the_same_results(isa):
     code = ("import torch, globe, test_globe as t\n"
             "assert globe.kernels().split()[1].rstrip(',') in (%r, 'plain'), globe.kernels()\n"
@@ -1875,7 +2071,8 @@ print(json.dumps(out))
         assert where.startswith("transformers.models.") and not trains and not dense
         assert layers == len(globe.dims_of({**read(path), "quantization_config": None}).layers)
         assert gap(torch.tensor(full), want) < 1e-5, kind
-        assert gap(torch.tensor(half), logits(globe.load(path, dtype=torch.bfloat16))) < 0.1, kind  # the copy may run on torch's operators
+        other = logits(globe.load(path, dtype=torch.bfloat16))  # may run on other operators, so a token may go to another expert
+        assert (torch.tensor(half) - other).abs().median() < 0.05, kind
         assert dtypes["A"] == "torch.bfloat16" and dtypes.get("val", "torch.float32") == "torch.float32"
         assert module == "globe" if how == "package" else module.startswith("transformers_modules.")
 
@@ -2267,6 +2464,17 @@ print(json.dumps([before, peak(), len(globe.globe_modules(model))]))
     assert got.returncode == 0, got.stderr[-3000:]
     before, after, modules = json.loads(got.stdout)
     assert modules == 4 and stored < 0.2 * dense and after - before < 2.2 * stored + 2 ** 25 < 0.5 * dense
+    if Path("/proc/self/status").is_file():  # in the stored dtype, load() takes the file's pages as they are
+        code = """
+import globe, torch
+own = lambda: next(int(s.split()[1]) * 1024 for s in open("/proc/self/status") if s.startswith("RssAnon"))
+from transformers import Qwen3MoeForCausalLM
+before = own()
+model = globe.load("big")
+print(own() - before)
+"""
+        got = in_process(code)
+        assert got.returncode == 0 and int(got.stdout) < 0.2 * stored, (got.stdout, stored, got.stderr[-2000:])
 
 
 # ======================================================================================================

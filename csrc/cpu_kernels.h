@@ -288,7 +288,7 @@ template <class T> void compose_each(const Compose& c, const Support<typename Wi
     const int64_t first = S.start[e], s = S.start[e + 1] - first;
     const int64_t* far = S.far.data() + first;
     const typename Wide<T>::w* a = S.a.data() + first;
-    T* out = (T*)c.out + e * c.n;
+    T* out = (T*)c.out + (c.slot ? c.slot[e] : e) * c.n;
     for (int64_t lo = begin; lo < end; lo += K * B) {
       Pair<typename Wide<T>::w> acc[K][R] = {};
       const int64_t blocks = std::min(K, (end - lo) / B);
@@ -344,7 +344,7 @@ template <class T> void compose_shared(const Compose& c, const Support<typename 
         if (more) copy(next, lo + K * B, slices * now / steps, slices * (now + 1) / steps);
         Pair<W> z[R] = {};
         mix<T, R>(tile + k * U * B, S.near.data() + S.start[e], S.a.data() + S.start[e], S.start[e + 1] - S.start[e], z);
-        put((T*)c.out + e * c.n + pos, z, std::min(B, end - pos), c.act, around);
+        put((T*)c.out + (c.slot ? c.slot[e] : e) * c.n + pos, z, std::min(B, end - pos), c.act, around);
       }
     std::swap(tile, next);
   }
@@ -559,49 +559,99 @@ void simplex_backward(Type type, const void* grad, const void* p, void* dx, int6
 }
 
 // ---- experts_decode ------------------------------------------------------------------------------------
-// A few tokens: every weight is read once and used at most T times, so all that counts is to read the weights in order,
-// with all threads, and nothing else. Activations are kept in float, in the order in which `load` delivers the weights.
+// Every weight is read once for all the tokens of its expert. One token is bound by memory: all that counts is to read the
+// weights in order, with all threads. Many are bound by arithmetic: tiles of rows x tokens stay in registers.
 
-template <class T, int N> INLINE void dot(const T* w, const float* const* x, int64_t n, float* y) {
-  Pair<float> s[N == 1 ? 4 : N] = {};
-  int64_t i = 0;
-  if (N == 1)  // one token: four chains, or the sums would wait for each other
-    for (; i + 4 * step<T> <= n; i += 4 * step<T>) {
+// Activations that meet rows of weights: bfloat16 where the CPU multiplies pairs of them (LEVEL 3), else float in the order
+// in which `load` delivers the weights.
+#if LEVEL == 3
+template <class T> using Kept = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
+#else
+template <class T> using Kept = float;
+#endif
+template <class T> constexpr bool pairs = std::is_same_v<Kept<T>, BFloat16>;
+template <class T> constexpr int kRows = pairs<T> ? 6 : LEVEL >= 2 ? 4 : 2;  // of a tile; its accumulators fill the registers
+constexpr int kTokens = 4;
+template <class T> INLINE void keep(Kept<T>* row, int64_t i, float v) { row[pairs<T> ? i : place<T>(i)] = Kept<T>(v); }
+
+// y[row][t] = <w[row], x[t]>, while `rows` rows at `next` are fetched; one row and one token take four chains, or the sums
+// would wait for each other
+template <class T, int M, int N>
+INLINE void dot(const T* w, int64_t stride, const Kept<T>* const* x, int64_t n, const T* next, int64_t rows, float (*y)[kTokens]) {
+  constexpr int C = M * N == 1 ? 4 : 1;
+  const int64_t s = step<T>;
+  typename Vec<float>::v sum[C][M][N] = {};
+  for (int64_t i = 0; i < n; i += C * s) {
+    for (int64_t r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) {
-        __builtin_prefetch((const char*)(w + i + u * step<T>) + 2048, 0, 2);
-        auto b = load(w + i + u * step<T>), a = load(x[0] + i + u * step<T>);
-        s[u].a += a.a * b.a, s[u].b += a.b * b.b;
+      for (int c = 0; c < C; ++c) __builtin_prefetch(next + r * stride + i + c * s, 0, 2);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const int64_t at = i + c * s, left = n - at;
+      if (C > 1 && left <= 0) break;
+#if LEVEL == 3
+      if constexpr (pairs<T>) {
+        const __mmask32 part = left >= s ? ~0u : (1u << left) - 1;
+        __m512i b[N];
+#pragma GCC unroll 8
+        for (int t = 0; t < N; ++t) b[t] = _mm512_maskz_loadu_epi16(part, x[t] + at);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const __m512i a = _mm512_maskz_loadu_epi16(part, w + m * stride + at);
+#pragma GCC unroll 8
+          for (int t = 0; t < N; ++t) sum[c][m][t] = _mm512_dpbf16_ps(sum[c][m][t], (__m512bh)a, (__m512bh)b[t]);
+        }
+        continue;
+      }
+#endif
+      if constexpr (!pairs<T>) {
+        Pair<float> b[N];
+#pragma GCC unroll 8
+        for (int t = 0; t < N; ++t) b[t] = load(x[t] + at);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const T* p = w + m * stride + at;
+          const auto a = left >= s ? load(p) : load_part(p, left);
+#pragma GCC unroll 8
+          for (int t = 0; t < N; ++t) sum[c][m][t] += a.a * b[t].a, sum[c][m][t] += a.b * b[t].b;
+        }
       }
     }
-  for (; i < n; i += step<T>) {
-    auto b = i + step<T> <= n ? load(w + i) : load_part(w + i, n - i);
-#pragma GCC unroll 4
+  }
+  for (int m = 0; m < M; ++m)
     for (int t = 0; t < N; ++t) {
-      auto a = load(x[t] + i);
-      s[t].a += a.a * b.a, s[t].b += a.b * b.b;
+      for (int c = 1; c < C; ++c) sum[0][m][t] += sum[c][m][t];
+      y[m][t] = total<float>(sum[0][m][t]);
     }
-  }
-  if (N == 1) {
-    y[0] = total<float>(((s[0].a + s[0].b) + (s[1].a + s[1].b)) + ((s[2].a + s[2].b) + (s[3].a + s[3].b)));
-  } else {
-    for (int t = 0; t < N; ++t) y[t] = total<float>(s[t].a + s[t].b);
-  }
 }
-// take(row, t, <W[row], x[t]>) for rows [begin, end) of W (., n)
-template <class T, class F> INLINE void dots(const T* W, int64_t n, int64_t begin, int64_t end, const float* const* x, int64_t tokens, const F& take) {
-  for (int64_t row = begin; row < end; ++row)
-    for (int64_t t = 0; t < tokens; t += 4) {
-      float y[4];
-      const T* w = W + row * n;
-      switch (std::min<int64_t>(4, tokens - t)) {
-        case 1: dot<T, 1>(w, x + t, n, y); break;
-        case 2: dot<T, 2>(w, x + t, n, y); break;
-        case 3: dot<T, 3>(w, x + t, n, y); break;
-        default: dot<T, 4>(w, x + t, n, y);
+// take(row, t, <W[row], x[t]>) for rows [begin, end) of W (., n). Rows stay in a cache for all the tokens; the next ones are
+// fetched meanwhile, a few in each tile. One token takes long rows singly, in the order of memory.
+template <class T, class F> INLINE void dots(const T* W, int64_t n, int64_t begin, int64_t end, const Kept<T>* const* x, int64_t tokens, const F& take) {
+  constexpr int M = kRows<T>;
+  const int64_t tiles = (tokens + kTokens - 1) / kTokens;
+  for (int64_t row = begin; row < end;) {
+    const int64_t rows = (tokens > 1 || n < 512) && end - row >= M ? M : 1, ahead = std::min<int64_t>(rows, end - row - rows);
+    const T* w = W + row * n;
+    for (int64_t i = 0; i < tiles; ++i) {
+      float y[M][kTokens];
+      const int64_t t = i * kTokens, left = std::min<int64_t>(kTokens, tokens - t), first = ahead * i / tiles, count = ahead * (i + 1) / tiles - first;
+      const T* next = w + (rows + first) * n;
+      if (rows == 1) switch (left) {
+        case 1: dot<T, 1, 1>(w, n, x + t, n, next, count, y); break;
+        case 2: dot<T, 1, 2>(w, n, x + t, n, next, count, y); break;
+        case 3: dot<T, 1, 3>(w, n, x + t, n, next, count, y); break;
+        default: dot<T, 1, 4>(w, n, x + t, n, next, count, y);
+      } else switch (left) {
+        case 1: dot<T, M, 1>(w, n, x + t, n, next, count, y); break;
+        case 2: dot<T, M, 2>(w, n, x + t, n, next, count, y); break;
+        case 3: dot<T, M, 3>(w, n, x + t, n, next, count, y); break;
+        default: dot<T, M, 4>(w, n, x + t, n, next, count, y);
       }
-      for (int64_t i = t; i < std::min(t + 4, tokens); ++i) take(row, i, y[i - t]);
+      for (int64_t m = 0; m < rows; ++m)
+        for (int64_t j = 0; j < left; ++j) take(row + m, t + j, y[m][j]);
     }
+    row += rows;
+  }
 }
 // y += a * w, y in float and in load's order
 template <class T> INLINE void axpy(float* y, float a, const T* w, int64_t n) {
@@ -611,15 +661,38 @@ template <class T> INLINE void axpy(float* y, float a, const T* w, int64_t n) {
     store(y + i, {s.a + a * b.a, s.b + a * b.b});
   }
 }
-
-struct Grid {  // arrays of `rows` padded rows, zero where nothing was written
-  int64_t cols;
-  std::vector<float> data;
-  template <class T> static Grid of(int64_t rows, int64_t n) {
-    const int64_t cols = (n + step<T> - 1) / step<T> * step<T>;
-    return {cols, std::vector<float>(rows * cols)};
+// y[t] += a[t] * sum_k c[t][k] W[k], for N tokens and two blocks of columns at `col`; y and c in load's order
+template <class T, int N> INLINE void columns(const T* W, int64_t n, int64_t K, int64_t col, const float* const* c, const float* a, float* const* y) {
+  Pair<float> sum[N][2] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    Pair<float> w[2];
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      const int64_t at = col + v * step<T>;
+      const T* p = W + k * n + at;
+      __builtin_prefetch((const char*)(p + 8 * n), 0, 2);
+      w[v] = at + step<T> <= n ? load(p) : at < n ? load_part(p, n - at) : Pair<float>{};
+    }
+    const int64_t pos = place<T>(k);
+#pragma GCC unroll 8
+    for (int t = 0; t < N; ++t)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) sum[t][v].a += c[t][pos] * w[v].a, sum[t][v].b += c[t][pos] * w[v].b;
   }
-  float* operator[](int64_t i) { return data.data() + i * cols; }
+  for (int t = 0; t < N; ++t)
+    for (int v = 0; v < 2; ++v) {
+      const int64_t at = col + v * step<T>;
+      if (at >= n) continue;
+      auto s = load(y[t] + at);
+      store(y[t] + at, {s.a + a[t] * sum[t][v].a, s.b + a[t] * sum[t][v].b});
+    }
+}
+
+template <class X> struct Grid {  // arrays of `rows` padded rows, zero where nothing was written
+  int64_t cols;
+  std::vector<X> data;
+  Grid(int64_t rows, int64_t n, int64_t pad) : cols((n + pad - 1) / pad * pad), data(rows * cols) {}
+  X* operator[](int64_t i) { return data.data() + i * cols; }
 };
 
 template <class T> void decode_as(const Decode& a) {
@@ -636,12 +709,13 @@ template <class T> void decode_as(const Decode& a) {
   std::vector<int64_t> group;  // first of each expert's run in `routed`, and the end
   for (int64_t i = 0; i < P; ++i)
     if (!i || routed[i].e != routed[i - 1].e) group.push_back(i);
-  const int64_t G = group.size();
+  const int64_t G = group.size(), work = std::max<int64_t>(G, P / 8);
   group.push_back(P);
-  auto weight = [&](const Family& f, int64_t g, int64_t rows, int64_t cols) {
+  auto count = [&](int64_t g) { return group[g + 1] - group[g]; };
+  auto weight = [&](const Family& f, int64_t g, int64_t numel) {
     const int64_t e = routed[group[g]].e, i = f.cached ? a.slot[e] : e;
     check(0 <= i && i < f.W_n, op, ": expert ", e, ": slot in [0, ", f.W_n, ") expected, found ", i);
-    return (const T*)f.W + i * rows * cols;
+    return (const T*)f.W + i * numel;
   };
   auto adapter = [&](const Family& f, int64_t g) {
     const int64_t e = routed[group[g]].e, i = a.row[e];
@@ -652,67 +726,83 @@ template <class T> void decode_as(const Decode& a) {
   std::vector<const T*> W[2], A[2], D, DA;
   for (int64_t g = 0; g < G; ++g) {
     for (int f = 0; f < 2; ++f) {
-      W[f].push_back(weight(*in[f], g, in[f]->q, a.d));
+      W[f].push_back(weight(*in[f], g, in[f]->q * a.d));
       A[f].push_back(in[f]->A ? adapter(*in[f], g) : nullptr);
     }
-    D.push_back(weight(a.down, g, a.down.q, a.down.cached ? a.d : a.p));
+    D.push_back(weight(a.down, g, a.down.q * (a.down.A ? a.d : a.p)));
     DA.push_back(a.down.A ? adapter(a.down, g) : nullptr);
   }
-  Grid x = Grid::of<T>(a.T, a.d);
+
+  // x as the products take it, and its sums where a shift needs them
+  Grid<Kept<T>> wide(pairs<T> ? 0 : a.T, a.d, step<T>);
+  std::vector<const Kept<T>*> row_of(a.T), xs(P);
   std::vector<float> sum(a.T);
-  for (int64_t t = 0; t < a.T; ++t)
-    for (int64_t i = 0; i < a.d; ++i) {
-      const float v = float(((const T*)a.x)[t * a.d + i]);
-      x[t][place<T>(i)] = v, sum[t] += v;
-    }
-  std::vector<const float*> xs(P);
-  for (int64_t i = 0; i < P; ++i) xs[i] = x[routed[i].token];
-
-  // B~ x, of gate and up
-  Grid h[2] = {Grid::of<T>(P, a.gate.A ? a.gate.q : 0), Grid::of<T>(P, a.up.A ? a.up.q : 0)};
-  std::vector<const float*> hs[2];
-  for (int f = 0; f < 2; ++f) {
-    if (!in[f]->A) { hs[f] = xs; continue; }
-    for (int64_t i = 0; i < P; ++i) hs[f].push_back(h[f][i]);
-  }
-  const int64_t q0 = a.gate.A ? a.gate.q : 0, q1 = a.up.A ? a.up.q : 0, q = q0 + q1;
-  parallel(G * q, a.d / 8, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t g = begin / q, f = begin % q >= q0, row = begin % q - (f ? q0 : 0), n = std::min(end - begin, (f ? q1 : q0) - row);
-      dots(W[f][g], a.d, row, row + n, &xs[group[g]], group[g + 1] - group[g],
-           [&](int64_t r, int64_t t, float y) { h[f][group[g] + t][place<T>(r)] = y; });
-      begin += n;
+  const bool shifted = (a.gate.A && a.gate.shift != 0) || (a.up.A && a.up.shift != 0);
+  parallel(a.T, a.d / 8, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const T* p = (const T*)a.x + t * a.d;
+      typename Vec<float>::v total_ = {};
+      for (int64_t i = 0; i < a.d && (shifted || !pairs<T>); i += step<T>) {
+        auto v = i + step<T> <= a.d ? load(p + i) : load_part(p + i, a.d - i);
+        if constexpr (!pairs<T>) store(wide[t] + i, v);
+        total_ += v.a + v.b;
+      }
+      sum[t] = total<float>(total_);
+      if constexpr (pairs<T>) row_of[t] = p;
+      else row_of[t] = wide[t];
     }
   });
+  for (int64_t i = 0; i < P; ++i) xs[i] = row_of[routed[i].token];
 
-  // act(gate) * up
-  Grid y[2] = {Grid::of<float>(P, a.p), Grid::of<float>(P, a.p)}, z = Grid::of<T>(P, a.p);
-  parallel(G * a.p, std::max(a.d, q0) / 4, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t g = begin / a.p, row = begin % a.p, n = std::min(end - begin, a.p - row), tokens = group[g + 1] - group[g];
-      for (int f = 0; f < 2; ++f)
-        dots(in[f]->A ? A[f][g] : W[f][g], in[f]->A ? in[f]->q : a.d, row, row + n, &hs[f][group[g]], tokens,
-             [&](int64_t r, int64_t t, float v) { y[f][group[g] + t][r] = in[f]->A ? in[f]->scale * v + in[f]->shift * sum[routed[group[g] + t].token] : v; });
-      for (int64_t i = group[g]; i < group[g + 1]; ++i)
-        for (int64_t r = row; r < row + n; r += step<float>) {
-          const int64_t k = std::min(step<float>, row + n - r);
-          auto gate = load_part(y[0][i] + r, k), up = load_part(y[1][i] + r, k);
-          float v[step<float>];
-          store(v, {activate(gate.a, a.act) * up.a, activate(gate.b, a.act) * up.b});
-          for (int64_t l = 0; l < k; ++l) z[i][place<T>(r + l)] = v[l];
+  // B~ x, of gate and up. A thread has its rows of every expert: experts differ in their number of tokens.
+  const int64_t q[2] = {a.gate.A ? a.gate.q : 0, a.up.A ? a.up.q : 0};
+  Grid<Kept<T>> h[2] = {{q[0] ? P : 0, q[0], step<T>}, {q[1] ? P : 0, q[1], step<T>}};
+  std::vector<const Kept<T>*> hs[2] = {xs, xs};
+  for (int f = 0; f < 2; ++f)
+    for (int64_t i = 0; i < P && q[f]; ++i) hs[f][i] = h[f][i];
+  parallel(q[0] + q[1], work * a.d / 8, [&](int64_t begin, int64_t end) {
+    for (int64_t g = 0; g < G; ++g)
+      for (int f = 0; f < 2; ++f) {
+        const int64_t from = std::max<int64_t>(begin - f * q[0], 0), to = std::min(end - f * q[0], q[f]);
+        dots(W[f][g], a.d, from, to, &xs[group[g]], count(g), [&](int64_t r, int64_t t, float y) { keep<T>(h[f][group[g] + t], r, y); });
+      }
+  });
+
+  // act(gate) * up, kept for down's rows, or as the coefficients of a basis
+  Grid<Kept<T>> z(a.down.A ? 0 : P, a.p, step<T>);
+  Grid<float> c(a.down.A ? P : 0, a.p, step<T>);
+  parallel(a.p, work * (a.d + q[0]) / 4, [&](int64_t begin, int64_t end) {
+    constexpr int64_t block = 64;
+    std::vector<float> y[2];
+    for (int64_t g = 0; g < G; ++g)
+      for (int64_t row = begin; row < end; row += block) {
+        const int64_t n = std::min(block, end - row), first = group[g];
+        for (int f = 0; f < 2; ++f) {
+          y[f].resize(count(g) * block);
+          dots(q[f] ? A[f][g] : W[f][g], q[f] ? q[f] : a.d, row, row + n, &hs[f][first], count(g), [&](int64_t r, int64_t t, float v) {
+            y[f][t * block + r - row] = q[f] ? in[f]->scale * v + in[f]->shift * sum[routed[first + t].token] : v;
+          });
         }
-      begin += n;
-    }
+        for (int64_t t = 0; t < count(g); ++t)
+          for (int64_t r = 0; r < n; r += step<float>) {
+            auto gate = load(&y[0][t * block + r]), up = load(&y[1][t * block + r]);  // block is a multiple of the step
+            float v[step<float>];
+            store(v, {activate(gate.a, a.act) * up.a, activate(gate.b, a.act) * up.b});
+            for (int64_t l = 0; l < std::min(step<float>, n - r); ++l)
+              if (a.down.A) c[first + t][place<T>(row + r + l)] = v[l];
+              else keep<T>(z[first + t], row + r + l, v[l]);
+          }
+      }
   });
-  std::vector<const float*> zs(P);
-  for (int64_t i = 0; i < P; ++i) zs[i] = z[i];
 
   T* out = (T*)a.out;
-  if (!a.down.cached) {  // each thread has its own rows of every expert's down, so its own columns of the result
-    parallel(a.d, a.p * std::max<int64_t>(G, 1) / 8, [&](int64_t begin, int64_t end) {
+  if (!a.down.A) {  // each thread has its own rows of every expert's down, so its own columns of the result
+    std::vector<const Kept<T>*> zs(P);
+    for (int64_t i = 0; i < P; ++i) zs[i] = z[i];
+    parallel(a.d, work * a.p / 8, [&](int64_t begin, int64_t end) {
       std::vector<float> part(a.T * (end - begin));
       for (int64_t g = 0; g < G; ++g)
-        dots(D[g], a.p, begin, end, &zs[group[g]], group[g + 1] - group[g], [&](int64_t r, int64_t t, float v) {
+        dots(D[g], a.p, begin, end, &zs[group[g]], count(g), [&](int64_t r, int64_t t, float v) {
           part[routed[group[g] + t].token * (end - begin) + r - begin] += routed[group[g] + t].weight * v;
         });
       for (int64_t t = 0; t < a.T; ++t)
@@ -720,31 +810,51 @@ template <class T> void decode_as(const Decode& a) {
     });
     return;
   }
-  // Composed down is held transposed: sums of rows. Each chunk of rows has sums of its own, added up in order afterwards.
-  const int64_t chunks = threads();
-  auto rows_sum = [&](int64_t rows, int64_t n, Grid& parts, int64_t each, auto&& body) {
+  // down's basis lies transposed: sums of its rows. Few tokens: each thread has a chunk of the rows, with sums of its own that
+  // are added up in order afterwards. Many: each has its columns, in tiles of columns x tokens.
+  const bool many = P > 4 * G;
+  const int64_t chunks = many ? 1 : threads(), tile = 2 * step<T>;
+  auto rows_sum = [&](int64_t rows, Grid<float>& parts, int64_t each, auto&& body) {
     parallel(chunks, 1 << 20, [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin)
         for (int64_t i = G * rows * begin / chunks; i < G * rows * (begin + 1) / chunks; ++i) body(i / rows, i % rows, begin * each);
     });
-    for (int64_t c = 1; c < chunks; ++c)
-      for (int64_t i = 0; i < each * parts.cols; ++i) parts[0][i] += parts[c * each][i];
+    for (int64_t k = 1; k < chunks; ++k)
+      for (int64_t i = 0; i < each * parts.cols; ++i) parts[0][i] += parts[k * each][i];
   };
-  Grid u = Grid::of<T>(chunks * P, a.down.A ? a.down.q : 0);
-  if (a.down.A)
-    rows_sum(a.p, a.down.q, u, P, [&](int64_t g, int64_t r, int64_t first) {
-      for (int64_t i = group[g]; i < group[g + 1]; ++i) axpy(u[first + i], z[i][place<T>(r)], DA[g] + r * a.down.q, a.down.q);
+  auto columns_sum = [&](const std::vector<const T*>& M, int64_t K, int64_t n, Grid<float>& coefficients, auto&& target, auto&& factor) {
+    constexpr int N = LEVEL >= 2 ? 6 : 2;
+    parallel((n + tile - 1) / tile, P * K * 4, [&](int64_t begin, int64_t end) {
+      for (int64_t g = 0; g < G; ++g)
+        for (int64_t col = begin * tile; col < std::min(end * tile, n); col += tile)
+          for (int64_t t = group[g]; t < group[g + 1];) {
+            const float* from[N];
+            float factors[N], *to[N];
+            const int64_t tokens = group[g + 1] - t >= N ? N : 1;
+            for (int64_t i = 0; i < tokens; ++i) from[i] = coefficients[t + i], factors[i] = factor(t + i), to[i] = target(t + i);
+            tokens == N ? columns<T, N>(M[g], n, K, col, from, factors, to) : columns<T, 1>(M[g], n, K, col, from, factors, to);
+            t += tokens;
+          }
     });
-  Grid total_ = Grid::of<T>(chunks * a.T, a.d);
-  const float scale = a.down.A ? a.down.scale : 1.0f;
-  rows_sum(a.down.q, a.d, total_, a.T, [&](int64_t g, int64_t r, int64_t first) {
-    for (int64_t i = group[g]; i < group[g + 1]; ++i)
-      axpy(total_[first + routed[i].token], routed[i].weight * scale * (a.down.A ? u[i] : z[i])[place<T>(r)], D[g] + r * a.d, a.d);
-  });
+  };
+  Grid<float> u(chunks * P, a.down.q, step<T>), total_(chunks * a.T, a.d, step<T>);
+  auto factor = [&](int64_t i) { return routed[i].weight * a.down.scale; };
+  if (many) {
+    columns_sum(DA, a.p, a.down.q, c, [&](int64_t i) { return u[i]; }, [](int64_t) { return 1.0f; });
+    columns_sum(D, a.down.q, a.d, u, [&](int64_t i) { return total_[routed[i].token]; }, factor);
+  } else {
+    rows_sum(a.p, u, P, [&](int64_t g, int64_t r, int64_t first) {
+      for (int64_t i = group[g]; i < group[g + 1]; ++i) axpy(u[first + i], c[i][place<T>(r)], DA[g] + r * a.down.q, a.down.q);
+    });
+    rows_sum(a.down.q, total_, a.T, [&](int64_t g, int64_t r, int64_t first) {
+      for (int64_t i = group[g]; i < group[g + 1]; ++i)
+        axpy(total_[first + routed[i].token], factor(i) * u[i][place<T>(r)], D[g] + r * a.d, a.d);
+    });
+  }
   std::vector<float> shift(a.T);
-  if (a.down.A && a.down.shift != 0)
+  if (a.down.shift != 0)
     for (int64_t i = 0; i < P; ++i)
-      for (int64_t r = 0; r < a.p; ++r) shift[routed[i].token] += routed[i].weight * a.down.shift * z[i][place<T>(r)];
+      for (int64_t r = 0; r < a.p; ++r) shift[routed[i].token] += routed[i].weight * a.down.shift * c[i][place<T>(r)];
   for (int64_t t = 0; t < a.T; ++t)
     for (int64_t r = 0; r < a.d; ++r) out[t * a.d + r] = T(total_[t][place<T>(r)] + shift[t]);
 }

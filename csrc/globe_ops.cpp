@@ -31,7 +31,7 @@ static void parallel(int64_t n, int64_t cost, const F& f) {
   }
 }
 
-// The kernels four times in one binary: a name and a level for each instruction set.
+// The kernels four times in one binary. A name for each level; the last two are AVX-512, without and with bfloat16 products.
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the baseline's only travel between inlined functions
 #define ISA plain
 #define LEVEL 0
@@ -66,7 +66,7 @@ TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 TARGET_END
 
 TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#define ISA avx512bf16
+#define ISA avx512_bf16
 #define LEVEL 3
 #include "cpu_kernels.h"
 #undef ISA
@@ -94,31 +94,32 @@ static int level() {  // GLOBE_ISA lowers it, for tests
 }
 
 #if defined(__x86_64__)
-#define RUN(kernel, ...) \
-  (level() == 3   ? avx512bf16::kernel(__VA_ARGS__) \
-   : level() == 2 ? avx512::kernel(__VA_ARGS__) \
-   : level() == 1 ? avx2::kernel(__VA_ARGS__) \
+#define RUN(kernel, ...)                                                                             \
+  (level() == 3   ? avx512_bf16::kernel(__VA_ARGS__)                                                 \
+   : level() == 2 ? avx512::kernel(__VA_ARGS__)                                                      \
+   : level() == 1 ? avx2::kernel(__VA_ARGS__)                                                        \
                   : plain::kernel(__VA_ARGS__))
 #else
 #define RUN(kernel, ...) plain::kernel(__VA_ARGS__)
 #endif
 
 static std::string about() {  // "1 avx512": the schemas' version and what runs on this CPU
-  return std::to_string(kVersion) + " " + (level() == 3 ? "avx512bf16" : level() == 2 ? "avx512" : level() == 1 ? "avx2" : "plain");
+  return std::to_string(kVersion) + " " + (level() == 3 ? "avx512_bf16" : level() == 2 ? "avx512" : level() == 1 ? "avx2" : "plain");
 }
 
 // ---- operators ---------------------------------------------------------------------------------------
-static void compose_out(Tensor bank, Tensor idx, Tensor val, std::string act, Tensor out) {
+static void compose_out(Tensor bank, Tensor idx, Tensor val, std::string act, Tensor out, std::optional<Tensor> slot) {
   Compose c = compose_args(bank, idx, val, act);
-  expect("globe::compose", "out", out, bank.scalar_type(), bank, {idx.size(0), bank.size(1), bank.size(2)});
-  c.out = out.mutable_data_ptr();
+  into(c, bank, idx, out, slot);
+  for (int64_t e = 0; c.slot && e < c.E; ++e)
+    check(0 <= c.slot[e] && c.slot[e] < out.size(0), "globe::compose: slot in [0, ", out.size(0), ") expected, found ", c.slot[e]);
   RUN(compose, c);
 }
 
 static Tensor compose(Tensor bank, Tensor idx, Tensor val, std::string act) {
   compose_args(bank, idx, val, act);
   Tensor out = torch::stable::new_empty(bank, {idx.size(0), bank.size(1), bank.size(2)});
-  compose_out(bank, idx, val, act, out);
+  compose_out(bank, idx, val, act, out, std::nullopt);
   return out;
 }
 
@@ -165,7 +166,7 @@ static Tensor experts_decode(Tensor x, Tensor index, Tensor weights, Tensor slot
 STABLE_TORCH_LIBRARY(globe, m) {
   m.def("about() -> str");
   m.def("compose(Tensor bank, Tensor idx, Tensor val, str activation) -> Tensor");
-  m.def("compose_out(Tensor bank, Tensor idx, Tensor val, str activation, Tensor(a!) out) -> ()");
+  m.def("compose_out(Tensor bank, Tensor idx, Tensor val, str activation, Tensor(a!) out, Tensor? slot) -> ()");
   m.def("compose_backward(Tensor grad, Tensor bank, Tensor idx, Tensor val, str activation) -> (Tensor, Tensor)");
   m.def("simplex(Tensor x, float alpha) -> (Tensor, Tensor)");
   m.def("simplex_backward(Tensor grad, Tensor p, float alpha) -> Tensor");

@@ -106,7 +106,7 @@ template <class T> __global__ void compose_kernel(Compose c, bool whole) {
     Vec<T> y;
 #pragma unroll
     for (int v = 0; v < kVec<T>; ++v) y.v[v] = T(activate(z[v], c.act));
-    T* out = static_cast<T*>(c.out) + e * c.n + pos;
+    T* out = static_cast<T*>(c.out) + (c.slot ? c.slot[e] : e) * c.n + pos;
     if (whole && left >= kVec<T>) {
       *reinterpret_cast<Vec<T>*>(out) = y;
     } else {
@@ -137,10 +137,9 @@ template <class T> __global__ void compose_backward_kernel(Compose c) {
   }
 }
 
-void compose_out(Tensor bank, Tensor idx, Tensor val, std::string act, Tensor out) {
+void compose_out(Tensor bank, Tensor idx, Tensor val, std::string act, Tensor out, std::optional<Tensor> slot) {
   Compose c = compose_args(bank, idx, val, act);
-  expect("globe::compose", "out", out, bank.scalar_type(), bank, {idx.size(0), bank.size(1), bank.size(2)});
-  c.out = out.mutable_data_ptr();
+  into(c, bank, idx, out, slot);
   if (!c.n || !c.E) return;
   torch::stable::accelerator::DeviceGuard guard(bank.get_device_index());
   by_type(c.type, [&](auto t) {
@@ -154,7 +153,7 @@ void compose_out(Tensor bank, Tensor idx, Tensor val, std::string act, Tensor ou
 Tensor compose(Tensor bank, Tensor idx, Tensor val, std::string act) {
   compose_args(bank, idx, val, act);
   Tensor out = torch::stable::new_empty(bank, {idx.size(0), bank.size(1), bank.size(2)});
-  compose_out(bank, idx, val, act, out);
+  compose_out(bank, idx, val, act, out, std::nullopt);
   return out;
 }
 
@@ -329,7 +328,7 @@ template <class T> __global__ void down_kernel(Decode a, const float* z, bool wh
     if (const T* W = weight<T>(a, a.down, i, a.d * a.p)) y += routing<T>(a, i) * dot(W + row * a.p, z + i * a.p, a.p, whole);
   if (threadIdx.x % kWarp == 0) static_cast<T*>(a.out)[t * a.d + row] = T(y);
 }
-// Composed down is held transposed: a thread owns a column, neighbours read neighbours.
+// A composed basis of down lies transposed: a thread owns a column, neighbours read neighbours.
 template <class T> __global__ void down_adapter_kernel(Decode a, const float* z, float* u) {
   const int64_t col = int64_t(blockIdx.x) * kThreads + threadIdx.x, i = blockIdx.y;
   if (col >= a.down.q || a.index[i] >= a.E) return;
@@ -344,14 +343,11 @@ template <class T> __global__ void down_basis_kernel(Decode a, const float* z, c
   float out = 0;
   for (int64_t i = t * a.k; i < (t + 1) * a.k; ++i)
     if (const T* W = weight<T>(a, a.down, i, a.down.q * a.d)) {
-      const float* c = a.down.A ? u + i * a.down.q : z + i * a.p;
       float y = 0;
-      for (int64_t r = 0; r < a.down.q; ++r) y += c[r] * float(W[r * a.d + col]);
-      if (a.down.A) {
-        y *= a.down.scale;
-        if (a.down.shift != 0)
-          for (int64_t r = 0; r < a.p; ++r) y += a.down.shift * z[i * a.p + r];
-      }
+      for (int64_t r = 0; r < a.down.q; ++r) y += u[i * a.down.q + r] * float(W[r * a.d + col]);
+      y *= a.down.scale;
+      if (a.down.shift != 0)
+        for (int64_t r = 0; r < a.p; ++r) y += a.down.shift * z[i * a.p + r];
       out += routing<T>(a, i) * y;
     }
   static_cast<T*>(a.out)[t * a.d + col] = T(out);
@@ -379,10 +375,10 @@ Tensor experts_decode(Tensor x, Tensor index, Tensor weights, Tensor slot, Tenso
     if (qg) basis_kernel<T><<<dim3(blocks(qg, warps), P), kThreads, 0, stream>>>(a, a.gate, h, whole);
     if (qu) basis_kernel<T><<<dim3(blocks(qu, warps), P), kThreads, 0, stream>>>(a, a.up, hu, whole);
     hidden_kernel<T><<<dim3(blocks(a.p, warps), P), kThreads, 0, stream>>>(a, h, hu, z, whole);
-    if (!a.down.cached) {
+    if (!a.down.A) {
       down_kernel<T><<<dim3(blocks(a.d, warps), a.T), kThreads, 0, stream>>>(a, z, aligned(a.down.W, a.p * sizeof(T)));
     } else {
-      if (qd) down_adapter_kernel<T><<<dim3(blocks(qd, kThreads), P), kThreads, 0, stream>>>(a, z, u);
+      down_adapter_kernel<T><<<dim3(blocks(qd, kThreads), P), kThreads, 0, stream>>>(a, z, u);
       down_basis_kernel<T><<<dim3(blocks(a.d, kThreads), a.T), kThreads, 0, stream>>>(a, z, u);
     }
   });

@@ -18,7 +18,7 @@ namespace globe {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kVersion = 1;  // of the operators' schemas; globe.py refuses a library of another one
+constexpr int64_t kVersion = 2;  // of the operators' schemas; globe.py refuses a library of another one
 
 enum class Type { f32, bf16, f16, f64 };
 enum class Act { identity, silu, tanh, gelu_tanh, relu };
@@ -76,7 +76,7 @@ inline ScalarType wide(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// out[e] = act(sum_j val[e, j] bank[idx[e, j]]), each of n = r * d numbers.
+// out[slot[e]] = act(sum_j val[e, j] bank[idx[e, j]]), each of n = r * d numbers; slot null: out[e].
 struct Compose {
   Type type;
   Act act;
@@ -85,6 +85,7 @@ struct Compose {
   const int64_t* idx;
   const void* val;   // float, or double with a double bank
   void* out;         // forward
+  const int64_t* slot;
   const void* grad;  // backward: of out
   void* dbank;
   void* dval;        // in val's type
@@ -107,6 +108,14 @@ inline Compose compose_args(const Tensor& bank, const Tensor& idx, const Tensor&
   return c;
 }
 
+inline void into(Compose& c, const Tensor& bank, const Tensor& idx, Tensor& out, const std::optional<Tensor>& slot) {
+  const char* op = "globe::compose";
+  expect(op, "out", out, bank.scalar_type(), bank, {slot ? -1 : idx.size(0), bank.size(1), bank.size(2)});
+  if (slot) expect(op, "slot", *slot, ScalarType::Long, bank, {idx.size(0)});
+  c.out = out.mutable_data_ptr();
+  c.slot = slot ? static_cast<const int64_t*>(slot->const_data_ptr()) : nullptr;
+}
+
 inline Type simplex_type(const Tensor& x, double alpha) {
   const char* op = "globe::simplex";
   check(alpha == 2 || alpha == 1.5, op, ": alpha: expected 2 (sparsemax) or 1.5 (entmax), found ", alpha);
@@ -116,8 +125,8 @@ inline Type simplex_type(const Tensor& x, double alpha) {
 }
 inline std::vector<int64_t> support_shape(const Tensor& x) { return {x.sizes().begin(), x.sizes().end() - 1}; }
 
-// One family of experts_decode. W: (n, q, d) rows that x meets first, indexed by cache slot (cached) or by expert;
-// A: (n, p, q) the adapters, absent where W is the whole weight (q = p).
+// One family of experts_decode. W: indexed by cache slot (cached) or by expert; A: (n, p, q) the adapters, absent where W is
+// the whole weight. gate and up: W (n, q, d), q = p without A. down: W (n, d, p), or, with A, a basis (n, q, d).
 struct Family {
   const void *W, *A;
   int64_t W_n, A_n, q;
@@ -133,7 +142,7 @@ struct Decode {
   const int64_t *index, *slot, *row;
   const void* weights;  // float, or x's type
   bool weights_wide;
-  Family gate, up, down;  // down dense: W (E, d, p); cached: y = (h A) W, or h W
+  Family gate, up, down;
   void* out;
 };
 
@@ -164,16 +173,10 @@ inline Decode decode_args(const Tensor& x, const Tensor& index, const Tensor& we
   expect(op, "row", row, ScalarType::Long, x, {slot.size(0)});
   check(cached.size() == 3 && scale.size() == 3 && shift.size() == 3, op, ": cached, scale, shift: expected 3 entries each");
   a.T = x.size(0), a.d = x.size(1), a.k = index.size(1), a.E = slot.size(0);
-  if (cached[2]) {  // (n, p, d), or (n, q, d) with A (n, p, q)
-    check(down.dim() == 3, op, ": down: expected 3 dimensions, found ", down.dim());
-    check(!down_A || down_A->dim() == 3, op, ": down: expected adapters (n, p, q), found ", down_A ? shape_of(*down_A) : "none");
-    a.p = down_A ? down_A->size(1) : down.size(1);
-    a.down = family("down", down, down_A, true, scale[2], shift[2], x, a.p, a.d, a.p);
-  } else {  // (n, d, p)
-    check(down.dim() == 3, op, ": down: expected 3 dimensions, found ", down.dim());
-    a.p = down.size(2);
-    a.down = family("down", down, down_A, false, 1, 0, x, a.d, a.p, a.p);
-  }
+  check(down.dim() == 3, op, ": down: expected 3 dimensions, found ", down.dim());
+  check(!down_A || down_A->dim() == 3, op, ": down: expected adapters (n, p, q), found ", down_A ? shape_of(*down_A) : "none");
+  a.p = down_A ? down_A->size(1) : down.size(2);
+  a.down = family("down", down, down_A, cached[2], scale[2], shift[2], x, a.d, down_A ? a.d : a.p, a.p);
   a.gate = family("gate", gate, gate_A, cached[0], scale[0], shift[0], x, a.p, a.d, a.p);
   a.up = family("up", up, up_A, cached[1], scale[1], shift[1], x, a.p, a.d, a.p);
   a.x = x.const_data_ptr();
