@@ -3065,7 +3065,8 @@ def native_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     weights of half precision faster than torch's products do (30 against 17 GB/s)."""
     parts, act = [mlp._modules[f"{f}_proj"] for f in FAMILIES], NATIVE_ACTS.get(type(mlp.act_fn).__name__)
     if (x.itemsize != 2 or not act or not 0 < x.numel() // x.shape[-1] <= MLP_TOKENS or x.device.type != "cpu"
-            or torch.is_grad_enabled() or torch.compiler.is_compiling() or any(type(m) is not nn.Linear or m.bias is not None or m.weight.dtype != x.dtype for m in parts) or not _native("experts_decode", "cpu")):
+            or torch.is_grad_enabled() or torch.compiler.is_compiling() or not _native("experts_decode", "cpu")
+            or any(type(m) is not nn.Linear or m.bias is not None or m.weight.dtype != x.dtype for m in parts)):
         return type(mlp).forward(mlp, x)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     index, ones, table = _alone(len(flat))
