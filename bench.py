@@ -869,7 +869,7 @@ def write_qwen15_globe(dense: Path, to: Path, cfg: globe.Config, consume: bool =
             "dims": dataclasses.asdict(ckpt.dims), "families": {f: family | {"bank": f} for f in globe.FAMILIES},
             "experts": {str(l): list(range(E)) for l in layers}, "config": {}}
     (to / "config.json").write_text(json.dumps(ckpt.config | {"quantization_config": {"quant_method": "globe"} | meta}))
-    state, block = globe._skeleton(ckpt.config, torch.bfloat16, meta).state_dict(), torch.randn(BLOCK, generator=g).bfloat16()
+    state, block = globe._skeleton(ckpt.config, torch.bfloat16, to, meta).state_dict(), torch.randn(BLOCK, generator=g).bfloat16()
     part = lambda name: re.search(r"layers\.(\d+)\.", name)[1] if ".layers." in name else "rest"  # noqa: E731
     for shard_of in dict.fromkeys(map(part, state)):
         shard = Shard(to / f"model-{shard_of}.safetensors", g)
@@ -895,7 +895,7 @@ def write_qwen15_globe(dense: Path, to: Path, cfg: globe.Config, consume: bool =
 def mapped(directory: Path) -> torch.nn.Module:
     """The dense model over memory-mapped files in the fused layout: eager experts use the pages where they lie."""
     from safetensors.torch import load_file
-    model = globe._skeleton(globe.read_json(directory / "config.json"), torch.bfloat16)
+    model = globe._skeleton(globe.read_json(directory / "config.json"), torch.bfloat16, directory)
     for path in sorted(directory.glob("*.safetensors")):
         for name, t in load_file(path).items():
             globe._assign(model, name, t)
