@@ -1736,16 +1736,17 @@ def save_moments(path: Path, moments: dict, fingerprint: str) -> None:
                   metadata={"globe_moments": fingerprint})
 
 
-def load_moments(path: Path, ckpt: Checkpoint) -> dict:
-    """What save_moments wrote. UserError: no such file, not one of ours, damaged, or of another checkpoint."""
+def load_moments(path: Path, ckpt: Checkpoint, tag: str | None = None) -> dict:
+    """What save_moments wrote with `tag`, default: the checkpoint's fingerprint. UserError: no such file, not one of ours,
+    damaged, or of another checkpoint."""
     try:
         with safe_open(path, "pt") as f:
             found = (f.metadata() or {}).get("globe_moments")
         tensors = load_file(path)
     except (SafetensorError, OSError) as e:
         raise UserError(f"calib.load: {path}: expected saved moments, found {e}") from None
-    if found != ckpt.fingerprint():
-        raise UserError(f"calib.load: {path}: expected moments of the checkpoint with fingerprint {ckpt.fingerprint()}, found {found}")
+    if found != (tag := tag or ckpt.fingerprint()):
+        raise UserError(f"calib.load: {path}: expected moments of the checkpoint with fingerprint {tag}, found {found}")
     D, out = ckpt.dims, {}
     for kind, shape in {"inputs": (D.d, D.d), "hidden": (D.p, D.p), "gate": (D.experts, D.p), "up": (D.experts, D.p)}.items():
         out[kind] = {l: tensors.get(f"{kind}.{l}") for l in D.layers}
@@ -4834,12 +4835,12 @@ def kept_moments(ckpt: Checkpoint, cfg: Config, device: torch.device, run: Path,
     if not ranks()[0]:
         try:
             if resume and path.is_file():
-                return load_moments(path, tag)
+                return load_moments(path, ckpt, tag)
         except UserError:
             pass  # of other settings
         moments = calibrate(ckpt, cfg, device)
         save_moments(path, {k: v for k, v in moments.items() if k != "hidden" or "down" in families_of(cfg.model)}, tag)
-    return load_moments(path, tag)
+    return load_moments(path, ckpt, tag)
 
 
 PASS_RATE = 0.6  # of the machine's product rate, which a whole pass reaches (bench.py fit --preset qwen15)

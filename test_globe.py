@@ -981,7 +981,7 @@ sizes = dict(vocab_size=64, hidden_size=512, num_hidden_layers=4, num_attention_
 empty = types.SimpleNamespace(dims=globe.dims_of(sizes), config=sizes, fingerprint=lambda: "none")
 factors = t.random_factors(empty, "both", m=4, r=128)  # an item: 2 x 128 x 512 float32, 0.5 MiB; 128 items in all
 budget = float(sys.argv[1])
-model = globe._skeleton(sizes, torch.float32, Path(), factors.meta(), globe.CacheConfig(budget=budget))
+model = globe._skeleton(sizes, torch.float32, t.Path(), factors.meta(), globe.CacheConfig(budget=budget))
 globe._assign_factors(model, factors, torch.device("cpu"), torch.float32)
 for name, p in model.state_dict().items():
     if p.is_meta:
