@@ -1737,18 +1737,20 @@ def save_moments(path: Path, moments: dict, fingerprint: str) -> None:
 
 
 def load_moments(path: Path, ckpt: Checkpoint, tag: str | None = None) -> dict:
-    """What save_moments wrote with `tag`, default: the checkpoint's fingerprint. UserError: no such file, not one of ours,
-    damaged, or of another checkpoint."""
+    """What save_moments wrote with `tag`, default: the checkpoint's fingerprint, with which every kind must be there.
+    UserError: no such file, not one of ours, damaged, or of another checkpoint."""
     try:
         with safe_open(path, "pt") as f:
             found = (f.metadata() or {}).get("globe_moments")
         tensors = load_file(path)
     except (SafetensorError, OSError) as e:
         raise UserError(f"calib.load: {path}: expected saved moments, found {e}") from None
-    if found != (tag := tag or ckpt.fingerprint()):
-        raise UserError(f"calib.load: {path}: expected moments of the checkpoint with fingerprint {tag}, found {found}")
+    if found != (tag or ckpt.fingerprint()):
+        raise UserError(f"calib.load: {path}: expected moments of the checkpoint with fingerprint {tag or ckpt.fingerprint()}, found {found}")
     D, out = ckpt.dims, {}
     for kind, shape in {"inputs": (D.d, D.d), "hidden": (D.p, D.p), "gate": (D.experts, D.p), "up": (D.experts, D.p)}.items():
+        if tag and not any(name.startswith(kind) for name in tensors):
+            continue
         out[kind] = {l: tensors.get(f"{kind}.{l}") for l in D.layers}
         for l, C in out[kind].items():
             if C is None or C.shape != shape or not C.is_floating_point() or not torch.isfinite(C).all():
