@@ -1112,6 +1112,7 @@ def test_the_benchmarks_checkpoints_are_one_model_in_three_layouts_with_the_want
     bench.write_qwen15_globe(Path("dense"), Path("globe"), cfg)
     cpu, ids = torch.device("cpu"), bench.as_words("heldout", 2000, 300)
     dense, model = globe.load_dense(Path("dense"), cpu, None), globe.load("globe")
+    assert all(p.data_ptr() % 16 == 0 for p in model.parameters())  # an odd address would slow GloBE down, and nothing else
     first = globe.demand_of(model, ids)[0]  # the deeper one also sees what the first, with weights this small, has added
     counts = torch.bincount(torch.tensor(first).flatten(), minlength=12).double()
     assert (counts / counts.sum()).sort(descending=True).values.sub(shares).abs().max() < 0.04
