@@ -2604,7 +2604,9 @@ def check_meta(meta: dict, where: str) -> dict:
     try:
         D, layers = _meta_dims(meta), [int(l) for l in meta["experts"]]
         fine = [str(l) for l in layers] == list(meta["experts"])  # "01" would be layer 1 too
-        fine &= all(type(v) is int and 0 <= v < 2 ** 32 for v in (*D.layers, *dataclasses.astuple(D)[1:])) and D.p * D.d > 0
+        if not all(type(v) is int and 0 <= v < 2 ** 32 for v in (*D.layers, *dataclasses.astuple(D)[1:])):
+            raise ValueError("a size that is none")  # nothing may be computed from it: a list times an int can fill the memory
+        fine &= D.p * D.d > 0
         fine &= bool(layers) and set(layers) <= set(D.layers) and len(set(layers)) == len(layers)
         fine &= isinstance(meta.get("config", {}), dict) and all(isinstance(meta[k], str) for k in ("model_type", "fingerprint"))
         fine &= bool(meta["families"]) and all(type(e) is int and 0 <= e < D.experts + D.shared for es in meta["experts"].values() for e in es)

@@ -2870,6 +2870,7 @@ FACTORS_ROWS = {
     "a description nested 100,000 deep": (edit_meta(lambda m: "[" * 100000), ("factors.safetensors",)),
     "no families": (edit_meta(lambda m: m.update(families={})), ("description",)), "a family of another name": (
         edit_meta(lambda m: m["families"].update(left=m["families"].pop("gate"))), ("description",)),
+    "a size that is a list": (edit_meta(lambda m: (m["dims"].update(d=[1]), m["families"]["gate"].update(r=2 ** 31))), ("description",)),
     "no experts": (edit_meta(lambda m: m.update(experts={})), ("description",)), "a layer without experts": (
         edit_meta(lambda m: m["experts"].update({"1": []})), ("description",)),
     "an expert out of range": (edit_meta(lambda m: m["experts"]["1"].__setitem__(0, 99)), ("description",)),
