@@ -567,7 +567,7 @@ def saved_state(path: Path) -> Iterator[None]:
     """UserError for whatever goes wrong while a saved state is read: the file is damaged, or another run's."""
     try:
         yield
-    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
         raise UserError(f"{path}: expected the saved state of this run, found {type(e).__name__}: {e}; start again with --overwrite") from None
 
 
@@ -4655,7 +4655,7 @@ class SavedFit:
         """(state, {step: pair}), or None where nothing was saved."""
         if not self.path.is_file():
             return None
-        try:
+        with saved_state(self.path):
             state, pairs = read_tensors(self.path), {}
             for step in map(int, state["pairs"].tolist()):
                 pairs[step] = Shelved({})
@@ -4663,9 +4663,6 @@ class SavedFit:
                 self.named.add(pairs[step].path)
                 if not self.spill or not pairs[step].path.is_file():
                     pairs[step] = Shelved(pairs[step].load())
-        except (OSError, ValueError, KeyError, RuntimeError) as e:
-            raise UserError(f"{self.path}: expected the saved state of a fit, found {type(e).__name__}: {e}; to start afresh, remove "
-                            f"{self.path.parent}") from None
         return state, pairs
 
     def save(self, fitter: Fitter) -> None:
@@ -5180,14 +5177,14 @@ def cmd_info(args: argparse.Namespace) -> dict:
 
 def cmd_heal(args: argparse.Namespace) -> dict:
     begin, out = time.perf_counter(), Path(args.out)
-    cfg_from = out if args.resume and (out / "config.yaml").is_file() else None
+    resumed = args.resume and (out / "config.yaml").is_file()
     run, cfg, factors, ckpt, device, dtype = open_run(args)
-    if cfg_from:
-        cfg = run_config(cfg_from, args)
+    if resumed:
+        cfg = run_config(out, args)
     if out.resolve() in (run.resolve(), *run.resolve().parents):
         raise UserError(f"--out {out}: expected another directory than --factors, and none that holds it")
     dtype = torch.float32 if dtype is torch.float16 else dtype  # gradients of half precision would need a loss scale
-    if not cfg_from:
+    if not resumed:
         fresh(out, args.overwrite, ckpt.dir)
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
     with discarded_on_error(out):
