@@ -38,6 +38,7 @@ import importlib.util
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -308,23 +309,14 @@ FRACTIONS = ("sparsity.eta", "sparsity.freeze", "fit.adam.beta1", "fit.adam.beta
 
 def _coerce(value: Any, kind: str, where: str) -> Any:
     """Bring a YAML or command-line value to the annotated kind ("int | float | None"), or raise UserError."""
-    kinds = [k.strip() for k in kind.split("|")]
-    if value is None and "None" in kinds:
-        return None
-    if isinstance(value, bool):
-        if "bool" in kinds:
-            return value
-    elif isinstance(value, int) and "int" in kinds:
+    kinds, number = kind.split(" | "), isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is None and "None" in kinds or type(value) is not float and type(value).__name__ in kinds:
         return value
-    elif isinstance(value, (int, float, str)) and "float" in kinds and not (isinstance(value, str) and "str" in kinds):
+    if (number or isinstance(value, str)) and "float" in kinds:
         with contextlib.suppress(ValueError, OverflowError):  # PyYAML reads 1e-3 as text
             if math.isfinite(float(value)):
                 return float(value)
-    elif isinstance(value, str) and "str" in kinds:
-        return value
-    elif type(value).__name__ in kinds:
-        return value
-    elif isinstance(value, (int, float)) and kinds == ["str"]:
+    elif number and kinds == ["str"]:
         return str(value)
     raise UserError(f"{where}: expected {' or '.join(kinds)}, found {short(value)}")
 
@@ -354,23 +346,18 @@ def _merge(node: Any, update: Any, where: str, source: str) -> None:
             setattr(node, key, _coerce(value, names[key].type, f"{source}: {path}"))
 
 
-def _lookup(cfg: Any, path: str) -> Any:
-    for part in path.split("."):
-        cfg = getattr(cfg, part)
-    return cfg
-
-
 def check_config(cfg: Config) -> Config:
     """Refuse values that no run could use; returns cfg."""
     for path, allowed in CHOICES.items():
-        if _lookup(cfg, path) not in allowed:
-            raise UserError(f"{path}: expected one of {', '.join(map(str, allowed))}, found {_lookup(cfg, path)!r}")
+        value = operator.attrgetter(path)(cfg)
+        if value not in allowed:
+            raise UserError(f"{path}: expected one of {', '.join(map(str, allowed))}, found {value!r}")
     most = lambda v: 2 ** 40 if isinstance(v, int) else 1e38
     for paths, good, text in ((POSITIVE, lambda v: 0 < v <= most(v), "a number above 0, at most 2^40 or 1e38"),
                               (NON_NEGATIVE, lambda v: 0 <= v <= most(v), "0 or more, at most 2^40 or 1e38"),
                               (FRACTIONS, lambda v: 0 <= v <= 1, "a number from 0 to 1")):
         for path in paths:
-            value = _lookup(cfg, path)
+            value = operator.attrgetter(path)(cfg)
             for v in value.values() if isinstance(value, dict) else [value]:
                 if v is not None and (not isinstance(v, (int, float)) or not good(v)):
                     raise UserError(f"{path}: expected {text}, found {short(v)}")
@@ -443,10 +430,6 @@ def load_config(path: str | None = None, overrides: Sequence[str] = (), base: di
             update = {part: update}
         _merge(cfg, update, "", "command line")
     return check_config(cfg)
-
-
-def config_dict(cfg: Config) -> dict:
-    return dataclasses.asdict(cfg)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -573,8 +556,7 @@ def saved_state(path: Path) -> Iterator[None]:
 
 def user_cache() -> Path:
     """Where the default model lives: $GLOBE_CACHE, else the user's cache directory."""
-    base = os.environ.get("GLOBE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "globe"
-    return Path(base)
+    return Path(os.environ.get("GLOBE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "globe")
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -620,21 +602,15 @@ def threads_for(p: int, d: int, dtype: str = "float32") -> Iterator[None]:
     """Settings for work on (p, d) matrices. Small ones: one CPU thread (on 96 x 96 a second one made a fit 2 to 10 times
     slower). Large ones: float32 products by oneDNN, which reach 375 GFLOP/s on two cores of an EPYC where MKL's reach 139."""
     threads, small = torch.get_num_threads(), p * d <= 2 ** 14
-    settings = []
-    if not small and onednn_keeps_float32():
-        settings.append((torch.backends.mkldnn.matmul, "bf16"))
-    if dtype == "tf32":
-        settings.append((torch.backends.cuda.matmul, "tf32"))
-    before = [(backend, backend.fp32_precision) for backend, _ in settings]
-    torch.set_num_threads(1 if small else threads)
-    try:
+    settings = [(torch.backends.mkldnn.matmul, "bf16")] if not small and onednn_keeps_float32() else []
+    settings += [(torch.backends.cuda.matmul, "tf32")] if dtype == "tf32" else []
+    with contextlib.ExitStack() as undo:
+        undo.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(1 if small else threads)
         for backend, value in settings:
+            undo.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
             backend.fp32_precision = value
         yield
-    finally:
-        torch.set_num_threads(threads)
-        for backend, value in before:
-            backend.fp32_precision = value
 
 
 def host_buffer(shape: tuple, device: torch.device) -> Tensor:
@@ -744,20 +720,6 @@ def free_memory(device: torch.device) -> int:
             if line.startswith("MemAvailable"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def reset_peak(device: torch.device) -> None:
-    """Measure peak memory afresh from here on, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_gib(device: torch.device) -> float:
-    """GiB at most resident since reset_peak, with what an accelerator held."""
-    there = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory() if device.type == "mps" else 0
-    return peak_rss_gib() + there / 2 ** 30
 
 
 def peak_rss_gib() -> float:
@@ -1121,13 +1083,10 @@ def resolve_model(path: str, revision: str | None = None, force_download: bool =
                         f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from None
 
 
-LFS_POINTER = "version https://git-lfs"
-
-
-def is_pointer(path: Path) -> bool:
-    """A git-lfs pointer in place of the file it stands for."""
+def found_in(path: Path, reason: Any) -> Any:
+    """What to say of a file that is not what it should be: a git-lfs pointer in its place, else the reason."""
     with open(path, "rb") as f:
-        return f.read(40).startswith(LFS_POINTER.encode())
+        return "a git-lfs pointer: run git lfs pull" if f.read(40).startswith(b"version https://git-lfs") else reason
 
 
 def read_json(path: Path) -> dict:
@@ -1137,14 +1096,10 @@ def read_json(path: Path) -> dict:
             raise UserError(f"{path}: {max(keys, key=keys.count)}: found twice in one JSON object")
         return table
     try:
-        text = path.read_text(encoding="utf-8")
-        if text.startswith(LFS_POINTER):
-            raise UserError(f"{path}: expected JSON, found a git-lfs pointer: run git lfs pull")
-        data = json.loads(text, object_pairs_hook=once)
-    except FileNotFoundError:
-        raise UserError(f"{path}: expected a JSON file, found none") from None
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: expected JSON, found {type(e).__name__}: {e}") from None
+        reason = found_in(path, f"{type(e).__name__}: {e}") if path.is_file() else "none"
+        raise UserError(f"{path}: expected a JSON file, found {reason}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
@@ -1192,12 +1147,10 @@ def dims_of(config: dict, where: str = "config.json") -> Dims:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one expert matrix lies on disk: tensor, shard, and the part of it (fused or shared tensors)."""
+    """Where one expert matrix lies on disk: tensor and the part of it (fused or shared tensors)."""
     tensor: str
-    expert: int | None = None               # index into dim 0 of a fused tensor
-    rows: tuple | None = None               # (start, stop)
-    cols: tuple | None = None
-    transposed: bool = False                # down: on disk (d, p), used as (p, d)
+    part: tuple                             # index of that part: (expert, rows, columns) of a fused tensor, else (rows, columns)
+    transposed: bool                        # down: on disk (d, p), used as (p, d)
 
 
 def open_shard(path: Path):
@@ -1212,7 +1165,7 @@ def open_shard(path: Path):
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: expected safetensors, found {'a git-lfs pointer: run git lfs pull' if is_pointer(path) else e}") from None
+        raise UserError(f"{path}: expected safetensors, found {found_in(path, e)}") from None
 
 
 def finite(w: Tensor, name: str, where: Any) -> Tensor:
@@ -1234,11 +1187,9 @@ class Checkpoint:
         self.config = read_json(self.dir / "config.json")
         self.layout = layout_of(self.config, str(self.dir / "config.json"))
         self.dims = dims_of(self.config, str(self.dir / "config.json"))
-        self._open: dict = {}
-        self._read = 0  # bytes of experts read since the shards were last closed
+        self._open, self._read = {}, 0  # bytes of experts read since the shards were last closed
         self.shard_of = self._index()  # tensor name -> shard file name
-        first = self.layout.fused.format(l=self.dims.layers[0], n="gate_up_proj") if self.dims.layers else ""
-        self.fused = first in self.shard_of
+        self.fused = self.layout.fused.format(l=self.dims.layers[0], n="gate_up_proj") in self.shard_of
         self._validate()
 
     def _index(self) -> dict:
@@ -1281,18 +1232,14 @@ class Checkpoint:
 
     def slot(self, family: str, layer: int, expert: int) -> Slot:
         """Where W (family, layer, expert) lies; experts from dims.experts on are shared slices."""
-        D, i = self.dims, FAMILIES.index(family)
-        down = family == "down"
+        D, i, down, every = self.dims, FAMILIES.index(family), family == "down", slice(None)
         if expert >= D.experts:  # a slice of the shared MLP: rows of gate and up, columns of down
-            k = expert - D.experts
-            part = (k * D.p, (k + 1) * D.p)
-            n = ("gate_proj", "up_proj", "down_proj")[i]
-            return Slot(self.layout.shared.format(l=layer, n=n), None, *((None, part) if down else (part, None)), down)
+            cut = slice((expert - D.experts) * D.p, (expert - D.experts + 1) * D.p)
+            return Slot(self.layout.shared.format(l=layer, n=f"{family}_proj"), (every, cut) if down else (cut, every), down)
         if self.fused:
-            n = "down_proj" if down else "gate_up_proj"
-            rows = None if down else (i * D.p, (i + 1) * D.p)
-            return Slot(self.layout.fused.format(l=layer, n=n), expert, rows, None, down)
-        return Slot(self.layout.expert.format(l=layer, e=expert, n=self.layout.names[i]), transposed=down)
+            rows = every if down else slice(i * D.p, (i + 1) * D.p)
+            return Slot(self.layout.fused.format(l=layer, n="down_proj" if down else "gate_up_proj"), (expert, rows, every), down)
+        return Slot(self.layout.expert.format(l=layer, e=expert, n=self.layout.names[i]), (every, every), down)
 
     def expected_tensors(self) -> Iterator[tuple]:
         """(tensor name, shape) of every expert tensor that config.json promises."""
@@ -1341,12 +1288,8 @@ class Checkpoint:
     def expert(self, family: str, layer: int, expert: int) -> Tensor:
         """One matrix, (p, d), in the checkpoint's dtype."""
         s = self.slot(family, layer, expert)
-        view = self._shard(self.shard_of[s.tensor])[0].get_slice(s.tensor)
-        rows, cols = (slice(*(x or (None,))) for x in (s.rows, s.cols))
-        w = view[s.expert, rows, cols] if s.expert is not None else view[rows, cols]
-        if not w.is_floating_point() or w.element_size() < 2:
-            raise UserError(f"{s.tensor}: expected float32, float16 or bfloat16, found {w.dtype} in {self.shard_of[s.tensor]}")
-        finite(w, s.tensor if s.expert is None else f"{s.tensor} expert {s.expert}", self.shard_of[s.tensor])
+        w = self._shard(self.shard_of[s.tensor])[0].get_slice(s.tensor)[s.part]
+        finite(w, f"{s.tensor} expert {expert}" if len(s.part) == 3 else s.tensor, self.shard_of[s.tensor])
         self._read += w.nbytes
         if self._read > 2 ** 28:  # what a memory map has touched counts as ours until the file is closed
             self._open, self._read = {shard: (None, names) for shard, (_, names) in self._open.items()}, 0
@@ -2565,12 +2508,9 @@ class Factors:
 
     def meta(self) -> dict:
         """The JSON that describes the tensors: what a reader needs to build modules before it has read any."""
-        fam = {}
-        for name, f in self.families.items():
-            m, r, _ = f.bank[0].shape
-            fam[name] = {"m": m, "r": r, "s": next(iter(f.val.values())).shape[1], "groups": len(f.bank),
-                         "group": {str(l): g for l, g in f.group.items()}, "activation": f.activation,
-                         "shift": f.shift, "scale": f.scale, "bank": f.owner or name}
+        fam = {name: {"m": f.bank[0].shape[0], "r": f.bank[0].shape[1], "s": next(iter(f.val.values())).shape[1], "groups": len(f.bank),
+                      "group": {str(l): g for l, g in f.group.items()}, "activation": f.activation,
+                      "shift": f.shift, "scale": f.scale, "bank": f.owner or name} for name, f in self.families.items()}
         return {"format_version": FORMAT_VERSION, "globe_version": __version__, "model_type": self.model_type,
                 "fingerprint": self.fingerprint, "dims": dataclasses.asdict(self.dims), "families": fam,
                 "experts": {str(l): e for l, e in self.experts.items()}, "config": self.config}
@@ -2580,13 +2520,14 @@ def save_factors(factors: Factors, path: Path) -> None:
     """Write factors.safetensors: whole or not at all, one tensor in memory at a time."""
     shapes, make = {}, {}
     for name, f in factors.families.items():
-        parts, first = {} if f.owner else {f"bank.{name}.{g}": (b.dtype, b.shape, lambda b=b: b) for g, b in enumerate(f.bank)}, next(iter(f.A.values()))
+        small = {} if f.owner else {f"bank.{name}.{g}": b for g, b in enumerate(f.bank)}
+        first = next(iter(f.A.values()))
         for l in f.A:
-            parts |= {f"layers.{l}.{name}.A": (first.dtype, (len(f.val[l]), *first.shape[1:]), lambda f=f, l=l: f.A[l]),
-                      f"layers.{l}.{name}.idx": (f.idx[l].dtype, f.idx[l].shape, lambda f=f, l=l: f.idx[l]),
-                      f"layers.{l}.{name}.val": (f.val[l].dtype, f.val[l].shape, lambda f=f, l=l: f.val[l])}
-        shapes |= {k: v[:2] for k, v in parts.items()}
-        make |= {k: v[2] for k, v in parts.items()}
+            small |= {f"layers.{l}.{name}.idx": f.idx[l], f"layers.{l}.{name}.val": f.val[l]}
+            shapes[f"layers.{l}.{name}.A"] = first.dtype, (len(f.val[l]), *first.shape[1:])
+            make[f"layers.{l}.{name}.A"] = lambda f=f, l=l: f.A[l]
+        shapes |= {k: (t.dtype, t.shape) for k, t in small.items()}
+        make |= {k: lambda t=t: t for k, t in small.items()}
     write_tensors(path, shapes, LazyDict(make), {"globe": json.dumps(factors.meta(), sort_keys=True)})
 
 
@@ -2596,9 +2537,7 @@ def _meta_dims(meta: dict) -> Dims:
 
 def check_meta(meta: dict, where: str) -> dict:
     """Refuse another format version or a description that does not hold together; returns meta."""
-    if not isinstance(meta, dict):
-        raise UserError(f"{where}: its description is damaged (expected a JSON object, found {type(meta).__name__})")
-    version = meta.get("format_version")
+    version = meta.get("format_version") if isinstance(meta, dict) else FORMAT_VERSION
     if version != FORMAT_VERSION:
         raise UserError(f"{where}: expected factors of format version {FORMAT_VERSION}, found {version!r}")
     try:
@@ -2642,7 +2581,7 @@ def load_factors(path: Path | str) -> Factors:
         tensors = load_file(path)
         meta = json.loads(meta) if meta else None
     except (SafetensorError, OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: expected a factors file, found {'a git-lfs pointer: run git lfs pull' if is_pointer(path) else e}") from None
+        raise UserError(f"{path}: expected a factors file, found {found_in(path, e)}") from None
     if meta is None:
         raise UserError(f"{path}: expected a factors file, found safetensors without a globe description")
     check_meta(meta, str(path))
@@ -2747,6 +2686,10 @@ class ExpertCache:
         return sum(t.numel() * t.element_size() for t in self.slabs.values())
 
 
+def on_meta(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+
+
 class GlobeBank(nn.Module):
     """The banks of a model: one parameter `{family}_{group}` (m, r, d) each, of the family that owns it; for every layer."""
 
@@ -2754,8 +2697,7 @@ class GlobeBank(nn.Module):
         super().__init__()
         for name, f in ({} if meta.get("composed") else meta["families"]).items():
             for g in range(f["groups"] if f["bank"] == name else 0):
-                shape = (f["m"], f["r"], meta["dims"]["d"])
-                setattr(self, f"{name}_{g}", nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+                setattr(self, f"{name}_{g}", on_meta(f["m"], f["r"], meta["dims"]["d"]))
         self.cache, self.scratch, self.scratch_slots = CacheConfig(), {}, 1  # device: slots of layers that have none of their own
 
     def _apply(self, fn, recurse=True):
@@ -2792,15 +2734,15 @@ class GlobeExperts(nn.Module):
         for f in FAMILIES:
             if f in self.families:
                 r, s = self.families[f]["r"], self.families[f]["s"]
-                self._new(f"{f}_A", n, D.p, r)
+                setattr(self, f"{f}_A", on_meta(n, D.p, r))
                 if self.composed:
-                    self._new(f"{f}_basis", n, r, D.d)
+                    setattr(self, f"{f}_basis", on_meta(n, r, D.d))
                 else:
-                    self._new(f"{f}_val", n, s, dtype=torch.float32)
+                    setattr(self, f"{f}_val", on_meta(n, s, dtype=torch.float32))
                     self.register_buffer(f"{f}_idx", torch.empty(n, s, dtype=torch.int32, device="meta"))
             rows = len(self.dense_row) if f in self.families else D.experts
             if rows:
-                self._new(f"{f}_proj", rows, *((D.d, D.p) if f == "down" else (D.p, D.d)))
+                setattr(self, f"{f}_proj", on_meta(rows, *((D.d, D.p) if f == "down" else (D.p, D.d))))
         for key, value in vars(old).items():  # what the model's own gate needs (act_fn, limits, config), not its tensors
             if not key.startswith("_") and not hasattr(self, key) and not isinstance(value, Tensor):
                 setattr(self, key, value)
@@ -2812,9 +2754,6 @@ class GlobeExperts(nn.Module):
         self.hold, self.cache_dtype, self.cache = dict.fromkeys(self.families, "basis"), as_dtype(cache.dtype), ExpertCache(0)
         self.constants = ([int(f in self.families) for f in FAMILIES], [float(self.families.get(f, {}).get("scale", 1)) for f in FAMILIES],
                           [float(self.families.get(f, {}).get("shift", 0)) for f in FAMILIES], self.native_act)  # of experts_decode
-
-    def _new(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> None:
-        setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
 
     def held(self, weights: bool) -> dict:
         """{family: "basis" | "weight"}: what is held, if composed weights are where they take fewer products to use."""
@@ -2941,18 +2880,11 @@ class GlobeExperts(nn.Module):
         y = y * F_["scale"]
         return y + F_["shift"] * x.sum(-1, keepdim=True) if F_["shift"] else y
 
-    def hidden(self, x: Tensor, e: int, item: dict) -> Tensor:
-        """act(gate x) * up x (t, p), by the model's own gate."""
-        return self._gate(torch.cat([self.project("gate", x, e, item), self.project("up", x, e, item)], -1))
-
-    def _families(self, cache: ExpertCache) -> list:
-        """[(held or dense weights, adapters or None)] of gate, up and down."""
-        slabs, P = self._slabs(cache), self._parameters
-        return [(slabs[f], P[f"{f}_A"] if self.hold[f] == "basis" else None) if f in slabs else (P[f"{f}_proj"], None) for f in FAMILIES]
-
     def _run(self, x: Tensor, index: Tensor, weights: Tensor, cache: ExpertCache) -> Tensor:
         """The layer, with every expert of index in its slot: natively, by grouped products, or expert by expert."""
-        families, cpu = [] if self.dense_row else self._families(cache), x.device.type == "cpu"
+        slabs, P, cpu = self._slabs(cache), self._parameters, x.device.type == "cpu"
+        families = [] if self.dense_row else [  # (held or dense weights, adapters or None) of gate, up and down
+            (slabs[f], P[f"{f}_A"] if self.hold[f] == "basis" else None) if f in slabs else (P[f"{f}_proj"], None) for f in FAMILIES]
         if (families and not x.requires_grad and not weights.requires_grad
                 and all(t is None or t.dtype == x.dtype and t.is_contiguous() for pair in families for t in pair)):
             if (self.native_act and (cpu or len(x) <= DECODE_TOKENS) and len(x) and x.dtype != torch.float64
@@ -2962,13 +2894,10 @@ class GlobeExperts(nn.Module):
                     x.contiguous(), index.long().contiguous(), weights.contiguous(), *self._table(cache), *(t for pair in families for t in pair),
                     *self.constants)
             aligned = all(n * t.itemsize % 16 == 0 for pair in families for t in pair if t is not None for n in t.shape[1:])
-            if self.in_order(cache) and len(x) and aligned and (cpu or x.dtype == torch.bfloat16):
+            in_order = self.composed or self.full() and all(e == i for e, i in cache.slot_of.items())  # in the slot of its own number
+            if in_order and len(x) and aligned and (cpu or x.dtype == torch.bfloat16):
                 return self._grouped(x, index, weights, families)
         return self._by_expert(x, index, weights)
-
-    def in_order(self, cache: ExpertCache) -> bool:
-        """Every expert lies in the slot of its own number."""
-        return self.composed or self.full() and all(e == i for e, i in cache.slot_of.items())
 
     def _grouped(self, x: Tensor, index: Tensor, weights: Tensor, families: list) -> Tensor:
         """Grouped products over tokens sorted by expert; the host need not know the routing. Experts lie in order."""
@@ -2997,7 +2926,8 @@ class GlobeExperts(nn.Module):
         for e, where in zip(experts.tolist(), order.split(counts.tolist())):
             if e < self.num_experts:  # expert parallelism marks tokens of other ranks by a number beyond
                 item, token = self.item(e, fresh), where // k
-                y = self.project("down", self.hidden(x[token], e, item), e, item)
+                h = self._gate(torch.cat([self.project(f, x[token], e, item) for f in ("gate", "up")], -1))
+                y = self.project("down", h, e, item)
                 out = out.index_add(0, token, (y * weights[where, None]).to(out.dtype))
         return out.to(x.dtype)
 
@@ -3059,12 +2989,6 @@ class GlobeShared(nn.Module):
         return (y if "down" in E.families else self.down_proj(torch.cat(h, -1))).view(shape)
 
 
-@functools.lru_cache(maxsize=64)
-def _alone(tokens: int) -> tuple:
-    """Routing of every token to one expert: indices (T, 1), weights (T, 1), the table (1,)."""
-    return torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1), torch.zeros(1, dtype=torch.int64)
-
-
 def native_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     """Forward of a dense shared expert: as a single expert of the native operator where that serves, since on a CPU it reads
     weights of half precision faster than torch's products do (30 against 17 GB/s)."""
@@ -3074,10 +2998,10 @@ def native_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
             or any(type(m) is not nn.Linear or m.bias is not None or m.weight.dtype != x.dtype for m in parts)):
         return type(mlp).forward(mlp, x)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    index, ones, table = _alone(len(flat))
+    first = torch.zeros(len(flat), 1, dtype=torch.int64)  # every token is routed to expert 0
     gate, up, down = (m.weight[None] for m in parts)
-    return torch.ops.globe.experts_decode.default(flat, index, ones, table, table, gate, None, up, None, down, None, [0, 0, 0],
-                                                  [1.0, 1.0, 1.0], [0.0, 0.0, 0.0], act).view(x.shape)
+    return torch.ops.globe.experts_decode.default(flat, first, torch.ones(first.shape), first[0], first[0], gate, None, up, None, down, None,
+                                                  [0, 0, 0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0], act).view(x.shape)
 
 
 def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
@@ -3088,19 +3012,17 @@ def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
     D, found = _meta_dims(meta), experts_modules(model)
     if model.config.model_type != meta["model_type"]:
         raise UserError(f"model: expected {meta['model_type']}, found {model.config.model_type}")
-    missing = [l for l in meta["experts"] if int(l) not in found]
-    if missing:
-        raise UserError(f"model: expected experts in layer {missing[0]}, found none")
     bank, old_modules = GlobeBank(meta), {}
     for layer in map(int, meta["experts"]):
+        if layer not in found:
+            raise UserError(f"model: expected experts in layer {layer}, found none")
         parent, attr, old = found[layer]
-        sizes = tuple(getattr(old, k) for k in ("num_experts", "intermediate_dim", "hidden_dim"))
+        sizes = old.num_experts, old.intermediate_dim, old.hidden_dim
         if isinstance(old, GlobeExperts):
             raise UserError("model: already patched; call unpatch first")
         if sizes != (D.experts, D.p, D.d):
             raise UserError(f"model layer {layer}: expected experts, p, d = {(D.experts, D.p, D.d)}, found {sizes}")
-        new = GlobeExperts(meta, layer, old, bank, cache)
-        new.train(model.training)
+        new = GlobeExperts(meta, layer, old, bank, cache).train(model.training)
         setattr(parent, attr, new)
         old_modules[(layer, attr)] = (parent, old)
         if any(e >= D.experts for e in new.fitted):
@@ -3217,7 +3139,7 @@ def lru_hits(steps: Sequence[Sequence[int]], slots: int) -> list:
 
 def top_hits(steps: Sequence[Sequence[int]], slots: int) -> list:
     """The same of a cache that holds the S most used items all along."""
-    uses = collections.Counter(e for step in steps for e in step)
+    uses = collections.Counter(itertools.chain(*steps))
     return [sum(n for _, n in uses.most_common(S)) for S in range(slots + 1)]
 
 
@@ -3274,10 +3196,10 @@ def demand_of(model: nn.Module, ids: Tensor) -> dict:
     def note(m, args, kwargs) -> None:
         always = [e for e in m.fitted if e >= m.num_experts]
         steps[m.layer] = [[e for e in row if e in m.fitted] + always for row in (*args, *kwargs.values())[1].tolist()]
-    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in globe_modules(model)]
-    model.model(ids.to(next(model.parameters()).device))
-    for hook in hooks:
-        hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for m in globe_modules(model):
+            hooks.enter_context(m.register_forward_pre_hook(note, with_kwargs=True))
+        model.model(ids.to(next(model.parameters()).device))
     return steps
 
 
@@ -3499,7 +3421,7 @@ class GlobeAuto:
         kwargs["trust_remote_code"] = False  # it let this file run; a custom_generate beside it would run too
         if config is not None:  # AutoModelForCausalLM asks, with the config that AutoConfig got here before
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(path, *args, config=config, **kwargs)
-        kind = PreTrainedConfig.get_config_dict(path, **kwargs)[0]["model_type"]
+        kind = PreTrainedConfig.get_dataclasses.asdict(path, **kwargs)[0]["model_type"]
         return CONFIG_MAPPING[kind].from_pretrained(path, **kwargs)
 
     @classmethod
@@ -3654,9 +3576,7 @@ def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callabl
 def _overwrite(path: Path, start: int, shape: Sequence[int], slot: Slot, W: Tensor) -> None:
     """Write W over the slot's part of a row-major tensor that begins at byte `start` of a file."""
     raw = np.memmap(path, np.uint8, "r+", offset=start, shape=(*shape, W.element_size()))  # bytes: no alignment needed
-    rows, cols = (slice(*(x or (None,))) for x in (slot.rows, slot.cols))
-    part = raw[slot.expert] if slot.expert is not None else raw
-    part[rows, cols] = W.contiguous().view(torch.uint8).numpy().reshape(*W.shape, -1)
+    raw[slot.part] = W.contiguous().view(torch.uint8).numpy().reshape(*W.shape, -1)
     raw.flush()
 
 
@@ -3796,11 +3716,11 @@ def routing(model: nn.Module, ids: Tensor) -> tuple:
 
     def count(m, args, kwargs) -> None:
         counts[m.layer] += torch.bincount((*args, *kwargs.values())[1].flatten().cpu(), minlength=m.num_experts)
-    hooks = [m.register_forward_pre_hook(count, with_kwargs=True) for m in globe_modules(model)]
-    for token in ids.to(next(model.parameters()).device).split(1, 1):
-        past = model(token, past_key_values=past, use_cache=True).past_key_values
-    for hook in hooks:
-        hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for m in globe_modules(model):
+            hooks.enter_context(m.register_forward_pre_hook(count, with_kwargs=True))
+        for token in ids.to(next(model.parameters()).device).split(1, 1):
+            past = model(token, past_key_values=past, use_cache=True).past_key_values
     return ({l: (c / c.sum()).sort(descending=True).values for l, c in counts.items()},
             {m.layer: m.cache.hits / max(1, m.cache.hits + m.cache.misses) for m in globe_modules(model)})
 
@@ -3931,7 +3851,7 @@ model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY"{remote})
 ## How it was made
 
 ```sh
-{" ".join(["python globe.py fit", f"model.path={base}", *settings_of(factors.config, config_dict(Config()))])}
+{" ".join(["python globe.py fit", f"model.path={base}", *settings_of(factors.config, dataclasses.asdict(Config()))])}
 python globe.py export --format {form}
 ```
 
@@ -4519,7 +4439,7 @@ class Log:
         except ImportError:
             raise UserError(f"log.to: {to} is not installed: pip install {to}") from None
         more = {"mode": os.environ.get("WANDB_MODE", "offline"), "tags": cfg.log.tags} if to == "wandb" else {}
-        self.sink.init(project=cfg.log.project, name=cfg.log.run_name or run_name, config=config_dict(cfg), **more)
+        self.sink.init(project=cfg.log.project, name=cfg.log.run_name or run_name, config=dataclasses.asdict(cfg), **more)
 
     def row(self, row: dict) -> None:
         if ranks()[0]:
@@ -4907,8 +4827,8 @@ def cmd_fit(args: argparse.Namespace) -> dict:
     device = pick_device(args.device or cfg.fit.device)
     cfg.fit.dtype = str(as_dtype(args.dtype) or cfg.fit.dtype).removeprefix("torch.")
     if args.print_config:
-        print(yaml.safe_dump(config_dict(cfg), sort_keys=False), end="")
-        return config_dict(cfg)
+        print(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False), end="")
+        return dataclasses.asdict(cfg)
     with joined_ranks(device):
         return fit_joined(args, cfg, out, device, begin)
 
@@ -4967,7 +4887,7 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
         if not ranks()[0]:
             for left in out.rglob(".*.tmp[0-9]*"):  # a killed run's unfinished files
                 left.unlink()
-            write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
+            write_text(out / "config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
         if cfg.fit.metric == "data":
             moments = kept_moments(ckpt, cfg, device, out, args.resume)
     if not moments:
@@ -4982,7 +4902,7 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
     log.close()
     if ranks()[0]:
         return {}
-    kept = {k: v for k, v in config_dict(cfg).items() if k not in ("log", "train", "eval", "heal")}
+    kept = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("log", "train", "eval", "heal")}
     kept["calib"]["text"] = Path(cfg.calib.text).name
     kept["model"] = {k: v for k, v in kept["model"].items() if k not in ("path", "force_download")}
     factors = Factors(fitted, {l: [e for k, e in keys if k == l] for l in dict.fromkeys(l for l, _ in keys)}, D,
@@ -5189,7 +5109,7 @@ def cmd_heal(args: argparse.Namespace) -> dict:
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
     with discarded_on_error(out):
         windows = calibration_windows(ckpt, cfg, device, cfg.heal.tokens)
-        write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
+        write_text(out / "config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
         log = Log(out / "log.jsonl", cfg, out.name)
         L = ckpt.config["num_hidden_layers"]
         with (held_interrupt() as stop, threads_for(ckpt.dims.p, ckpt.dims.d),
@@ -5215,8 +5135,8 @@ def cmd_heal(args: argparse.Namespace) -> dict:
 def cmd_train(args: argparse.Namespace) -> dict:
     cfg = load_config(args.config, args.overrides)
     if args.print_config:
-        print(yaml.safe_dump(config_dict(cfg), sort_keys=False), end="")
-        return config_dict(cfg)
+        print(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False), end="")
+        return dataclasses.asdict(cfg)
     if args.dtype:
         cfg.train.autocast = args.dtype
     to, source = Path(args.to), Path(cfg.train.dense_from or "")
