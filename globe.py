@@ -3260,12 +3260,16 @@ def _skeleton(config: dict, dtype: torch.dtype, where: Path, meta: dict | None =
     return model.eval()
 
 
+def refuse_missing(names: Sequence[str], where: Path | str) -> None:
+    """UserError where tensors are missing: transformers would go on with random numbers."""
+    if names:
+        raise UserError(f"{where}: expected tensor {names[0]}, found none (and {len(names) - 1} more)")
+
+
 def _finish(model: nn.Module, directory: Path, device: torch.device) -> nn.Module:
     """Tie what the config ties, refuse what is still empty, move the buffers, read generation_config.json."""
     model.tie_weights()
-    empty = [n for n, t in model.state_dict().items() if t.is_meta]
-    if empty:
-        raise UserError(f"{directory}: expected tensor {empty[0]}, found none (and {len(empty) - 1} more)")
+    refuse_missing([n for n, t in model.state_dict().items() if t.is_meta], directory)
     if (directory / "generation_config.json").is_file():
         from transformers import GenerationConfig
         model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -3273,8 +3277,9 @@ def _finish(model: nn.Module, directory: Path, device: torch.device) -> nn.Modul
 
 
 def fill(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, below: str = "") -> None:
-    """Put the source checkpoint's tensors in place of what is still on the meta device below the submodule `below`."""
-    part = model.get_submodule(below)
+    """Put the source checkpoint's tensors in place of what is still on the meta device below the submodule `below`.
+    UserError where one stays empty: a product with it would be noise, not an error."""
+    part, prefix = model.get_submodule(below), f"{below}." if below else ""
 
     def stack(f: str, layer: int, experts: Sequence[int]) -> Tensor:
         W = torch.stack([ckpt.expert(f, layer, e) for e in experts]).to(device, dtype)
@@ -3290,11 +3295,13 @@ def fill(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.
         for f in FAMILIES:
             if hasattr(module, f"{f}_proj"):
                 _assign(module, f"{f}_proj", stack(f, layer, list(module.dense_row) if f in module.families else every))
-    for name, old in list(part.state_dict(prefix=f"{below}." if below else "").items()):
+    for name, old in list(part.state_dict(prefix=prefix).items()):
         source = next((n for n in (name, name.replace(".mlp.", ".block_sparse_moe.")) if n in ckpt.shard_of), None)
-        if source and not (".experts." in name):
-            t = ckpt.tensor(source)
-            _assign(model, name, t.to(device, dtype if old.is_meta else old.dtype))
+        if source and ".experts." not in name:
+            _assign(model, name, ckpt.tensor(source).to(device, dtype if old.is_meta else old.dtype))
+    if below in ("", "lm_head"):
+        model.tie_weights()
+    refuse_missing([n for n, t in part.state_dict(prefix=prefix).items() if t.is_meta], ckpt.dir)
 
 
 def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.device("cpu"),
@@ -3313,54 +3320,35 @@ def streamed(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: 
              tick: Callable[[], Any] = lambda: None) -> nn.Module:
     """The dense model's trunk (no head) with one decoder layer in memory at a time, for calibration: a layer is read when
     the forward pass reaches it, runs the whole input in parts of `batch` windows, and is let go; tick() after each."""
-    model = _skeleton(ckpt.config, dtype, ckpt.dir)
-    _fill_around(model, ckpt, device, dtype, head=False)
+    model = hollow(ckpt, device, dtype, head=False)
     for i, layer in enumerate(model.model.layers):
-        layer.forward = _one_at_a_time(layer.forward, layer, batch, tick, functools.partial(
-            _fill_layer, model, ckpt, device, dtype, i))
+        def forward(x: Tensor, *args, i=i, layer=layer, run=layer.forward, **kwargs):
+            part = lambda v, k: v[k:k + batch] if isinstance(v, Tensor) and v.ndim and len(v) == len(x) > 1 else v
+            fill(model, ckpt, device, dtype, f"model.layers.{i}")
+            out = [run(x[k:k + batch], *(part(a, k) for a in args), **{n: part(v, k) for n, v in kwargs.items()})
+                   for k in range(0, len(x), batch)]
+            _empty_layer(layer)
+            tick()
+            return torch.cat(out) if isinstance(out[0], Tensor) else (torch.cat([o[0] for o in out]), *out[0][1:])
+        layer.forward = forward
     return model.model
 
 
-def _fill_around(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, head: bool = True) -> None:
-    """Fill all but the decoder layers of a model on the meta device."""
+def hollow(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, head: bool = True) -> nn.Module:
+    """The dense model with its decoder layers still on the meta device."""
+    model = _skeleton(ckpt.config, dtype, ckpt.dir)
     for name in [f"model.{n}" for n, _ in model.model.named_children() if n != "layers"] + ["lm_head"] * head:
         fill(model, ckpt, device, dtype, name)
-        if name == "lm_head":
-            model.tie_weights()
-        _filled(model.get_submodule(name), f"{ckpt.dir}: {name}")
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to(device) if buffer is not None else None
-
-
-def _filled(module: nn.Module, where: str) -> None:
-    """UserError where a tensor is still empty: a product with one that is would be noise, not an error."""
-    empty = [n for n, t in module.state_dict().items() if t.is_meta]
-    if empty:
-        raise UserError(f"{where}.{empty[0]}: expected a tensor, found none (and {len(empty) - 1} more)")
-
-
-def _fill_layer(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, i: int) -> None:
-    fill(model, ckpt, device, dtype, f"model.layers.{i}")
-    _filled(model.get_submodule(f"model.layers.{i}"), f"{ckpt.dir}: model.layers.{i}")
+    return model
 
 
 def _empty_layer(layer: nn.Module) -> None:
     for module in layer.modules():
         for key, w in module._parameters.items():
             module._parameters[key] = w if w is None else nn.Parameter(w.to("meta"), requires_grad=False)
-
-
-def _one_at_a_time(run: Callable, layer: nn.Module, batch: int, tick: Callable, read: Callable) -> Callable:
-    def forward(x: Tensor, *args, **kwargs):
-        part = lambda v, k: v[k:k + batch] if isinstance(v, Tensor) and v.ndim and len(v) == len(x) > 1 else v
-        read()
-        out = [run(x[k:k + batch], *(part(a, k) for a in args), **{n: part(v, k) for n, v in kwargs.items()})
-               for k in range(0, len(x), batch)]
-        _empty_layer(layer)
-        tick()
-        return torch.cat(out) if isinstance(out[0], Tensor) else (torch.cat([o[0] for o in out]), *out[0][1:])
-    return forward
 
 
 def globe_meta(config: dict) -> dict | None:
@@ -3465,9 +3453,7 @@ def register_loader() -> None:
             for file in checkpoint_files or ():
                 with safe_open(file, "pt") as f:
                     stored.update(f.keys())
-            empty = [n for n in model.state_dict() if n not in stored] if checkpoint_files else []
-            if empty:
-                raise UserError(f"{where}: expected tensor {empty[0]}, found none (and {len(empty) - 1} more)")
+            refuse_missing([n for n in model.state_dict() if n not in stored] if checkpoint_files else [], where)
 
         def _process_model_after_weight_loading(self, model, **_):
             check_mixtures(model, getattr(model.config, "name_or_path", None) or "model")
@@ -3494,8 +3480,7 @@ def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None)
         model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
     except Exception as e:  # a damaged checkpoint fails in its own way in every model's code
         raise UserError(f"{directory}: expected a model that transformers loads, found {type(e).__name__}: {e}") from None
-    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers
-        raise UserError(f"{directory}: expected tensor {missing[0]}, found none (and {len(missing) - 1} more)")
+    refuse_missing(sorted(info["missing_keys"]), directory)
     return model.to(device).eval()
 
 
@@ -3696,13 +3681,9 @@ def spectra(factors: Factors) -> dict:
     adapters and composed bases, {family: {"A_rank": x, "A_norm": x, "basis_rank": x, "basis_norm": x}}."""
     out = {}
     for name, f in factors.families.items():
-        rows = {"A": [], "basis": []}
-        for l in f.A:
-            rows["A"].append(torch.linalg.svdvals(f.A[l].float()))
-            rows["basis"].append(torch.linalg.svdvals(f.composed(l).float()))
         out[name] = {}
-        for key, s in rows.items():
-            s = torch.cat(s)
+        for key, of in (("A", f.A.__getitem__), ("basis", f.composed)):
+            s = torch.cat([torch.linalg.svdvals(of(l).float()) for l in f.A])
             share = s.square() / s.square().sum(-1, keepdim=True).clamp_min(1e-30)
             entropy = -(share * share.clamp_min(1e-30).log()).sum(-1)
             out[name] |= {f"{key}_rank": float(entropy.exp().mean()), f"{key}_norm": float(s[:, 0].max())}
@@ -3744,12 +3725,11 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors, shares: d
         plt.close(fig)
         paths.append(run / name)
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    for f, style in zip(dict.fromkeys(r.get("family") for r in rows), ("-", "--", ":")):
-        mine = [r for r in rows if r.get("family") == f]
-        for ax, key in zip(axes, ("rel_frob", "support", "T")):
+    for ax, key, title, unit in zip(axes, ("rel_frob", "support", "T"), ("Relative error in the fit's metric", "Median support", "Temperature T"),
+                                    ("relative error", "bases", "T")):
+        for f, style in zip(dict.fromkeys(r.get("family") for r in rows), ("-", "--", ":")):
+            mine = [r for r in rows if r.get("family") == f]
             ax.plot([r["step"] for r in mine], [r[key] for r in mine], style, color="black", label=f)
-    for ax, title, unit in zip(axes, ("Relative error in the fit's metric", "Median support", "Temperature T"),
-                               ("relative error", "bases", "T")):
         ax.set(title=title, xlabel="step", ylabel=unit)
         ax.legend()
     axes[0].set_yscale("log")
@@ -3952,7 +3932,7 @@ def largest_cosine(moe: nn.Module) -> float:
     for _, _, experts in experts_modules(moe).values():
         for w in (*experts.gate_up_proj.chunk(2, 1), experts.down_proj):
             w = F.normalize(w.flatten(1).float(), dim=1)
-            worst = max(worst, float((w @ w.T - torch.eye(len(w), device=w.device)).abs().max()))
+            worst = max(worst, float((w @ w.T).fill_diagonal_(0).abs().max()))
     return worst
 
 
@@ -3987,20 +3967,11 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)
 
 
-def make_optimizer(model, cfg: TrainConfig) -> Muon:
-    """Muon for attention and FFN matrices, AdamW for embeddings and routers, no decay for norms and biases."""
-    groups = {name: [] for name in ("fused", "matrix", "table", "vector")}
-    for name, w in model.named_parameters():
-        matrix = "_proj" in name and w.ndim >= 2
-        kind = "fused" if "gate_up_proj" in name else "matrix" if matrix else "vector" if w.ndim < 2 else "table"
-        groups[kind].append(w)
-    parts = {"fused": 2, "matrix": 1, "table": 0, "vector": 0}
-    return Muon([{"params": params, "parts": parts[name], "weight_decay": 0.0 if name == "vector" else cfg.weight_decay}
-                 for name, params in groups.items() if params], lr=cfg.lr, betas=(0.9, 0.95))
-
-
 def training_phase(cfg: TrainConfig, moe: bool, dense: nn.Module, device: torch.device) -> tuple:
-    """(model, optimizer) at the start of the dense phase, or of the MoE phase that upcycles `dense`."""
+    """(model, optimizer) at the start of the dense phase, or of the MoE phase that upcycles `dense`.
+
+    Muon for attention and FFN matrices, AdamW for embeddings and routers, no decay for norms and biases.
+    """
     with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global generator
         torch.manual_seed(cfg.seed)
         model = upcycle(dense.cpu(), cfg, torch.Generator().manual_seed(cfg.seed + 1)) if moe else dense
@@ -4009,7 +3980,11 @@ def training_phase(cfg: TrainConfig, moe: bool, dense: nn.Module, device: torch.
     if cfg.grad_checkpoint:
         model.gradient_checkpointing_enable()
     model.to(device).train()
-    return model, make_optimizer(model, cfg)
+    groups = {2: [], 1: [], 0: [], None: []}  # by parts of a matrix: gate and up share a tensor; None: vectors
+    for name, w in model.named_parameters():
+        groups[2 if "gate_up_proj" in name else None if w.ndim < 2 else int("_proj" in name)].append(w)
+    return model, Muon([{"params": params, "parts": parts or 0, "weight_decay": 0.0 if parts is None else cfg.weight_decay}
+                        for parts, params in groups.items() if params], lr=cfg.lr, betas=(0.9, 0.95))
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler, x: Tensor, context, cfg: TrainConfig) -> float:
@@ -4061,13 +4036,13 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         tokenizer, model = dense_start(cfg)
-    text, heldout = (builtin_text("train"), builtin_text("heldout")) if cfg.text is None else _cut(read_text(cfg.text, "train"))
+    text = builtin_text("train") if cfg.text is None else read_text(cfg.text, "train")
+    text, heldout = (text, builtin_text("heldout")) if cfg.text is None else (text[:len(text) * 19 // 20], text[len(text) * 19 // 20:])
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < cfg.seq_len:
         raise UserError(f"train.text: expected at least train.seq_len = {cfg.seq_len} tokens, found {len(ids)}")
     first_moe = 0 if cfg.dense_from else cfg.dense_steps
-    total = first_moe + cfg.moe_steps
-    about: dict = {}
+    total, about = first_moe + cfg.moe_steps, {}
     if resume and state.is_file():
         with saved_state(state), safe_open(state, "pt") as f:
             about = json.loads(f.metadata()["globe"])
@@ -4114,11 +4089,6 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
     part.rmdir()
     shutil.rmtree(to / "state", ignore_errors=True)
     return result
-
-
-def _cut(text: str) -> tuple:
-    """(training text, its last twentieth, held out)."""
-    return text[:len(text) * 19 // 20], text[len(text) * 19 // 20:]
 
 
 class Student:
@@ -4206,9 +4176,8 @@ class Walk:
 
     def __init__(self, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: int):
         self.ckpt, self.device, self.dtype, self.batch, self.calls = ckpt, device, dtype, batch, []
-        self.model = _skeleton(ckpt.config, dtype, ckpt.dir)
+        self.model = hollow(ckpt, device, dtype)
         self.layers = self.model.model.layers
-        _fill_around(self.model, ckpt, device, dtype)
 
     @torch.no_grad()
     def embed(self, windows: Tensor, x: Tensor) -> None:
@@ -4251,11 +4220,7 @@ class Walk:
     def fill(self, span: Sequence[int]) -> None:
         for l in span:
             if any(w.is_meta for w in self.layers[l].parameters()):
-                _fill_layer(self.model, self.ckpt, self.device, self.dtype, l)
-
-    def empty(self, span: Sequence[int]) -> None:
-        for l in span:
-            _empty_layer(self.layers[l])
+                fill(self.model, self.ckpt, self.device, self.dtype, f"model.layers.{l}")
 
 
 def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -4264,25 +4229,6 @@ def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     with open(path, "wb") as f:
         os.posix_fallocate(f.fileno(), 0, math.prod(shape) * dtype.itemsize)  # a full disk says so here, not in the middle
     return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
-
-
-def heal_loss(walk: Walk, span: Sequence[int], rest: Sequence[int], x: Tensor, target: Tensor, final: Tensor | None,
-              weight: float, checkpoint: bool) -> Tensor:
-    """(1 - weight) * mean over tokens of |y - t|^2 / |t|^2 + weight * KL(dense || healed) in nats per token.
-
-    x, target (b, T, d): the stack's input in the healed model, its output in the dense one; final (b, T, d): the last
-    layer's output in the dense one. Per token: a few tokens of a sequence are hundreds of times longer than the others.
-    """
-    y, loss = walk.run(span, x, checkpoint), torch.zeros((), device=walk.device)
-    if weight < 1:
-        t = target.to(walk.device).float()
-        loss = (1 - weight) * ((y.float() - t).square().sum(-1) / t.square().sum(-1)).mean()
-    if weight:
-        with torch.no_grad():
-            dense = walk.logits(final.to(walk.device)).log_softmax(-1)
-        healed = walk.logits(walk.run(rest, y, checkpoint)).log_softmax(-1)
-        loss = loss + weight * F.kl_div(healed.flatten(0, 1), dense.flatten(0, 1), log_target=True, reduction="batchmean")
-    return loss
 
 
 def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int, held: int, cfg: Config, state: Path,
@@ -4381,8 +4327,18 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
             done = state / f"stack-{i:03d}.safetensors"
             if not done.is_file():
                 def loss(ids: Tensor) -> Tensor:
-                    return heal_loss(walk, span, range(span[-1] + 1, L), x[ids], dense[ids], None if final is None else final[ids],
-                                     weight, H.grad_checkpoint)
+                    """(1 - weight) * mean over tokens of |y - t|^2 / |t|^2 + weight * KL(dense || healed) in nats per token.
+                    Per token, since a few tokens of a sequence are hundreds of times longer than the others."""
+                    y, loss = walk.run(span, x[ids], H.grad_checkpoint), torch.zeros((), device=device)
+                    if weight < 1:
+                        t = dense[ids].to(device).float()
+                        loss = (1 - weight) * ((y.float() - t).square().sum(-1) / t.square().sum(-1)).mean()
+                    if weight:
+                        with torch.no_grad():
+                            want = walk.logits(final[ids].to(device)).log_softmax(-1)
+                        got = walk.logits(walk.run(range(span[-1] + 1, L), y, H.grad_checkpoint)).log_softmax(-1)
+                        loss = loss + weight * F.kl_div(got.flatten(0, 1), want.flatten(0, 1), log_target=True, reduction="batchmean")
+                    return loss
                 best, before, after = heal_stack(student, loss, len(windows), held, cfg, state / "step.safetensors", progress, stop)
                 with written(done) as tmp:
                     save_file(best, tmp, metadata={"heal": json.dumps([before, after])})
@@ -4393,8 +4349,8 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
             student.write()
             rows.append({"layers": [span[0], span[-1]], "before": before, "after": after})
         walk.advance(span, x)
-        if not weight:
-            walk.empty(span)
+        for l in span if not weight else ():
+            _empty_layer(walk.layers[l])
     return rows
 
 
