@@ -4454,11 +4454,6 @@ def read_evals(run: Path) -> dict:
     return evals
 
 
-def run_dirs() -> list:
-    """Runs below ./runs, oldest first, by the time of their config."""
-    return sorted((p.parent for p in Path("runs").glob("*/config.yaml")), key=lambda p: p.joinpath("config.yaml").stat().st_mtime)
-
-
 def new_run(cfg: Config) -> Path:
     """The first free runs/NAME-NNN; made at once, so that two fits never share it."""
     name = re.sub(r"[^\w.-]", "-", Path(cfg.model.path).name).strip(".-").lower() or "run"
@@ -4471,10 +4466,11 @@ def new_run(cfg: Config) -> Path:
 
 
 def newest_run(finished: bool = True) -> Path:
-    for run in reversed(run_dirs()):
-        if not finished or (run / "factors.safetensors").is_file():
-            return run
-    raise UserError("expected a finished run below ./runs, found none: run `python globe.py fit` first, or give --factors")
+    """The newest run below ./runs, by the time of its config."""
+    configs = [c for c in Path("runs").glob("*/config.yaml") if not finished or c.with_name("factors.safetensors").is_file()]
+    if not configs:
+        raise UserError("expected a finished run below ./runs, found none: run `python globe.py fit` first, or give --factors")
+    return max(configs, key=lambda c: c.stat().st_mtime).parent
 
 
 def run_config(run: Path, args: argparse.Namespace) -> Config:
@@ -4484,16 +4480,8 @@ def run_config(run: Path, args: argparse.Namespace) -> Config:
                        read_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else None)
 
 
-def run_of(args: argparse.Namespace) -> Path:
-    """--factors (a run directory, or the file in it), else the newest finished run."""
-    if not args.factors:
-        return newest_run()
-    path = Path(args.factors)
-    return path.parent if path.is_file() else path
-
-
-def fresh(path: Path, overwrite: bool, source: Path | None = None) -> Path:
-    """A directory that the user named: must not exist (or --overwrite), nor lie in the source checkpoint."""
+def fresh(path: Path, overwrite: bool, source: Path | None = None, clear: bool = False) -> Path:
+    """A directory that the user named: must not exist (or --overwrite), nor lie in the source checkpoint. clear: remove it."""
     place = path.resolve()
     if source and (place == source.resolve() or source.resolve() in place.parents):
         raise UserError(f"{path}: expected a directory outside the source checkpoint {source}")
@@ -4502,15 +4490,9 @@ def fresh(path: Path, overwrite: bool, source: Path | None = None) -> Path:
             raise UserError(f"{path}: expected a directory that does not hold {kept.resolve()}")
     if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
         raise UserError(f"{path}: exists; choose another name or add --overwrite")
+    if clear:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return path
-
-
-def fit_jobs(cfg: Config) -> list:
-    """Tuples of families that are fitted as one: gate and up on their common bank (bank.share), the others alone."""
-    families = families_of(cfg.model)
-    if cfg.bank.share and {"gate", "up"} <= set(families):
-        return [("gate", "up"), *((f,) for f in families if f == "down")]
-    return [(f,) for f in families]
 
 
 class SavedFit:
@@ -4613,8 +4595,9 @@ def fit_family(names: tuple, shape: tuple, ckpt: Checkpoint, keys: list, cfg: Co
                 fitter.load_state(*before)
             done = fitter.step_done
             say(f"{family}: resumed at step {done}")
-        if not ranks()[0]:
-            rewind_log(run / "log.jsonl", family, done)
+        if not ranks()[0]:  # a resumed run writes again the rows that came after its saved state
+            rows = [r for r in read_rows(run / "log.jsonl") if r.get("family") != family or r["step"] <= done]
+            write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         begin = time.perf_counter()
         with tqdm(total=cfg.fit.steps, initial=done, desc=family, file=sys.stderr, dynamic_ncols=True, disable=ranks()[0] > 0) as line:
             while not fitter.done:
@@ -4710,11 +4693,9 @@ def kept_moments(ckpt: Checkpoint, cfg: Config, device: torch.device, run: Path,
     path, calib = run / "state" / "moments.st", json.dumps(dataclasses.asdict(cfg.calib), sort_keys=True)
     tag = f"{ckpt.fingerprint()} {hashlib.sha256(calib.encode()).hexdigest()[:16]} {cfg.model.families}"
     if not ranks()[0]:
-        try:
+        with contextlib.suppress(UserError):  # of other settings
             if resume and path.is_file():
                 return load_moments(path, ckpt, tag)
-        except UserError:
-            pass  # of other settings
         moments = calibrate(ckpt, cfg, device)
         save_moments(path, {k: v for k, v in moments.items() if k != "hidden" or "down" in families_of(cfg.model)}, tag)
     return load_moments(path, ckpt, tag)
@@ -4796,7 +4777,9 @@ def fit_joined(args: argparse.Namespace, cfg: Config, out: Path | None, device: 
     fit_memory(cfg, ckpt)
     D, families, keys = ckpt.dims, families_of(cfg.model), select_experts(ckpt.dims, cfg.model)
     groups = len(set(Experts.groups_of(keys, cfg.bank.scope).values()))
-    jobs = fit_jobs(cfg)
+    jobs = [(f,) for f in families]  # each a tuple of families that are fitted as one
+    if cfg.bank.share and len(families) > 1:  # gate and up on one bank
+        jobs[:2] = [("gate", "up")]
     shapes = {"+".join(job): bank_shape(cfg, job[0], len(job) * len(keys), groups, D) for job in jobs}
     if args.dry_run:
         return plan_fit(cfg, ckpt, keys, jobs, shapes, groups, device)
@@ -4807,8 +4790,7 @@ def fit_joined(args: argparse.Namespace, cfg: Config, out: Path | None, device: 
     elif not first_rank_says(args.resume and (out / "config.yaml").is_file()):
         with first_rank_first():
             if not ranks()[0]:
-                fresh(out, args.overwrite, ckpt.dir)
-                shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+                fresh(out, args.overwrite, ckpt.dir, clear=True)
     say(f"{ckpt.config['model_type']}: {len(keys)} experts of {D.p} x {D.d} in {len(set(l for l, _ in keys))} layers; "
         f"families {', '.join(families)}")
     for f, (m, r) in shapes.items():
@@ -4892,15 +4874,14 @@ def cmd_sweep(args: argparse.Namespace) -> dict:
     base, rows = Path(args.out) if args.out else new_run(Config(model=ModelConfig(path="sweep"))), []
     if args.overwrite:
         source = Path(load_config(args.config, plain).model.path)
-        shutil.rmtree(fresh(base, True, source if source.is_dir() else None), ignore_errors=True)
-    for values in itertools.product(*grid.values()):
-        settings = [*plain, *(f"{k}={v}" for k, v in zip(grid, values))]
+        fresh(base, True, source if source.is_dir() else None, clear=True)
+    combinations = [(values, [*plain, *(f"{k}={v}" for k, v in zip(grid, values))]) for values in itertools.product(*grid.values())]
+    for _, settings in combinations:
         load_config(args.config, settings)  # an unknown key or a wrong value stops the sweep before its first fit
-    for values in itertools.product(*grid.values()):
-        settings = [*plain, *(f"{k}={v}" for k, v in zip(grid, values))]
+    for values, settings in combinations:
         out = base / "-".join(f"{k.rpartition('.')[2]}={v}" for k, v in zip(grid, values))
         if not (out / "fit.json").is_file():
-            say(f"{len(rows) + 1} of {math.prod(map(len, grid.values()))}: {out}")
+            say(f"{len(rows) + 1} of {len(combinations)}: {out}")
             result = cmd_fit(argparse.Namespace(**vars(args) | {"out": str(out), "overrides": settings, "resume": True}))
             write_text(out / "fit.json", json.dumps({"settings": settings, **result}))
         rows.append(dict(zip(grid, values)) | read_json(out / "fit.json"))
@@ -4912,16 +4893,10 @@ def cmd_sweep(args: argparse.Namespace) -> dict:
     return {"sweep": str(base), "rows": rows}
 
 
-def rewind_log(path: Path, family: str, step: int) -> None:
-    """Drop a family's rows that came after `step`, its saved state: a resumed run writes them again."""
-    rows = [r for r in read_rows(path) if r.get("family") != family or r["step"] <= step]
-    write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
-
-
 def open_run(args: argparse.Namespace) -> tuple:
-    """(run directory, its config, its factors, its source checkpoint, device, dtype)."""
-    run = run_of(args)
-    factors = load_factors(run if not args.factors or Path(args.factors).is_dir() else Path(args.factors))
+    """(run directory, its config, its factors, its source checkpoint, device, dtype); the newest run without --factors."""
+    path = Path(args.factors) if args.factors else newest_run()
+    run, factors = path.parent if path.is_file() else path, load_factors(path)
     cfg = run_config(run, args)
     if getattr(args, "model", None):
         cfg.model.path = args.model
@@ -5061,8 +5036,7 @@ def cmd_heal(args: argparse.Namespace) -> dict:
         raise UserError(f"--out {out}: expected another directory than --factors, and none that holds it")
     dtype = torch.float32 if dtype is torch.float16 else dtype  # gradients of half precision would need a loss scale
     if not resumed:
-        fresh(out, args.overwrite, ckpt.dir)
-        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+        fresh(out, args.overwrite, ckpt.dir, clear=True)
     with discarded_on_error(out):
         windows = calibration_windows(ckpt, cfg, device, cfg.heal.tokens)
         write_text(out / "config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
@@ -5097,8 +5071,7 @@ def cmd_train(args: argparse.Namespace) -> dict:
         cfg.train.autocast = args.dtype
     to, source = Path(args.to), Path(cfg.train.dense_from or "")
     if not (args.resume and any((to / name).is_file() for name in ("state/train.safetensors", "train.json"))):
-        fresh(to, args.overwrite, source if cfg.train.dense_from and source.is_dir() else None)
-        shutil.rmtree(to, ignore_errors=True)
+        fresh(to, args.overwrite, source if cfg.train.dense_from and source.is_dir() else None, clear=True)
     with discarded_on_error(to):
         return {"path": str(to)} | run_train(cfg, to, pick_device(args.device), args.resume)
 
@@ -5165,53 +5138,48 @@ example:
 }
 
 
+ANY, FITTED = tuple(COMMANDS), ("eval", "export", "report", "heal", "generate")
+OPTIONS = (  # (commands, option, what argparse is told of it)
+    (("info",), "directory", dict(metavar="DIR", help="checkpoint, run (or its factors file) or export")),
+    (ANY, "overrides", dict(nargs="*", metavar="section.key=value", help="config values; they win over --config")),
+    (ANY, "--config", dict(metavar="YAML", help="config file; see configs/")),
+    (ANY, "--device", dict(help="auto (default), cpu, cuda, cuda:N or mps")),
+    (ANY, "--dtype", dict(help="float32, bfloat16 or float16; default: the checkpoint's (fit: fit.dtype)")),
+    (("fit", "train", "heal"), "--resume", dict(action="store_true", help="go on from the saved state; starts afresh where there is none")),
+    (("fit", "train"), "--print-config", dict(action="store_true", help="show the resolved config and stop")),
+    (("fit", "train", "heal", "export"), "--overwrite", dict(action="store_true", help="replace an output that exists")),
+    (FITTED, "--factors", dict(metavar="DIR", help="run directory; default: the newest below ./runs")),
+    (FITTED, "--model", dict(metavar="M", help="source checkpoint, where it is no longer at the run's model.path")),
+    (("fit",), "--out", dict(metavar="DIR", help="run directory; default: a fresh runs/NAME-NNN")),
+    (("fit",), "--dry-run", dict(action="store_true", help="say what would be done, its sizes, memory and time; write nothing")),
+    (("eval",), "--text", dict(metavar="FILE", help="text to measure perplexity on; default: built-in held-out files")),
+    (("eval",), "--tasks", dict(nargs="+", metavar="NAME", help="builtin, or tasks of lm-eval (names, or YAML files)")),
+    (("heal",), "--out", dict(metavar="DIR", required=True, help="the healed run's directory")),
+    (("export",), "--to", dict(metavar="DIR", help="where to; default: RUN/export")),
+    (("export",), "--format", dict(choices=("globe", "dense", "composed"), default="globe")),
+    (("export",), "--push-to-hub", dict(metavar="ORG/NAME", help="upload it too, into a private repository")),
+    (("export",), "--public", dict(action="store_true", help="... into a public one")),
+    (("export",), "--no-check", dict(action="store_true", help="do not load the export and compare its logits")),
+    (("train",), "--to", dict(metavar="DIR", required=True, help="where the checkpoint goes")),
+    (("report",), "--runs", dict(nargs="+", default=(), metavar="DIR", help="other evaluated runs, to plot quality against size")),
+    (("generate",), "--prompt", dict(required=True)),
+    (("generate",), "--max-new-tokens", dict(type=int, default=64)),
+    (("generate",), "--temperature", dict(type=float, default=0.0, help="0: greedy")),
+)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="globe.py", description="GloBE: shrink the experts of a Mixture-of-Experts model.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="globe.py", description="GloBE: shrink the experts of a Mixture-of-Experts model.", formatter_class=raw,
                                      epilog="example:\n  python globe.py fit && python globe.py eval && python globe.py export")
     parser.add_argument("--version", action="store_true", help="version, torch, and which operators are in use")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (run, text, examples) in COMMANDS.items():
-        p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=examples,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+        p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=examples, formatter_class=raw)
         p.set_defaults(run=run)
-        if name == "info":
-            p.add_argument("directory", metavar="DIR", help="checkpoint, run (or its factors file) or export")
-        p.add_argument("overrides", nargs="*", metavar="section.key=value", help="config values; they win over --config")
-        p.add_argument("--config", metavar="YAML", help="config file; see configs/")
-        p.add_argument("--device", help="auto (default), cpu, cuda, cuda:N or mps")
-        p.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's (fit: fit.dtype)")
-        if name in ("fit", "train", "heal"):
-            p.add_argument("--resume", action="store_true", help="go on from the saved state; starts afresh where there is none")
-        if name in ("fit", "train"):
-            p.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
-        if name in ("fit", "train", "heal", "export"):
-            p.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-        if name in ("eval", "export", "report", "heal", "generate"):
-            p.add_argument("--factors", metavar="DIR", help="run directory; default: the newest below ./runs")
-            p.add_argument("--model", metavar="M", help="source checkpoint, where it is no longer at the run's model.path")
-        if name == "fit":
-            p.add_argument("--out", metavar="DIR", help="run directory; default: a fresh runs/NAME-NNN")
-            p.add_argument("--dry-run", action="store_true", help="say what would be done, its sizes, memory and time; write nothing")
-        if name == "eval":
-            p.add_argument("--text", metavar="FILE", help="text to measure perplexity on; default: built-in held-out files")
-            p.add_argument("--tasks", nargs="+", metavar="NAME", help="builtin, or tasks of lm-eval (names, or YAML files)")
-        if name == "heal":
-            p.add_argument("--out", metavar="DIR", required=True, help="the healed run's directory")
-        if name == "export":
-            p.add_argument("--to", metavar="DIR", help="where to; default: RUN/export")
-            p.add_argument("--format", choices=("globe", "dense", "composed"), default="globe")
-            p.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload it too, into a private repository")
-            p.add_argument("--public", action="store_true", help="... into a public one")
-            p.add_argument("--no-check", action="store_true", help="do not load the export and compare its logits")
-        if name == "train":
-            p.add_argument("--to", metavar="DIR", required=True, help="where the checkpoint goes")
-        if name == "report":
-            p.add_argument("--runs", nargs="+", default=(), metavar="DIR", help="other evaluated runs, to plot quality against size")
-        if name == "generate":
-            p.add_argument("--prompt", required=True)
-            p.add_argument("--max-new-tokens", type=int, default=64)
-            p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+        for names, option, about in OPTIONS:
+            if name in names:
+                p.add_argument(option, **about)
     return parser
 
 
@@ -5243,17 +5211,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         result = args.run(args)
-    except UserError as e:
-        say(f"globe.py {args.command}: {e}")
-        return 2
-    except (OSError, SafetensorError) as e:  # a full disk, a place that cannot be written, a file that went away
+    except (UserError, OSError, SafetensorError) as e:  # also a full disk, a place that cannot be written, a file that went away
         say(f"globe.py {args.command}: {one_line(e)}")
         return 2
-    except Diverged as e:
-        say(f"globe.py {args.command}: diverged: {e}; the last good state is kept")
-        return 1
-    except Lost as e:
-        say(f"globe.py {args.command}: {e}")
+    except (Diverged, Lost) as e:
+        say(f"globe.py {args.command}: {f'diverged: {e}; the last good state is kept' if isinstance(e, Diverged) else e}")
         return 1
     except KeyboardInterrupt as e:
         say(f"globe.py {args.command}: stopped; {e}")
