@@ -87,6 +87,12 @@ class UserError(Exception):
         super().__init__(one_line(text))
 
 
+def expect(fine: Any, text: str) -> None:
+    """UserError(text) unless fine."""
+    if not fine:
+        raise UserError(text)
+
+
 # ======================================================================================================
 # 1. Config: dataclasses; defaults < YAML < command line
 # ======================================================================================================
@@ -332,8 +338,7 @@ def short(value: Any) -> str:
 
 def _merge(node: Any, update: Any, where: str, source: str) -> None:
     """Write a nested mapping into a dataclass tree; an unknown key names the nearest known one."""
-    if not isinstance(update, dict):
-        raise UserError(f"{source}: {where or 'top level'}: expected a mapping, found {short(update)}")
+    expect(isinstance(update, dict), f"{source}: {where or 'top level'}: expected a mapping, found {short(update)}")
     names = {f.name: f for f in dataclasses.fields(node)}
     for key, value in update.items():
         path = f"{where}.{key}" if where else str(key)
@@ -350,8 +355,7 @@ def check_config(cfg: Config) -> Config:
     """Refuse values that no run could use; returns cfg."""
     for path, allowed in CHOICES.items():
         value = operator.attrgetter(path)(cfg)
-        if value not in allowed:
-            raise UserError(f"{path}: expected one of {', '.join(map(str, allowed))}, found {value!r}")
+        expect(value in allowed, f"{path}: expected one of {', '.join(map(str, allowed))}, found {value!r}")
     most = lambda v: 2 ** 40 if isinstance(v, int) else 1e38
     for paths, good, text in ((POSITIVE, lambda v: 0 < v <= most(v), "a number above 0, at most 2^40 or 1e38"),
                               (NON_NEGATIVE, lambda v: 0 <= v <= most(v), "0 or more, at most 2^40 or 1e38"),
@@ -359,8 +363,7 @@ def check_config(cfg: Config) -> Config:
         for path in paths:
             value = operator.attrgetter(path)(cfg)
             for v in value.values() if isinstance(value, dict) else [value]:
-                if v is not None and (not isinstance(v, (int, float)) or not good(v)):
-                    raise UserError(f"{path}: expected {text}, found {short(v)}")
+                expect(v is None or isinstance(v, (int, float)) and good(v), f"{path}: expected {text}, found {short(v)}")
     if isinstance(cfg.bank.m, dict) and (not cfg.bank.m or not set(cfg.bank.m) <= set(FAMILIES) or
                                          any(type(v) is not int for v in cfg.bank.m.values())):
         raise UserError(f"bank.m: expected a whole number per family (gate, up, down), found {short(cfg.bank.m)}")
@@ -370,17 +373,14 @@ def check_config(cfg: Config) -> Config:
     if not (cfg.bank.scope in ("global", "layer") or re.fullmatch("[0-9]{1,9}", str(cfg.bank.scope)) and int(cfg.bank.scope) > 0):
         raise UserError(f"bank.scope: expected global, layer or a number of layers, found {cfg.bank.scope!r}")
     t = cfg.train
-    for fine, text in ((cfg.eval.length >= 2, f"eval.length: expected 2 or more, found {cfg.eval.length}"),
-                       (t.hidden_size % (2 * t.heads) == 0, f"train.hidden_size: expected a multiple of 2 x heads = {2 * t.heads}, found {t.hidden_size}"),
-                       (t.heads % t.kv_heads == 0, f"train.heads: expected a multiple of kv_heads = {t.kv_heads}, found {t.heads}"),
-                       (t.top_k <= t.experts, f"train.top_k: expected at most train.experts = {t.experts}, found {t.top_k}"),
-                       (t.seq_len >= 2, f"train.seq_len: expected 2 or more, found {t.seq_len}")):
-        if not fine:
-            raise UserError(text)
+    expect(cfg.eval.length >= 2, f"eval.length: expected 2 or more, found {cfg.eval.length}")
+    expect(t.hidden_size % (2 * t.heads) == 0, f"train.hidden_size: expected a multiple of 2 x heads = {2 * t.heads}, found {t.hidden_size}")
+    expect(t.heads % t.kv_heads == 0, f"train.heads: expected a multiple of kv_heads = {t.kv_heads}, found {t.heads}")
+    expect(t.top_k <= t.experts, f"train.top_k: expected at most train.experts = {t.experts}, found {t.top_k}")
+    expect(t.seq_len >= 2, f"train.seq_len: expected 2 or more, found {t.seq_len}")
     if cfg.heal.stack != "auto" and not (isinstance(cfg.heal.stack, int) and cfg.heal.stack > 0):
         raise UserError(f"heal.stack: expected auto or a number of layers, found {cfg.heal.stack!r}")
-    if cfg.bank.r is None and cfg.bank.ratio is None:
-        raise UserError("bank: expected r or ratio, found neither")
+    expect(cfg.bank.r is not None or cfg.bank.ratio is not None, "bank: expected r or ratio, found neither")
     return cfg
 
 
@@ -423,8 +423,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = (), base: di
         _merge(cfg, read_yaml(text, f"--config {path}") or {}, "", path)
     for item in overrides:
         key, eq, text = item.partition("=")
-        if not eq:
-            raise UserError(f"{item!r}: expected section.key=value")
+        expect(eq, f"{item!r}: expected section.key=value")
         update = read_yaml(text, short(item))
         for part in reversed(key.split(".")):
             update = {part: update}
@@ -741,8 +740,7 @@ def as_dtype(name: str | None) -> torch.dtype | None:
         return None
     table = {"float64": torch.float64, "float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
              "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name not in table:
-        raise UserError(f"--dtype: expected one of {', '.join(table)}, found {name!r}")
+    expect(name in table, f"--dtype: expected one of {', '.join(table)}, found {name!r}")
     return table[name]
 
 
@@ -999,13 +997,9 @@ def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence
             (torch.arange(E, device=idx.device)[:, None].expand(E, s), idx.long()), val.to(wide), accumulate=True)
         z = (w @ bank.reshape(m, -1).to(wide)).view(E, r, d)
     else:  # a miss or two: scaled adds of the s bases, no gathered copy
-        rows = []
-        for j, a in zip(idx.long(), val.to(wide)):
-            z = torch.zeros(r, d, dtype=wide, device=bank.device)
-            for k in range(s):
-                z = z + a[k] * bank[j[k]].to(wide)  # widened first: a number does not widen a half tensor
-            rows.append(z)
-        z = torch.stack(rows) if rows else bank.new_zeros(0, r, d, dtype=wide)
+        z = [sum((a[k] * bank[j[k]].to(wide) for k in range(s)), bank.new_zeros(r, d, dtype=wide))  # widened first: a number does not widen
+             for j, a in zip(idx.long(), val.to(wide))]
+        z = torch.stack(z) if z else bank.new_zeros(0, r, d, dtype=wide)
     y = phi(z, activation).to(bank.dtype)
     return y if out is None else out.copy_(y) if slot is None else out.index_copy_(0, slot, y)
 
@@ -1100,8 +1094,7 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError, RecursionError) as e:
         reason = found_in(path, f"{type(e).__name__}: {e}") if path.is_file() else "none"
         raise UserError(f"{path}: expected a JSON file, found {reason}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    expect(isinstance(data, dict), f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
 
 
@@ -1125,14 +1118,12 @@ def dims_of(config: dict, where: str = "config.json") -> Dims:
 
     def size(key: str) -> int:
         value = config.get(key)
-        if type(value) is not int or not 0 < value < 2 ** 20:
-            raise UserError(f"{where}: {key}: expected a whole number above 0 and below 2^20, found {short(value)}")
+        expect(type(value) is int and 0 < value < 2 ** 20, f"{where}: {key}: expected a whole number above 0 and below 2^20, found {short(value)}")
         return value
     size("num_hidden_layers")
     count = layout.num_experts if layout.num_experts in config else "num_local_experts"  # transformers 5 re-saves it so
     p, experts, top_k = size(layout.width), size(count), size("num_experts_per_tok")
-    if top_k > experts:
-        raise UserError(f"{where}: num_experts_per_tok: expected at most {count}, {experts}, found {top_k}")
+    expect(top_k <= experts, f"{where}: num_experts_per_tok: expected at most {count}, {experts}, found {top_k}")
     try:
         shared = layout.shared_width(config)
         shared = 0 if shared % p else shared // p  # one that is no multiple of p cannot be sliced: it stays dense
@@ -1156,8 +1147,7 @@ class Slot:
 def open_shard(path: Path):
     """A lazy handle of a safetensors file; UserError where it is none, or a link that leads out of its directory."""
     home = path.parent.resolve()
-    if not path.is_file():
-        raise UserError(f"{path}: expected safetensors, found no file")
+    expect(path.is_file(), f"{path}: expected safetensors, found no file")
     # the hub's cache links snapshots/REVISION/NAME to blobs/HASH, beside snapshots
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not {home, blobs} & set((real := path.resolve()).parents):
@@ -1196,8 +1186,7 @@ class Checkpoint:
         index = self.dir / "model.safetensors.index.json"
         if index.is_file():
             table = read_json(index).get("weight_map")
-            if not isinstance(table, dict) or not table:
-                raise UserError(f"{index}: expected a weight_map, found {type(table).__name__}")
+            expect(isinstance(table, dict) and table, f"{index}: expected a weight_map, found {type(table).__name__}")
             for shard in dict.fromkeys(s if isinstance(s, str) else short(s) for s in table.values()):
                 if os.path.basename(shard) != shard or "\0" in shard or shard not in table.values():
                     raise UserError(f"{index}: shard {shard!r}: expected a file name in this directory")
@@ -1267,8 +1256,7 @@ class Checkpoint:
             elif (kind := self._shard(self.shard_of[name])[0].get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
                 bad.append(f"{name}: expected float32, float16 or bfloat16, found {kind} in {self.shard_of[name]}")
         last = self.config["num_hidden_layers"]  # layers after it (multi-token prediction) are not the model's
-        if last > len(self.shard_of):
-            raise UserError(f"{self.dir}: expected tensors of {last} layers (num_hidden_layers), found {len(self.shard_of)} tensors")
+        expect(last <= len(self.shard_of), f"{self.dir}: expected tensors of {last} layers (num_hidden_layers), found {len(self.shard_of)} tensors")
         for name in self.shard_of:
             layer = re.search(r"\.layers\.(\d+)\..*\.experts\.", name)
             if layer and len(bad) < 100 and int(layer[1]) < last and name not in expected:
@@ -1321,8 +1309,7 @@ def select_experts(dims: Dims, cfg: ModelConfig) -> list:
     layers = dims.layers if cfg.single_layer is None else (cfg.single_layer,)
     count = min(cfg.max_experts or dims.experts, dims.experts)
     chosen = range(count) if cfg.sample == "first_n" else np.linspace(0, dims.experts - 1, count).round().astype(int)
-    if cfg.include_shared and not dims.shared:
-        raise UserError("model.include_shared: this model has no shared expert of a multiple of moe_intermediate_size")
+    expect(not cfg.include_shared or dims.shared, "model.include_shared: this model has no shared expert of a multiple of moe_intermediate_size")
     shared = range(dims.experts, dims.experts + dims.shared) if cfg.include_shared else ()
     return [(l, int(e)) for l in layers for e in (*chosen, *shared)]
 
@@ -2457,9 +2444,8 @@ class FamilyFactors:
     scale: float = 1.0
     owner: str | None = None            # the family whose bank this is, where it is another's
 
-    def composed(self, layer: int, rows: Sequence[int] | None = None) -> Tensor:
+    def composed(self, layer: int, rows: slice | list = slice(None)) -> Tensor:
         """B~ (b, r, d) of the layer's experts (or those rows)."""
-        rows = list(range(len(self.val[layer]))) if rows is None else list(rows)
         return compose(self.bank[self.group[layer]], self.idx[layer][rows], self.val[layer][rows], self.activation)
 
     def weight(self, layer: int, row: int) -> Tensor:
@@ -2538,8 +2524,7 @@ def _meta_dims(meta: dict) -> Dims:
 def check_meta(meta: dict, where: str) -> dict:
     """Refuse another format version or a description that does not hold together; returns meta."""
     version = meta.get("format_version") if isinstance(meta, dict) else FORMAT_VERSION
-    if version != FORMAT_VERSION:
-        raise UserError(f"{where}: expected factors of format version {FORMAT_VERSION}, found {version!r}")
+    expect(version == FORMAT_VERSION, f"{where}: expected factors of format version {FORMAT_VERSION}, found {version!r}")
     try:
         D, layers = _meta_dims(meta), [int(l) for l in meta["experts"]]
         fine = [str(l) for l in layers] == list(meta["experts"])  # "01" would be layer 1 too
@@ -2573,8 +2558,7 @@ def load_factors(path: Path | str) -> Factors:
     """
     path = Path(path)
     path = path / "factors.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path}: expected a factors file, found none (is the fit finished?)")
+    expect(path.is_file(), f"{path}: expected a factors file, found none (is the fit finished?)")
     try:
         with safe_open(path, "pt") as f:
             meta = (f.metadata() or {}).get("globe")
@@ -2582,8 +2566,7 @@ def load_factors(path: Path | str) -> Factors:
         meta = json.loads(meta) if meta else None
     except (SafetensorError, OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: expected a factors file, found {found_in(path, e)}") from None
-    if meta is None:
-        raise UserError(f"{path}: expected a factors file, found safetensors without a globe description")
+    expect(meta is not None, f"{path}: expected a factors file, found safetensors without a globe description")
     check_meta(meta, str(path))
     meta["experts"] = dict(sorted(meta["experts"].items(), key=lambda item: int(item[0])))  # JSON's keys are text: 10 before 2
     dims, families = _meta_dims(meta), {}
@@ -2804,11 +2787,10 @@ class GlobeExperts(nn.Module):
 
     def _fill(self, cache: ExpertCache, experts: list, slots: list) -> None:
         """Compose experts into their slots: bases of a family in one call, straight into its slab."""
-        rows, at = [self.fitted[e] for e in experts], None
+        rows = [self.fitted[e] for e in experts]
         for f, slab in self._slabs(cache).items():
             if self.hold[f] == "basis" and slab.dtype == self._bank_of(f).dtype:
-                at = torch.tensor(slots, device=slab.device) if at is None else at
-                self._basis(f, rows, slab, at)
+                self._basis(f, rows, slab, torch.tensor(slots, device=slab.device))
             else:
                 for row, i in zip(rows, slots):
                     slab[i] = self._value(f, row)
@@ -2843,13 +2825,12 @@ class GlobeExperts(nn.Module):
                                 for of in (self.fitted if self.composed else cache.slot_of, self.fitted))
         return cache.table
 
-    def trains(self) -> bool:
-        fresh = self.training or torch.is_grad_enabled()  # training: also in the no-grad pass of gradient checkpointing
-        return fresh and any(p.requires_grad for m in (self, *self._bank) for n, p in m.named_parameters() if n[-4:] != "proj")
-
     def fresh(self, x: Tensor) -> bool:
         """Whether items are composed for x alone: factors learn, or a gradient goes back to x after slots were refilled."""
-        return self.trains() or torch.is_grad_enabled() and x.requires_grad and not self.full()
+        grad = torch.is_grad_enabled()
+        learns = (self.training or grad) and any(  # training: also in the no-grad pass of gradient checkpointing
+            p.requires_grad for m in (self, *self._bank) for n, p in m.named_parameters() if n[-4:] != "proj")
+        return learns or grad and x.requires_grad and not self.full()
 
     def item(self, e: int, fresh: bool) -> dict:
         """{family: what is held} of one expert; with gradients where its factors learn. Call it under the cache's lock."""
@@ -3010,18 +2991,15 @@ def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
     UserError where the model's experts are not those that the factors describe.
     """
     D, found = _meta_dims(meta), experts_modules(model)
-    if model.config.model_type != meta["model_type"]:
-        raise UserError(f"model: expected {meta['model_type']}, found {model.config.model_type}")
+    expect(model.config.model_type == meta["model_type"], f"model: expected {meta['model_type']}, found {model.config.model_type}")
     bank, old_modules = GlobeBank(meta), {}
     for layer in map(int, meta["experts"]):
-        if layer not in found:
-            raise UserError(f"model: expected experts in layer {layer}, found none")
+        expect(layer in found, f"model: expected experts in layer {layer}, found none")
         parent, attr, old = found[layer]
         sizes = old.num_experts, old.intermediate_dim, old.hidden_dim
         if isinstance(old, GlobeExperts):
             raise UserError("model: already patched; call unpatch first")
-        if sizes != (D.experts, D.p, D.d):
-            raise UserError(f"model layer {layer}: expected experts, p, d = {(D.experts, D.p, D.d)}, found {sizes}")
+        expect(sizes == (D.experts, D.p, D.d), f"model layer {layer}: expected experts, p, d = {(D.experts, D.p, D.d)}, found {sizes}")
         new = GlobeExperts(meta, layer, old, bank, cache).train(model.training)
         setattr(parent, attr, new)
         old_modules[(layer, attr)] = (parent, old)
@@ -3059,8 +3037,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     old = getattr(module, key)
-    if old.shape != tensor.shape:
-        raise UserError(f"{name}: expected {tuple(old.shape)}, found {tuple(tensor.shape)}")
+    expect(old.shape == tensor.shape, f"{name}: expected {tuple(old.shape)}, found {tuple(tensor.shape)}")
     if key in module._parameters:
         module._parameters[key] = nn.Parameter(tensor, requires_grad=old.requires_grad)
     else:
@@ -3068,7 +3045,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _assign_factors(model: nn.Module, factors: Factors, device: torch.device, dtype: torch.dtype) -> None:
-    at = {l: f"{name}" for name, m in model.named_modules() if isinstance(m, GlobeExperts) for l in [m.layer]}
+    at = {m.layer: name for name, m in model.named_modules() if isinstance(m, GlobeExperts)}
     for name, t in factor_tensors(factors):
         name = re.sub(r"^layers\.(\d+)\.\{experts\}", lambda g: at[int(g[1])], name)
         keep = name.endswith(("_val", "_idx"))  # mixtures stay float32: they are few and their error is the basis's
@@ -3100,8 +3077,7 @@ def patch(model: nn.Module, factors: Factors | str | Path, cache: CacheConfig | 
 
 def unpatch(model: nn.Module):
     """Put the dense experts back that patch(keep_dense=True) replaced; returns the model."""
-    if not getattr(model, "_globe_dense", None):
-        raise UserError("model: nothing to unpatch (not patched, or patched with keep_dense=False)")
+    expect(getattr(model, "_globe_dense", None), "model: nothing to unpatch (not patched, or patched with keep_dense=False)")
     for (_, attr), (parent, module) in model._globe_dense.items():
         setattr(parent, attr, module)
     del model.globe_bank, model._globe_dense, model.save_pretrained
@@ -3165,8 +3141,7 @@ def set_cache(model: nn.Module, cache: CacheConfig, demand: dict | None = None) 
     whole items; where it holds fewer than one for each layer, layers without a slot share one.
     """
     modules = globe_modules(model)
-    if not modules:
-        raise UserError("model: expected GlobeExperts, found none (not patched, nor a globe export)")
+    expect(modules, "model: expected GlobeExperts, found none (not patched, nor a globe export)")
     bank, plans = modules[0]._bank[0], []
     hits_of = top_hits if cache.mode == "lfu" else lru_hits
     curves = [hits_of(demand[m.layer], len(m.fitted)) for m in modules] if demand else [[0] * (len(m.fitted) + 1) for m in modules]
@@ -3366,8 +3341,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     directory = Path(directory)
     config = read_json(directory / "config.json")
     meta = globe_meta(config)
-    if meta is None:
-        raise UserError(f"{directory}: expected a globe export (quantization_config.quant_method: globe), found none")
+    expect(meta is not None, f"{directory}: expected a globe export (quantization_config.quant_method: globe), found none")
     check_meta(meta, str(directory / "config.json"))
     dims_of({k: v for k, v in config.items() if k != "quantization_config"}, str(directory / "config.json"))
     table = {name: (file, f) for file in sorted(directory.glob("*.safetensors")) for f in [open_shard(file)] for name in f.keys()}
@@ -3377,11 +3351,9 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     model = _skeleton(config, dtype, directory, meta, cache)
     device, state = torch.device(device), model.state_dict()
     for name, (file, f) in table.items():
-        if name not in state:
-            raise UserError(f"{file}: {name}: not expected")
+        expect(name in state, f"{file}: {name}: not expected")
         t = finite(f.get_tensor(name), name, file)
-        if t.is_floating_point() and t.itemsize < 2:
-            raise UserError(f"{file}: {name}: expected float32, float16 or bfloat16, found {t.dtype}")
+        expect(not t.is_floating_point() or t.itemsize >= 2, f"{file}: {name}: expected float32, float16 or bfloat16, found {t.dtype}")
         keep = name.endswith(("_val", "_idx")) or not state[name].is_meta
         _assign(model, name, t.to(device, state[name].dtype if keep else dtype))
     check_mixtures(model, directory)
@@ -3647,8 +3619,7 @@ def task_runner(tasks: Sequence[str], tokenizer, context: int | None = None) -> 
         for i, t in enumerate(names):
             named = re.search(r"^task:\s*(\S+)", files[t].read_text(encoding="utf-8"), re.M) if t in files and files[t].is_file() else None
             names[i] = named[1] if named else t
-            if not known.match_tasks([names[i]]):
-                raise UserError(f"--tasks: lm-eval knows no task {t!r} (`lm_eval ls tasks` lists its own)")
+            expect(known.match_tasks([names[i]]), f"--tasks: lm-eval knows no task {t!r} (`lm_eval ls tasks` lists its own)")
 
     def run(model: nn.Module, progress: Callable = lambda it: it) -> dict:
         out = {"builtin": {"acc": choice_accuracy(model, tokenizer, builtin_choices(), progress)}} if "builtin" in tasks else {}
@@ -3863,8 +3834,7 @@ def dense_start(cfg: TrainConfig):
     if cfg.dense_from:
         path = resolve_model(cfg.dense_from)
         kind = read_json(path / "config.json").get("model_type")
-        if kind not in ("qwen2", "llama"):
-            raise UserError(f"train.dense_from {cfg.dense_from}: expected model_type qwen2 or llama, found {kind!r}")
+        expect(kind in ("qwen2", "llama"), f"train.dense_from {cfg.dense_from}: expected model_type qwen2 or llama, found {kind!r}")
         return load_tokenizer(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     tokenizer = byte_tokenizer()
     return tokenizer, Qwen2ForCausalLM(Qwen2Config(
@@ -4039,15 +4009,13 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
     text = builtin_text("train") if cfg.text is None else read_text(cfg.text, "train")
     text, heldout = (text, builtin_text("heldout")) if cfg.text is None else (text[:len(text) * 19 // 20], text[len(text) * 19 // 20:])
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    if len(ids) < cfg.seq_len:
-        raise UserError(f"train.text: expected at least train.seq_len = {cfg.seq_len} tokens, found {len(ids)}")
+    expect(len(ids) >= cfg.seq_len, f"train.text: expected at least train.seq_len = {cfg.seq_len} tokens, found {len(ids)}")
     first_moe = 0 if cfg.dense_from else cfg.dense_steps
     total, about = first_moe + cfg.moe_steps, {}
     if resume and state.is_file():
         with saved_state(state), safe_open(state, "pt") as f:
             about = json.loads(f.metadata()["globe"])
-            if about["config"] != dataclasses.asdict(cfg):
-                raise UserError(f"{to}: its state was saved with another train config; use another --to or --overwrite")
+            expect(about["config"] == dataclasses.asdict(cfg), f"{to}: its state was saved with another train config; use another --to or --overwrite")
             done, seconds = int(about["step"]), float(about["seconds"])
     model, optimizer = training_phase(cfg, done > first_moe or first_moe == 0, model, device)
     dtype = train_dtype(cfg.autocast, device)
@@ -4306,8 +4274,7 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
     weight = float(size == L) if H.logits_weight is None else H.logits_weight
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(cfg.fit.seed))
     windows, held = windows[order], max(1, round(H.held_out * len(windows)))
-    if len(windows) < 2:
-        raise UserError(f"heal: expected text for 2 windows of calib.length = {cfg.calib.length} tokens or more, found 1")
+    expect(len(windows) >= 2, f"heal: expected text for 2 windows of calib.length = {cfg.calib.length} tokens or more, found 1")
     walk = Walk(ckpt, device, dtype, min(cfg.calib.batch, len(windows)))
     shape = (*windows.shape, ckpt.dims.d)
     x, dense = (on_disk(state / f"{name}.bin", shape, dtype) for name in ("healed", "dense"))
@@ -4449,8 +4416,7 @@ def read_evals(run: Path) -> dict:
             figures += [x for row in e.get("tasks", {}).values() for pair in row.values() for x in pair.values()]
         except (KeyError, TypeError, AttributeError):
             figures = [None]
-        if not all(type(x) in (int, float) for x in figures):
-            raise UserError(f"{run / 'eval.json'}: {text}: expected the figures that eval writes, found {short(e)}")
+        expect(all(type(x) in (int, float) for x in figures), f"{run / 'eval.json'}: {text}: expected the figures that eval writes, found {short(e)}")
     return evals
 
 
@@ -4468,8 +4434,7 @@ def new_run(cfg: Config) -> Path:
 def newest_run(finished: bool = True) -> Path:
     """The newest run below ./runs, by the time of its config."""
     configs = [c for c in Path("runs").glob("*/config.yaml") if not finished or c.with_name("factors.safetensors").is_file()]
-    if not configs:
-        raise UserError("expected a finished run below ./runs, found none: run `python globe.py fit` first, or give --factors")
+    expect(configs, "expected a finished run below ./runs, found none: run `python globe.py fit` first, or give --factors")
     return max(configs, key=lambda c: c.stat().st_mtime).parent
 
 
@@ -4486,10 +4451,8 @@ def fresh(path: Path, overwrite: bool, source: Path | None = None, clear: bool =
     if source and (place == source.resolve() or source.resolve() in place.parents):
         raise UserError(f"{path}: expected a directory outside the source checkpoint {source}")
     for kept in (*([source] if source else ()), Path()):  # --overwrite would delete it
-        if place in (kept.resolve(), *kept.resolve().parents):
-            raise UserError(f"{path}: expected a directory that does not hold {kept.resolve()}")
-    if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
-        raise UserError(f"{path}: exists; choose another name or add --overwrite")
+        expect(place not in (kept.resolve(), *kept.resolve().parents), f"{path}: expected a directory that does not hold {kept.resolve()}")
+    expect(overwrite or not path.exists() or path.is_dir() and not any(path.iterdir()), f"{path}: exists; choose another name or add --overwrite")
     if clear:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return path
@@ -4621,19 +4584,15 @@ def fit_family(names: tuple, shape: tuple, ckpt: Checkpoint, keys: list, cfg: Co
 def bank_shape(cfg: Config, family: str, n: int, groups: int, D: Dims) -> tuple:
     """(m, r) of a family: bank.r as given, or the largest r whose stored size is at most bank.ratio of the dense."""
     m = cfg.bank.m if isinstance(cfg.bank.m, int) else cfg.bank.m.get(family)
-    if m is None:
-        raise UserError(f"bank.m: expected a number for {family}, found {cfg.bank.m}")
+    expect(m is not None, f"bank.m: expected a number for {family}, found {cfg.bank.m}")
     if cfg.bank.r is not None:
         r = cfg.bank.r if isinstance(cfg.bank.r, int) else max(1, round(cfg.bank.r * D.p))
     else:
         mixtures = 2 * n * min(cfg.sparsity.support, m) + 2
         r = int((cfg.bank.ratio * n * D.p * D.d - mixtures) // (n * D.p + groups * m * D.d))
-    if r < 1:
-        raise UserError(f"bank: {groups} x {m} bases leave no room for r >= 1 at ratio {cfg.bank.ratio}; take fewer (bank.m)")
-    if m > (most := max(1024, 4 * n)):
-        raise UserError(f"bank.m: expected at most {most} bases for {n} experts, found {m}")
-    if r > 4 * max(D.p, D.d):
-        raise UserError(f"bank.r: expected at most {4 * max(D.p, D.d)} (4 x the larger side of W), found {r}")
+    expect(r >= 1, f"bank: {groups} x {m} bases leave no room for r >= 1 at ratio {cfg.bank.ratio}; take fewer (bank.m)")
+    expect(m <= (most := max(1024, 4 * n)), f"bank.m: expected at most {most} bases for {n} experts, found {m}")
+    expect(r <= 4 * max(D.p, D.d), f"bank.r: expected at most {4 * max(D.p, D.d)} (4 x the larger side of W), found {r}")
     return m, r
 
 
@@ -4642,8 +4601,7 @@ def fit_memory(cfg: Config, ckpt: Checkpoint) -> None:
     if not cfg.bank.memory:
         return
     size = re.fullmatch(r"(\d+\.?\d*) *([KMGT])(i?)B", cfg.bank.memory)
-    if not size or cfg.bank.r is not None:
-        raise UserError(f"bank.memory: expected a size like 18GiB, and no bank.r, found {cfg.bank.memory!r} and {cfg.bank.r}")
+    expect(size and cfg.bank.r is None, f"bank.memory: expected a size like 18GiB, and no bank.r, found {cfg.bank.memory!r} and {cfg.bank.r}")
     wanted = float(size[1]) * (1024 if size[3] else 1000) ** ("KMGT".index(size[2]) + 1) / ckpt.dtype.itemsize
     family, total = len(select_experts(ckpt.dims, cfg.model)) * ckpt.dims.p * ckpt.dims.d, ckpt.num_parameters()
     for families in dict.fromkeys((cfg.model.families, "all")):
@@ -4869,8 +4827,7 @@ def cmd_sweep(args: argparse.Namespace) -> dict:
     grid = load_config(args.config, plain).sweep | {m[1]: m[2].split(",") for o in args.overrides if (m := several.fullmatch(o))}
     if not grid or args.print_config or args.dry_run:
         return cmd_fit(args)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("a grid: expected one process, found torchrun; fit one combination at a time there")
+    expect(int(os.environ.get("WORLD_SIZE", 1)) <= 1, "a grid: expected one process, found torchrun; fit one combination at a time there")
     base, rows = Path(args.out) if args.out else new_run(Config(model=ModelConfig(path="sweep"))), []
     if args.overwrite:
         source = Path(load_config(args.config, plain).model.path)
@@ -4903,8 +4860,7 @@ def open_run(args: argparse.Namespace) -> tuple:
     device = pick_device(args.device)
     ckpt = open_model(cfg, device)
     check_fingerprint(factors, ckpt)
-    if args.dtype == "float64":
-        raise UserError("--dtype: expected float32, bfloat16 or float16, found float64")
+    expect(args.dtype != "float64", "--dtype: expected float32, bfloat16 or float16, found float64")
     return run, cfg, factors, ckpt, device, as_dtype(args.dtype) or ckpt.dtype
 
 
@@ -4940,8 +4896,7 @@ def cmd_export(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, _ = open_run(args)
     dtype = as_dtype(args.dtype or cfg.export.dtype) or ckpt.dtype
     to = fresh(Path(args.to) if args.to else run / "export", args.overwrite or not args.to, ckpt.dir)
-    if args.to and to.resolve() in (run.resolve(), *run.resolve().parents):
-        raise UserError(f"{to}: expected a directory that does not hold the run {run}")
+    expect(not args.to or to.resolve() not in (run.resolve(), *run.resolve().parents), f"{to}: expected a directory that does not hold the run {run}")
     evals = read_evals(run)
     with written(to) as tmp:
         tmp.mkdir()
@@ -5085,8 +5040,7 @@ def cmd_generate(args: argparse.Namespace) -> dict:
         raise UserError("--prompt: expected UTF-8 text, found other bytes")
     tokenizer, n = load_tokenizer(ckpt.dir), cfg.cache.warmup_tokens
     ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
-    if not ids.shape[1]:
-        raise UserError("--prompt: expected some text, found none")
+    expect(ids.shape[1], "--prompt: expected some text, found none")
     first = ckpt.known(token_windows(tokenizer, read_text(cfg.calib.text, "calibration"), n, n)) if n > 1 else None
     ckpt.known(ids)
     model = assemble(ckpt, factors, device, dtype, cfg.cache)
