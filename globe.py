@@ -51,7 +51,6 @@ import threading
 import time
 import types
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -793,10 +792,8 @@ def kernels() -> str:
 
 def build_kernels(csrc: Path, compiler: str) -> Path:
     """Compile csrc/ into the user's cache, unless it is there; returns the library. RuntimeError with the compiler's words.
-
     torch's stable ABI: the library outlives updates of torch, so its name is a hash of sources and flags alone. Processes
-    that start at once build the same file twice, each under its own name until it is whole.
-    """
+    that start at once build the same file twice, each under its own name until it is whole."""
     home = Path(torch.__file__).parent
     nvcc = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")) if pick_device().type == "cuda" else None
     flags = ["-std=c++17", "-O3", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -2611,10 +2608,8 @@ def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
 # ======================================================================================================
 class ExpertCache:
     """Cache of composed items: expert -> a slot in preallocated slabs, one slab per family.
-
     What goes first is the least recently used, or, by_uses, the least used. Memory is taken once, at the first use, and stays
-    at slots times one item. `lock` is held while a step uses the slots, so that threads which generate at once take turns.
-    """
+    at slots times one item. `lock` is held while a step uses the slots, so that threads which generate at once take turns."""
 
     def __init__(self, slots: int, by_uses: bool = False):
         self.slots, self.by_uses, self.lock = slots, by_uses, threading.RLock()
@@ -2630,7 +2625,7 @@ class ExpertCache:
         self.count()
 
     def forget(self) -> None:
-        self.slot_of, self.free = OrderedDict(), list(range(self.slots))[::-1]  # least recently used first
+        self.slot_of, self.free = collections.OrderedDict(), list(range(self.slots))[::-1]  # least recently used first
         self.table = None  # slots and rows by expert, as tensors
 
     def count(self) -> None:
@@ -2639,9 +2634,7 @@ class ExpertCache:
 
     def hold(self, keys: Sequence[int], build: Callable[[list, list], None]) -> None:
         """Have these experts, at most `slots` of them, in slots: build(missing experts, their slots) fills all at once.
-
-        The last of them counts as the most recently used, whichever were there.
-        """
+        The last of them counts as the most recently used, whichever were there."""
         missing = [k for k in keys if k not in self.slot_of]
         self.uses.update(keys)
         self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
@@ -2987,9 +2980,7 @@ def native_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
 
 def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
     """Put empty (meta-device) GlobeExperts, GlobeShared and the bank into a model; returns the old modules by name.
-
-    UserError where the model's experts are not those that the factors describe.
-    """
+    UserError where the model's experts are not those that the factors describe."""
     D, found = _meta_dims(meta), experts_modules(model)
     expect(model.config.model_type == meta["model_type"], f"model: expected {meta['model_type']}, found {model.config.model_type}")
     bank, old_modules = GlobeBank(meta), {}
@@ -3555,9 +3546,7 @@ def sample_ids(ckpt: Checkpoint, n: int = 64) -> Tensor:
 @torch.no_grad()
 def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = lambda it: it, stride: int | None = None) -> tuple:
     """(mean negative log-likelihood in nats per predicted token, number of them) over windows (N, length).
-
-    With stride, windows overlap: of all but the first only the last `stride` tokens count (the WikiText recipe).
-    """
+    With stride, windows overlap: of all but the first only the last `stride` tokens count (the WikiText recipe)."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for part in progress(windows.split(batch)):
@@ -3571,9 +3560,7 @@ def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = 
 
 def builtin_choices(n: int = 100) -> list:
     """[(context, four continuations, index of the right one)] from held-out documentation of the standard library.
-
-    A paragraph is cut after about 120 characters; the wrong continuations are other paragraphs'. Chance is 1/4.
-    """
+    A paragraph is cut after about 120 characters; the wrong continuations are other paragraphs'. Chance is 1/4."""
     cuts = {}
     for name, text in _library_sources():
         if _split_of(name) == "heldout":
@@ -3603,9 +3590,7 @@ def choice_accuracy(model: nn.Module, tokenizer, items: list, progress: Callable
 
 def task_runner(tasks: Sequence[str], tokenizer, context: int | None = None) -> Callable:
     """run(model, progress) -> {task: {metric: value}}: "builtin" by choice_accuracy, names and YAML files by lm-eval.
-
-    UserError, before anything is run, where lm-eval is needed and not installed, or does not know a task.
-    """
+    UserError, before anything is run, where lm-eval is needed and not installed, or does not know a task."""
     names = [t for t in tasks if t != "builtin"]
     if names:
         try:
@@ -3919,11 +3904,9 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:  # (..., p, d) -> (..., 
 
 class Muon(torch.optim.AdamW):
     """AdamW, except that matrices (groups with `parts` > 0) move by orthogonalised momentum.
-
     Adam's updates of a short run have low rank, and so do its experts: cutting them to ratio 0.7 by SVD cost 0.009 nats
     a byte, against 0.15 after Muon, and Muon's model is better by 0.14 bits. A test model must not be that easy.
-    The factor 0.2 * sqrt(max(p, d)) gives both rules the same step size (Liu et al. 2025, arXiv:2502.16982).
-    """
+    The factor 0.2 * sqrt(max(p, d)) gives both rules the same step size (Liu et al. 2025, arXiv:2502.16982)."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -3939,9 +3922,7 @@ class Muon(torch.optim.AdamW):
 
 def training_phase(cfg: TrainConfig, moe: bool, dense: nn.Module, device: torch.device) -> tuple:
     """(model, optimizer) at the start of the dense phase, or of the MoE phase that upcycles `dense`.
-
-    Muon for attention and FFN matrices, AdamW for embeddings and routers, no decay for norms and biases.
-    """
+    Muon for attention and FFN matrices, AdamW for embeddings and routers, no decay for norms and biases."""
     with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global generator
         torch.manual_seed(cfg.seed)
         model = upcycle(dense.cpu(), cfg, torch.Generator().manual_seed(cfg.seed + 1)) if moe else dense
@@ -3973,24 +3954,25 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler, x:
     return float(loss.detach())
 
 
-def save_training(path: Path, model: nn.Module, optimizer, about: dict) -> None:
-    """Weights and Adam moments in one file, whole or absent; batches depend on (seed, step) alone."""
-    tensors = {}
-    for name, w in model.named_parameters():
-        tensors |= {f"model/{name}": w.detach()} | {f"{k}/{name}": v for k, v in optimizer.state.get(w, {}).items()}
+def save_training(path: Path, kind: str, params: Mapping, optimizer: Muon, about: dict, more: Mapping = {}) -> None:
+    """Parameters as KIND/NAME, the optimizer's moments and `more` in one file, whole or absent; batches depend on (seed, step) alone."""
+    tensors = {f"{kind}/{name}": w.detach() for name, w in params.items()} | dict(more)
+    tensors |= {f"{k}/{name}": v for name, w in params.items() for k, v in optimizer.state.get(w, {}).items()}
     with written(path) as tmp:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={"globe": json.dumps(about)})
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={k: json.dumps(v) for k, v in about.items()})
 
 
 @torch.no_grad()
-def load_training(path: Path, model: nn.Module, optimizer) -> None:
+def load_training(path: Path, kind: str, params: Mapping, optimizer: Muon) -> dict:
+    """Put back what save_training wrote; returns all its tensors."""
     tensors = load_file(path)
-    for name, w in model.named_parameters():
-        w.copy_(tensors[f"model/{name}"])
+    for name, w in params.items():
+        w.copy_(tensors[f"{kind}/{name}"])
         moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if k == "exp_avg" or f"{k}/{name}" in tensors}
         if any(v.ndim and v.shape != w.shape for v in moments.values()):
             raise ValueError(f"moments of {name} that are not {tuple(w.shape)}")
         optimizer.state[w] = {k: v if k == "step" else v.to(w.device) for k, v in moments.items()}
+    return tensors
 
 
 def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False,
@@ -4022,7 +4004,7 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     if about:
         with saved_state(state):
-            load_training(state, model, optimizer)
+            load_training(state, "model", dict(model.named_parameters()), optimizer)
             scaler.load_state_dict(about["scaler"])
     with held_interrupt() as stop, threads_for(cfg.moe_intermediate_size, cfg.hidden_size):
         for step in range(done, total):
@@ -4038,8 +4020,8 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
             loss = training_step(model, optimizer, scaler, x, context, cfg)
             progress({"step": step + 1, "steps": total, "phase": "dense" if step < first_moe else "moe", "loss": loss})
             if stop.is_set() or (step + 1) % cfg.save_every == 0:
-                save_training(state, model, optimizer, {"step": step + 1, "seconds": seconds + time.perf_counter() - begin,
-                                                        "scaler": scaler.state_dict(), "config": dataclasses.asdict(cfg)})
+                save_training(state, "model", dict(model.named_parameters()), optimizer, {"globe": {
+                    "step": step + 1, "seconds": seconds + time.perf_counter() - begin, "scaler": scaler.state_dict(), "config": dataclasses.asdict(cfg)}})
             if stop.is_set():
                 raise KeyboardInterrupt(f"state saved at step {step + 1}; go on with --resume")
     windows = token_windows(tokenizer, heldout, 256 * cfg.seq_len, cfg.seq_len)
@@ -4061,11 +4043,9 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
 
 class Student:
     """The factors of the layers `span` as trainable float32 tensors, over the stock model's matrices that they stand for.
-
     write() puts W^ (p, d) of every fitted expert in the dense one's place; backward() turns the gradients that the model
     left there into those of A, of the mixtures on their fixed supports and, where they train, of the banks. The model
-    itself stays the stock one, so that every architecture and experts implementation serves.
-    """
+    itself stays the stock one, so that every architecture and experts implementation serves."""
 
     def __init__(self, model: nn.Module, factors: Factors, span: range, bank: str, device: torch.device):
         self.factors, self.span, self.device, self.frozen = factors, span, device, {}
@@ -4202,10 +4182,8 @@ def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int, held: int, cfg: Config, state: Path,
                progress: Callable[[dict], None], stop: Callable[[], bool]) -> tuple:
     """Train one stack; returns (its best tensors, {} where none beat the start; loss on the held-out windows before, after).
-
     loss(ids): mean loss of the windows ids, of which 0..held-1 are held out; it must be small enough for one backward pass.
-    The state is saved every heal.save_every steps and when stop() asks; a state that is there is resumed.
-    """
+    The state is saved every heal.save_every steps and when stop() asks; a state that is there is resumed."""
     H, optimizer, best, step, bad, first, lowest = cfg.heal, student.optimizer(cfg.heal.lr), {}, 0, 0, None, math.inf
     micro = cfg.calib.batch
 
@@ -4216,10 +4194,7 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
     if state.is_file():
         with saved_state(state), safe_open(state, "pt") as f:
             step, bad, first, lowest = map(float, json.loads(f.metadata()["heal"]))
-            step, bad, tensors = int(step), int(bad), load_file(state)
-            for k, w in student.params.items():
-                w.data.copy_(tensors[f"now/{k}"])
-                optimizer.state[w] = {n: tensors[f"{n}/{k}"] for n in ("step", "exp_avg", "exp_avg_sq") if f"{n}/{k}" in tensors}
+            step, bad, tensors = int(step), int(bad), load_training(state, "now", student.params, optimizer)
         best = {k: tensors[f"best/{k}"] for k in student.params if f"best/{k}" in tensors}
     first = lowest = held_out() if first is None else first
     while step < H.steps and bad < H.patience:
@@ -4247,11 +4222,7 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
                 lowest, best = now, {k: w.detach().clone() for k, w in student.params.items()}
         progress(row)
         if stop() or step % H.save_every == 0:
-            moments = {f"{n}/{k}": v for k, w in student.params.items() for n, v in optimizer.state.get(w, {}).items()}
-            with written(state) as tmp:
-                save_file({k: v.contiguous() for k, v in ({f"now/{k}": w.detach() for k, w in student.params.items()} | moments
-                          | {f"best/{k}": w for k, w in best.items()}).items()}, tmp,
-                          metadata={"heal": json.dumps([step, bad, first, lowest])})
+            save_training(state, "now", student.params, optimizer, {"heal": [step, bad, first, lowest]}, {f"best/{k}": w for k, w in best.items()})
         if stop():
             raise KeyboardInterrupt(f"state saved at step {step} of the stack at layer {student.span[0]}")
     return best, first, lowest
@@ -4460,10 +4431,8 @@ def fresh(path: Path, overwrite: bool, source: Path | None = None, clear: bool =
 
 class SavedFit:
     """A fit's state below RUN/state: FAMILY.safetensors, and in FAMILY/ each L-BFGS pair in a file of its own, written once.
-
     With `spill`, what shelve() is given goes to files there at once. Nothing that the saved state names is removed before a
-    new state is in place, so that a process killed at any instant leaves one that is whole.
-    """
+    new state is in place, so that a process killed at any instant leaves one that is whole."""
 
     def __init__(self, run: Path, family: str, spill: bool):
         self.path, self.dir, self.spill, self.named = run / "state" / f"{family}.safetensors", run / "state" / family, spill, set()
@@ -4749,8 +4718,7 @@ def fit_joined(args: argparse.Namespace, cfg: Config, out: Path | None, device: 
         with first_rank_first():
             if not ranks()[0]:
                 fresh(out, args.overwrite, ckpt.dir, clear=True)
-    say(f"{ckpt.config['model_type']}: {len(keys)} experts of {D.p} x {D.d} in {len(set(l for l, _ in keys))} layers; "
-        f"families {', '.join(families)}")
+    say(f"{ckpt.config['model_type']}: {len(keys)} experts of {D.p} x {D.d} in {len(set(l for l, _ in keys))} layers; families {', '.join(families)}")
     for f, (m, r) in shapes.items():
         say(f"  {f}: {groups} bank{'s' * (groups > 1)} of {m} bases of {r} x {D.d}, support at most {cfg.sparsity.support}")
     with discarded_on_error(out):
@@ -4760,14 +4728,11 @@ def fit_joined(args: argparse.Namespace, cfg: Config, out: Path | None, device: 
 @contextlib.contextmanager
 def discarded_on_error(out: Path) -> Iterator[None]:
     """Remove a run that failed before it had saved any state, and the directories made for it."""
-    if ranks()[0]:
-        yield
-        return
     before = [p for p in (out, *out.parents) if p.is_dir() and (p != out or any(p.iterdir()))]
     try:
         yield
     except (UserError, OSError, SafetensorError):
-        if out not in before and not list(out.glob("state/*.safetensors")):
+        if not ranks()[0] and out not in before and not list(out.glob("state/*.safetensors")):
             shutil.rmtree(out, ignore_errors=True)
             for parent in out.parents:
                 with contextlib.suppress(OSError):
@@ -4778,7 +4743,7 @@ def discarded_on_error(out: Path) -> Iterator[None]:
 def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list, shapes: dict, keys: list, out: Path, device: torch.device,
             begin: float) -> dict:
     """The fit itself, in the run directory `out`."""
-    D, families, moments, fitted = ckpt.dims, families_of(cfg.model), {}, {}
+    D, moments, fitted = ckpt.dims, {}, {}
     with first_rank_first():
         if not ranks()[0]:
             for left in out.rglob(".*.tmp[0-9]*"):  # a killed run's unfinished files
@@ -4804,24 +4769,19 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
     factors = Factors(fitted, {l: [e for k, e in keys if k == l] for l in dict.fromkeys(l for l, _ in keys)}, D,
                       ckpt.config["model_type"], ckpt.fingerprint(), kept)
     save_factors(factors, out / "factors.safetensors")
-    errors = reconstruction(ckpt, factors)
+    rel_frob = {f: e["all"] for f, e in reconstruction(ckpt, factors).items()}
+    support = {f: float(fam.support().float().median()) for f, fam in factors.families.items()}
     say(text_table(("family", "relative Frobenius error", "median support", "m", "r"),
-                   [(f, errors[f]["all"], float(fam.support().float().median()), *fam.bank[0].shape[:2])
-                    for f, fam in factors.families.items()]))
-    result = {"factors": str(out), "ratio": factors.ratio(), "model_ratio": factors.model_ratio(ckpt.num_parameters()),
-            "rel_frob": {f: errors[f]["all"] for f in families},
-            "support": {f: float(factors.families[f].support().float().median()) for f in families},
-            "steps": cfg.fit.steps, "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(peak_rss_gib(), 2)}
+                   [(f, rel_frob[f], support[f], *fam.bank[0].shape[:2]) for f, fam in factors.families.items()]))
     for scratch in (*out.glob("state/*/[AL]-*.safetensors"), *out.glob("state/*/rank-*")):
         scratch.unlink() if scratch.is_file() else shutil.rmtree(scratch)
-    return result
+    return {"factors": str(out), "ratio": factors.ratio(), "model_ratio": factors.model_ratio(ckpt.num_parameters()), "rel_frob": rel_frob,
+            "support": support, "steps": cfg.fit.steps, "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(peak_rss_gib(), 2)}
 
 
 def cmd_sweep(args: argparse.Namespace) -> dict:
     """fit; over a grid where an override holds several values (bank.m=64,128) or the YAML file says sweep: {key: [values]}.
-
-    One run per combination below --out, one table at the end; a combination that is finished is not fitted again.
-    """
+    One run per combination below --out, one table at the end; a combination that is finished is not fitted again."""
     several = re.compile(r"(?!model\.path|calib\.|eval\.|train\.|log\.)([\w.]+)=([^\[{'\",]*,[^\[{'\"]*)")
     plain = [o for o in args.overrides if not several.fullmatch(o)]
     grid = load_config(args.config, plain).sweep | {m[1]: m[2].split(",") for o in args.overrides if (m := several.fullmatch(o))}
