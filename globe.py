@@ -430,9 +430,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = (), base: di
     return check_config(cfg)
 
 
-# ------------------------------------------------------------------------------------------------------
-# Files: a write finished or never happened
-# ------------------------------------------------------------------------------------------------------
+# ---- files: a write finished or never happened -------------------------------------------------------
 def flush(path: Path) -> None:
     """Bring a file to the disk."""
     with open(path, "rb") as f:
@@ -557,9 +555,7 @@ def user_cache() -> Path:
     return Path(os.environ.get("GLOBE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "globe")
 
 
-# ------------------------------------------------------------------------------------------------------
-# Devices: the only place that knows CUDA and MPS by name
-# ------------------------------------------------------------------------------------------------------
+# Devices: the only place that knows CUDA and MPS by name ----------------------------------------------
 def pick_device(name: str | None = "auto") -> torch.device:
     """A torch.device for "auto", "cpu", "cuda[:i]" or "mps"; UserError where that one is not there."""
     if name in (None, "auto"):
@@ -2856,7 +2852,7 @@ class GlobeExperts(nn.Module):
 
     def _run(self, x: Tensor, index: Tensor, weights: Tensor, cache: ExpertCache) -> Tensor:
         """The layer, with every expert of index in its slot: natively, by grouped products, or expert by expert."""
-        slabs, P, cpu = self._slabs(cache), self._parameters, x.device.type == "cpu"
+        slabs, P, cpu = {} if self.dense_row else self._slabs(cache), self._parameters, x.device.type == "cpu"
         families = [] if self.dense_row else [  # (held or dense weights, adapters or None) of gate, up and down
             (slabs[f], P[f"{f}_A"] if self.hold[f] == "basis" else None) if f in slabs else (P[f"{f}_proj"], None) for f in FAMILIES]
         if (families and not x.requires_grad and not weights.requires_grad
@@ -3008,19 +3004,12 @@ def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
     return old_modules
 
 
-def factor_tensors(factors: Factors, composed: bool = False) -> Iterator[tuple]:
+def factor_tensors(factors: Factors) -> Iterator[tuple]:
     """(name in a patched model, tensor) of everything that the factors hold."""
     for name, f in factors.families.items():
-        if not composed:
-            yield from ((f"globe_bank.{name}_{g}", b) for g, b in enumerate(f.bank) if not f.owner)
+        yield from ((f"globe_bank.{name}_{g}", b) for g, b in enumerate(f.bank) if not f.owner)
         for l in f.A:
-            base = f"layers.{l}.{{experts}}.{name}_"
-            yield base + "A", f.A[l]
-            if composed:
-                yield base + "basis", f.composed(l)
-            else:
-                yield base + "val", f.val[l]
-                yield base + "idx", f.idx[l]
+            yield from ((f"layers.{l}.{{experts}}.{name}_{kind}", getattr(f, kind)[l]) for kind in ("A", "val", "idx"))
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -3195,32 +3184,24 @@ def warm(model: nn.Module, ids: Tensor | None = None) -> None:
 # ======================================================================================================
 # 8. Hugging Face: assemble, load, export
 # ======================================================================================================
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Build modules whose parameters take no memory while their buffers (rotary frequencies) are real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module, name, param):
-        register(module, name, param)
-        if param is not None:
-            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
-
-
 def _skeleton(config: dict, dtype: torch.dtype, where: Path, meta: dict | None = None, cache: CacheConfig | None = None) -> nn.Module:
     """The transformers model of the config.json in `where`, with GlobeExperts in place where meta says; parameters on the
     meta device. UserError where transformers cannot make a model of it."""
     from transformers import AutoConfig, AutoModelForCausalLM
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    register = nn.Module.register_parameter
+
+    def without_memory(module, name, param):  # buffers (rotary frequencies) are real
+        register(module, name, param)
+        if param is not None:
+            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
+    nn.Module.register_parameter = without_memory
     try:
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
     except Exception as e:  # a stranger's config.json fails in its own way in every model's code
         raise UserError(f"{where / 'config.json'}: expected a model's config, found one that transformers refuses: {type(e).__name__}: {e}") from None
+    finally:
+        nn.Module.register_parameter = register
     if meta:
         install(model, meta, cache or CacheConfig())
     return model.eval()
@@ -3517,15 +3498,11 @@ def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callabl
             shard = ckpt.shard_of[slot.tensor]
             start, header = headers[shard]
             W = fam.weight(layer, row).to(ckpt.expert(name, layer, e).dtype)
-            _overwrite(to / shard, start + header[slot.tensor]["data_offsets"][0], ckpt.shape(slot.tensor), slot,
-                       W.T if slot.transposed else W)
-
-
-def _overwrite(path: Path, start: int, shape: Sequence[int], slot: Slot, W: Tensor) -> None:
-    """Write W over the slot's part of a row-major tensor that begins at byte `start` of a file."""
-    raw = np.memmap(path, np.uint8, "r+", offset=start, shape=(*shape, W.element_size()))  # bytes: no alignment needed
-    raw[slot.part] = W.contiguous().view(torch.uint8).numpy().reshape(*W.shape, -1)
-    raw.flush()
+            W = W.T if slot.transposed else W
+            raw = np.memmap(to / shard, np.uint8, "r+", offset=start + header[slot.tensor]["data_offsets"][0],
+                            shape=(*ckpt.shape(slot.tensor), W.itemsize))  # bytes: no alignment needed
+            raw[slot.part] = W.contiguous().view(torch.uint8).numpy().reshape(*W.shape, -1)
+            raw.flush()
 
 
 def weight_bytes(directory: Path) -> int:
@@ -3621,13 +3598,13 @@ def reconstruction(ckpt: Checkpoint, factors: Factors) -> dict:
     """Relative Frobenius error of the factors: {family: {"all": x, layer: x, ...}}; reads one expert at a time."""
     out = {}
     for name, f in factors.families.items():
-        err, ref = {}, {}
+        err, ref = collections.Counter(), collections.Counter()
         for l, experts in factors.experts.items():
             for i, e in enumerate(experts):
                 W = ckpt.expert(name, l, e).float()
-                err[l] = err.get(l, 0.0) + float((W - f.weight(l, i)).square().sum())
-                ref[l] = ref.get(l, 0.0) + float(W.square().sum())
-        out[name] = {"all": math.sqrt(sum(err.values()) / max(sum(ref.values()), 1e-300))}
+                err[l] += float((W - f.weight(l, i)).square().sum())
+                ref[l] += float(W.square().sum())
+        out[name] = {"all": math.sqrt(err.total() / max(ref.total(), 1e-300))}
         out[name] |= {l: math.sqrt(err[l] / max(ref[l], 1e-300)) for l in err}
     return out
 
@@ -3692,7 +3669,7 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors, shares: d
     save(fig, "convergence.png")
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
     for f, fam in factors.families.items():
-        layers = [k for k in errors[f] if k != "all"]
+        layers = list(factors.experts)
         axes[0].plot(layers, [errors[f][l] for l in layers], styles[f], color="black", marker="o", ms=3, label=f)
         sizes = torch.bincount(fam.support())
         axes[1].plot(range(len(sizes)), sizes, styles[f], color="black", marker="o", ms=3, label=f)
