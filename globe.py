@@ -409,8 +409,7 @@ def read_yaml(text: str, where: str) -> Any:
 def load_config(path: str | None = None, overrides: Sequence[str] = (), base: dict | None = None) -> Config:
     """Resolve a config: defaults < base (a run's own) < YAML file < section.key=value overrides.
 
-    Raises UserError for an unreadable file, an unknown key (the nearest known one is named) or a wrong type.
-    """
+    Raises UserError for an unreadable file, an unknown key (the nearest known one is named) or a wrong type."""
     cfg = Config()
     if base:
         _merge(cfg, base, "", "the run's config.yaml")
@@ -758,8 +757,7 @@ def kernels() -> str:
 
     GLOBE_KERNELS: auto (installed with the package; else built from csrc/ into the user's cache, where there is a
     compiler; else torch, with a warning), jit (built from csrc/), off. RuntimeError where a library that is there does
-    not load or a build fails: it is not passed over in silence. UserError for another value, or jit and nothing to build.
-    """
+    not load or a build fails: it is not passed over in silence. UserError for another value, or jit and nothing to build."""
     mode, csrc, ops = os.environ.get("GLOBE_KERNELS", "auto"), Path(__file__).resolve().parent / "csrc", torch.ops.globe
     if mode not in ("auto", "jit", "off"):
         raise UserError(f"GLOBE_KERNELS: expected auto, jit or off, found {mode!r}")
@@ -939,8 +937,7 @@ def sparsemax(x: Tensor, dim: int = -1, return_support: bool = False):
     x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype; with
     return_support also the number of positive entries (int64, x's shape without `dim`). TypeError for another dtype,
     ValueError for an empty dim. Martins and Astudillo 2016, Algorithm 1 and Proposition 2 (torch: sorting; native:
-    Newton's method on the threshold's piecewise linear equation, which ends at its root).
-    """
+    Newton's method on the threshold's piecewise linear equation, which ends at its root)."""
     return _simplex_map(x, dim, 2.0, return_support)
 
 
@@ -949,8 +946,7 @@ def entmax15(x: Tensor, dim: int = -1, return_support: bool = False):
 
     x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype; with
     return_support also the number of positive entries (int64, x's shape without `dim`). TypeError for another dtype,
-    ValueError for an empty dim. Peters, Niculae and Martins 2019, Algorithm 2 (torch: sorting; native: Newton's method).
-    """
+    ValueError for an empty dim. Peters, Niculae and Martins 2019, Algorithm 2 (torch: sorting; native: Newton's method)."""
     return _simplex_map(x, dim, 1.5, return_support)
 
 
@@ -965,8 +961,7 @@ def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence
     bank (m, r, d), idx (E, s) integers in [0, m), val (E, s) -> (E, r, d) in the bank's dtype, summed in float32 or
     better. A padded entry has val 0; ragged supports are sequences of E one-dimensional tensors. Differentiable in
     bank and val, unless written into `out` (contiguous, of the result's shape and dtype), or into out[slot], `out` (S, r, d)
-    and slot (E,) int64. Raises IndexError for an index outside the bank, ValueError for shapes that do not fit.
-    """
+    and slot (E,) int64. Raises IndexError for an index outside the bank, ValueError for shapes that do not fit."""
     if not isinstance(idx, Tensor):
         idx = nn.utils.rnn.pad_sequence(list(idx), batch_first=True)
         val = nn.utils.rnn.pad_sequence(list(val), batch_first=True)
@@ -989,9 +984,8 @@ def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence
         w = torch.zeros(E, m, dtype=wide, device=bank.device).index_put(
             (torch.arange(E, device=idx.device)[:, None].expand(E, s), idx.long()), val.to(wide), accumulate=True)
         z = (w @ bank.reshape(m, -1).to(wide)).view(E, r, d)
-    else:  # a miss or two: scaled adds of the s bases, no gathered copy
-        z = [sum((a[k] * bank[j[k]].to(wide) for k in range(s)), bank.new_zeros(r, d, dtype=wide))  # widened first: a number does not widen
-             for j, a in zip(idx.long(), val.to(wide))]
+    else:  # a miss or two: scaled adds of the s bases, no gathered copy; widened first, as a number does not widen a half tensor
+        z = [sum((a[k] * bank[j[k]].to(wide) for k in range(s)), bank.new_zeros(r, d, dtype=wide)) for j, a in zip(idx.long(), val.to(wide))]
         z = torch.stack(z) if z else bank.new_zeros(0, r, d, dtype=wide)
     y = phi(z, activation).to(bank.dtype)
     return y if out is None else out.copy_(y) if slot is None else out.index_copy_(0, slot, y)
@@ -1162,8 +1156,7 @@ class Checkpoint:
     """A Hugging Face checkpoint directory, read lazily: one expert at a time through safetensors slices.
 
     Every expert matrix comes out as (p, d): gate and up as they are, down transposed. Experts E, E+1, ... of a layer
-    are the slices of its shared expert. Raises UserError with the first few missing, extra or misshapen tensors.
-    """
+    are the slices of its shared expert. Raises UserError with the first few missing, extra or misshapen tensors."""
 
     def __init__(self, directory: Path | str):
         self.dir = Path(directory)
@@ -2547,8 +2540,7 @@ def load_factors(path: Path | str) -> Factors:
     """Read and validate factors: `path` is a run directory or the file itself. Tensors are memory-mapped.
 
     UserError: no such file, not safetensors, another format version, a tensor missing, extra or of a wrong shape, an
-    index outside the bank.
-    """
+    index outside the bank."""
     path = Path(path)
     path = path / "factors.safetensors" if path.is_dir() else path
     expect(path.is_file(), f"{path}: expected a factors file, found none (is the fit finished?)")
@@ -2688,8 +2680,7 @@ class GlobeExperts(nn.Module):
     """Drop-in for a transformers experts module: same forward(hidden_states, top_k_index, top_k_weights).
 
     Families with factors run through composed bases or composed weights from the cache, every other matrix is dense.
-    Tensors are created on the meta device; patch and load put real ones in their place.
-    """
+    Tensors are created on the meta device; patch and load put real ones in their place."""
 
     def __init__(self, meta: dict, layer: int, old: nn.Module, bank: GlobeBank, cache: CacheConfig):
         super().__init__()
@@ -3036,8 +3027,7 @@ def patch(model: nn.Module, factors: Factors | str | Path, cache: CacheConfig | 
     """Swap the experts of every fitted MoE layer of a loaded transformers model for GlobeExperts, in place.
 
     factors: Factors, or a run directory. keep_dense=False lets go of the dense experts (unpatch is then impossible).
-    Returns the model. UserError where model and factors do not belong together.
-    """
+    Returns the model. UserError where model and factors do not belong together."""
     factors = factors if isinstance(factors, Factors) else load_factors(factors)
     cache = cache or CacheConfig()
     old = install(model, factors.meta(), cache)
@@ -3118,8 +3108,7 @@ def set_cache(model: nn.Module, cache: CacheConfig, demand: dict | None = None) 
     """Give every layer its slots, and choose what they hold: composed bases, or composed weights where that is cheaper.
 
     demand: {layer: steps of experts}, as measured on a text; without it a budget is divided evenly. The budget counts in
-    whole items; where it holds fewer than one for each layer, layers without a slot share one.
-    """
+    whole items; where it holds fewer than one for each layer, layers without a slot share one."""
     modules = globe_modules(model)
     expect(modules, "model: expected GlobeExperts, found none (not patched, nor a globe export)")
     bank, plans = modules[0]._bank[0], []
@@ -3162,8 +3151,7 @@ def demand_of(model: nn.Module, ids: Tensor) -> dict:
 def warm(model: nn.Module, ids: Tensor | None = None) -> None:
     """Fill the caches: mode all composes every expert; else a text, ids (1, n), shows which layers and experts are asked for.
 
-    A budget is divided between the layers by that, and each holds its most used experts. Counts start afresh.
-    """
+    A budget is divided between the layers by that, and each holds its most used experts. Counts start afresh."""
     modules = globe_modules(model)
     cache = modules[0]._bank[0].cache
     demand = demand_of(model, ids) if ids is not None and cache.mode in ("lru", "lfu") else {}
@@ -3308,8 +3296,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
          cache: CacheConfig | None = None) -> nn.Module:
     """Load a globe or composed export: a transformers model with GlobeExperts, no dense experts ever in memory.
 
-    dtype: of the parameters; default: as stored. UserError where the directory is no such export or is damaged.
-    """
+    dtype: of the parameters; default: as stored. UserError where the directory is no such export or is damaged."""
     directory = Path(directory)
     config = read_json(directory / "config.json")
     meta = globe_meta(config)
@@ -3353,7 +3340,7 @@ class GlobeAuto:
         kwargs["trust_remote_code"] = False  # it let this file run; a custom_generate beside it would run too
         if config is not None:  # AutoModelForCausalLM asks, with the config that AutoConfig got here before
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(path, *args, config=config, **kwargs)
-        kind = PreTrainedConfig.get_dataclasses.asdict(path, **kwargs)[0]["model_type"]
+        kind = PreTrainedConfig.get_config_dict(path, **kwargs)[0]["model_type"]
         return CONFIG_MAPPING[kind].from_pretrained(path, **kwargs)
 
     @classmethod
@@ -3451,8 +3438,7 @@ def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = 
                  dtype: torch.dtype | None = None) -> None:
     """Write the patched model as a directory: shards, config, tokenizer and a copy of this file.
 
-    composed=True stores A_i and the composed B~_i in place of bank and mixtures: larger, nothing to compose at load.
-    """
+    composed=True stores A_i and the composed B~_i in place of bank and mixtures: larger, nothing to compose at load."""
     from huggingface_hub import save_torch_state_dict
     dtype = dtype or ckpt.dtype
     model = assemble(ckpt, factors, dtype=dtype)
@@ -3477,8 +3463,7 @@ def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = 
 def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callable = lambda it: it) -> None:
     """The source checkpoint rewritten in place: the shards' bytes are copied and only the experts' are replaced.
 
-    Names, order, dtypes and every other byte stay, so that whatever read the source reads this.
-    """
+    Names, order, dtypes and every other byte stay, so that whatever read the source reads this."""
     check_fingerprint(factors, ckpt)
     copy_side_files(ckpt.dir, to)
     config = {k: v for k, v in ckpt.config.items() if k not in ("quantization_config", "auto_map")}
@@ -3509,12 +3494,12 @@ def weight_bytes(directory: Path) -> int:
     return sum(f.stat().st_size for f in directory.glob("*.safetensors"))
 
 
-def sample_ids(ckpt: Checkpoint, n: int = 64) -> Tensor:
-    """(1, n) token ids of held-out text; where a checkpoint has no tokenizer that fits, random ones (to compare logits only)."""
+def sample_ids(ckpt: Checkpoint) -> Tensor:
+    """(1, 64) token ids of held-out text; where a checkpoint has no tokenizer that fits, random ones (to compare logits only)."""
     try:
-        return ckpt.known(token_windows(load_tokenizer(ckpt.dir), builtin_text("heldout"), n, n))
+        return ckpt.known(token_windows(load_tokenizer(ckpt.dir), builtin_text("heldout"), 64, 64))
     except UserError:
-        return torch.randint(ckpt.config["vocab_size"], (1, n), generator=torch.Generator().manual_seed(0))
+        return torch.randint(ckpt.config["vocab_size"], (1, 64), generator=torch.Generator().manual_seed(0))
 
 
 # ======================================================================================================
@@ -3648,7 +3633,7 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors, shares: d
         raise UserError("report: plots need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    styles, paths = dict(zip(FAMILIES, ("-", "--", ":"))), []  # told apart in greyscale
+    styles, paths, look = dict(zip(FAMILIES, ("-", "--", ":"))), [], {"color": "black", "marker": "o", "ms": 3}  # told apart in greyscale
     rows = [r for r in rows if all(type(r.get(k)) in (int, float) for k in ("rel_frob", "support", "T"))]  # a healed run's have none
 
     def save(fig, name):
@@ -3661,18 +3646,15 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors, shares: d
     for ax, key, title, unit in zip(axes, ("rel_frob", "support", "T"), ("Relative error in the fit's metric", "Median support", "Temperature T"),
                                     ("relative error", "bases", "T")):
         for f, style in zip(dict.fromkeys(r.get("family") for r in rows), ("-", "--", ":")):
-            mine = [r for r in rows if r.get("family") == f]
-            ax.plot([r["step"] for r in mine], [r[key] for r in mine], style, color="black", label=f)
+            ax.plot(*zip(*((r["step"], r[key]) for r in rows if r.get("family") == f)), style, color="black", label=f)
         ax.set(title=title, xlabel="step", ylabel=unit)
         ax.legend()
     axes[0].set_yscale("log")
     save(fig, "convergence.png")
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
     for f, fam in factors.families.items():
-        layers = list(factors.experts)
-        axes[0].plot(layers, [errors[f][l] for l in layers], styles[f], color="black", marker="o", ms=3, label=f)
-        sizes = torch.bincount(fam.support())
-        axes[1].plot(range(len(sizes)), sizes, styles[f], color="black", marker="o", ms=3, label=f)
+        axes[0].plot(list(fam.A), [errors[f][l] for l in fam.A], styles[f], label=f, **look)
+        axes[1].plot(torch.bincount(fam.support()), styles[f], label=f, **look)
         used = sum(torch.bincount(fam.idx[l][fam.val[l] != 0].long() + fam.group[l] * len(fam.bank[0]),
                                   minlength=len(fam.bank) * len(fam.bank[0])) for l in fam.idx)
         axes[2].plot(used.sort(descending=True).values, styles[f], color="black", label=f)
@@ -3686,17 +3668,17 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors, shares: d
     fig, axes = plt.subplots(1, 3 if runs else 2, figsize=(13 if runs else 9, 3.6))
     for i, (l, share) in enumerate(shares.items()):
         axes[0].plot(range(1, len(share) + 1), share, color=str(0.7 * i / len(shares)), label=f"layer {l}" if i in (0, len(shares) - 1) else None)
-    axes[1].plot(list(hits), list(hits.values()), color="black", marker="o", ms=3)
+    axes[1].plot(list(hits), list(hits.values()), **look)
     axes[0].set(title="Popularity of experts (decoding)", xlabel="expert, by rank", ylabel="share of routed tokens", ylim=(0, None))
     axes[1].set(title="Hit rate of the cache (decoding)", xlabel="layer", ylabel="hits / look-ups", ylim=(0, 1))
+    axes[0].legend()
+    for ax in axes[:2]:
+        ax.xaxis.get_major_locator().set_params(integer=True)
     for text, mark in zip(dict.fromkeys(t for e in runs.values() for t in e), "osv^Dx+*"):
         points = sorted((e[text]["model_ratio"], e[text]["delta_nats"]) for e in runs.values() if text in e)
         axes[2].plot(*zip(*points), mark, color="black", fillstyle="none", label=text)
         axes[2].set(title="Quality against size", xlabel="size of the model, stored / dense", ylabel="nats lost per token")
         axes[2].legend()
-    axes[0].legend()
-    for ax in axes[:2]:
-        ax.xaxis.get_major_locator().set_params(integer=True)
     save(fig, "routing.png")
     return paths
 
@@ -3813,8 +3795,7 @@ def upcycle(dense: nn.Module, cfg: TrainConfig, g: torch.Generator) -> nn.Module
 
     The first top_k * p neurons of each FFN are cut into top_k slices, copied to all experts and perturbed; the rest
     become the shared expert. Router rows are drawn once per set of copies, so that at first a token's top-k is one
-    whole set, that is, the dense FFN ("virtual groups", He et al. 2024, arXiv:2410.07524).
-    """
+    whole set, that is, the dense FFN ("virtual groups", He et al. 2024, arXiv:2410.07524)."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
     old, routed = dense.config, cfg.top_k * cfg.moe_intermediate_size
     p = old.intermediate_size * cfg.moe_intermediate_size // (routed + cfg.shared_expert_intermediate_size)
@@ -3957,8 +3938,7 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
     """Train the small MoE into directory `to`; returns bits_per_byte (held out), seconds, steps, largest_cosine.
 
     progress gets a row per step. Ctrl-C finishes the step, saves to/state and is raised again; resume goes on from
-    there. The checkpoint is stock Hugging Face. Same seed, same result on a CPU.
-    """
+    there. The checkpoint is stock Hugging Face. Same seed, same result on a CPU."""
     begin, state, done, seconds = time.perf_counter(), to / "state" / "train.safetensors", 0, 0.0
     if resume and (to / "train.json").is_file():
         return read_json(to / "train.json")
@@ -3997,8 +3977,8 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
             loss = training_step(model, optimizer, scaler, x, context, cfg)
             progress({"step": step + 1, "steps": total, "phase": "dense" if step < first_moe else "moe", "loss": loss})
             if stop.is_set() or (step + 1) % cfg.save_every == 0:
-                save_training(state, "model", dict(model.named_parameters()), optimizer, {"globe": {
-                    "step": step + 1, "seconds": seconds + time.perf_counter() - begin, "scaler": scaler.state_dict(), "config": dataclasses.asdict(cfg)}})
+                about = {"step": step + 1, "seconds": seconds + time.perf_counter() - begin, "scaler": scaler.state_dict(), "config": dataclasses.asdict(cfg)}
+                save_training(state, "model", dict(model.named_parameters()), optimizer, {"globe": about})
             if stop.is_set():
                 raise KeyboardInterrupt(f"state saved at step {step + 1}; go on with --resume")
     windows = token_windows(tokenizer, heldout, 256 * cfg.seq_len, cfg.seq_len)
@@ -4134,9 +4114,9 @@ class Walk:
         return x
 
     @torch.no_grad()
-    def advance(self, span: Sequence[int], x: Tensor, progress: Callable = lambda it: it) -> None:
+    def advance(self, span: Sequence[int], x: Tensor) -> None:
         """Every window of x (N, T, d) through the layers of span, in place."""
-        for part in progress(x.split(self.batch)):
+        for part in x.split(self.batch):
             part.copy_(self.run(span, part))
 
     def logits(self, x: Tensor) -> Tensor:
@@ -4212,10 +4192,9 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
     The model is walked once, in order, with one stack of cfg.heal.stack decoder layers in memory; hidden states of the
     dense and of the healed model are kept in files below `state`. Each stack sees the healed model's own inputs and is
     trained to give the dense model's outputs, so that it also mends what the stacks before it left over (block
-    reconstruction: Li et al. 2021, arXiv:2102.05426; the logits' term: Hinton et al. 2015, arXiv:1503.02531). A stack keeps its old factors where the held-out windows gained
-    nothing. Returns a row {"layers", "before", "after", "steps"} per stack. Finished stacks are saved below `state`
-    and are not trained again; KeyboardInterrupt after stop(), with the state saved.
-    """
+    reconstruction: Li et al. 2021, arXiv:2102.05426; the logits' term: Hinton et al. 2015, arXiv:1503.02531). A stack
+    keeps its old factors where the held-out windows gained nothing. Returns a row {"layers", "before", "after"} per stack.
+    Finished stacks are saved below `state` and are not trained again; KeyboardInterrupt after stop(), with the state saved."""
     H, L, rows = cfg.heal, ckpt.config["num_hidden_layers"], []
     whole = 6 * ckpt.num_parameters() * dtype.itemsize < free_memory(device)  # weights, gradients, float32 factors and moments
     size = min(L, (L if whole else 1) if H.stack == "auto" else H.stack)
