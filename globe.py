@@ -1289,9 +1289,8 @@ class Checkpoint:
 
 def select_experts(dims: Dims, cfg: ModelConfig) -> list:
     """[(layer, expert)] to compress, in order, by single_layer, max_experts, sample and include_shared."""
-    if cfg.single_layer is not None and cfg.single_layer not in dims.layers:
-        raise UserError(f"model.single_layer: expected a layer with experts ({min(dims.layers)}..{max(dims.layers)}), "
-                        f"found {cfg.single_layer}")
+    expect(cfg.single_layer in (None, *dims.layers),
+           f"model.single_layer: expected a layer with experts ({min(dims.layers)}..{max(dims.layers)}), found {cfg.single_layer}")
     layers = dims.layers if cfg.single_layer is None else (cfg.single_layer,)
     count = min(cfg.max_experts or dims.experts, dims.experts)
     chosen = range(count) if cfg.sample == "first_n" else np.linspace(0, dims.experts - 1, count).round().astype(int)
@@ -2569,11 +2568,9 @@ def load_factors(path: Path | str) -> Factors:
             A[l] = take(f"layers.{l}.{name}.A", (len(experts), dims.p, f["r"]))
             idx[l] = take(f"layers.{l}.{name}.idx", (len(experts), f["s"]))
             val[l] = take(f"layers.{l}.{name}.val", (len(experts), f["s"]))
-            if not (0 <= int(idx[l].min()) and int(idx[l].max()) < f["m"]):
-                raise UserError(f"{path}: layers.{l}.{name}.idx: expected indices in [0, {f['m']}), found "
-                                f"{int(idx[l].min())}..{int(idx[l].max())}")
-            if not torch.isfinite(val[l]).all():
-                raise UserError(f"{path}: layers.{l}.{name}.val: expected finite numbers, found NaN or Inf")
+            low, high = int(idx[l].min()), int(idx[l].max())
+            expect(0 <= low and high < f["m"], f"{path}: layers.{l}.{name}.idx: expected indices in [0, {f['m']}), found {low}..{high}")
+            expect(torch.isfinite(val[l]).all(), f"{path}: layers.{l}.{name}.val: expected finite numbers, found NaN or Inf")
         bank = [take(f"bank.{name}.{g}", (f["m"], f["r"], dims.d)) for g in range(f["groups"])] if f["bank"] == name else []
         families[name] = FamilyFactors(bank, A, idx, val, {int(l): g for l, g in f["group"].items()}, f["activation"],
                                        f["shift"], f["scale"], None if f["bank"] == name else f["bank"])
@@ -2586,9 +2583,8 @@ def load_factors(path: Path | str) -> Factors:
 
 
 def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
-    if factors.fingerprint != ckpt.fingerprint():
-        raise UserError(f"{ckpt.dir}: expected the checkpoint that the factors were fitted to (fingerprint "
-                        f"{factors.fingerprint}), found another ({ckpt.fingerprint()})")
+    want, found = factors.fingerprint, ckpt.fingerprint()
+    expect(found == want, f"{ckpt.dir}: expected the checkpoint that the factors were fitted to (fingerprint {want}), found another ({found})")
 
 
 # ======================================================================================================
@@ -2975,8 +2971,7 @@ def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
         expect(layer in found, f"model: expected experts in layer {layer}, found none")
         parent, attr, old = found[layer]
         sizes = old.num_experts, old.intermediate_dim, old.hidden_dim
-        if isinstance(old, GlobeExperts):
-            raise UserError("model: already patched; call unpatch first")
+        expect(not isinstance(old, GlobeExperts), "model: already patched; call unpatch first")
         expect(sizes == (D.experts, D.p, D.d), f"model layer {layer}: expected experts, p, d = {(D.experts, D.p, D.d)}, found {sizes}")
         new = GlobeExperts(meta, layer, old, bank, cache).train(model.training)
         setattr(parent, attr, new)
@@ -4207,8 +4202,8 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
     x, dense = (on_disk(state / f"{name}.bin", shape, dtype) for name in ("healed", "dense"))
     walk.embed(windows, x)
     dense.copy_(x)
-    final = on_disk(state / "final.bin", shape, dtype) if weight else None
     if weight:  # the logits need the dense model's last hidden states, and the way to them
+        final = on_disk(state / "final.bin", shape, dtype)
         walk.fill(range(L))
         walk.advance(range(L), final.copy_(x))
     for i in range(0, L, size):
