@@ -3907,9 +3907,9 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler, x:
     return float(loss.detach())
 
 
-def save_training(path: Path, kind: str, params: Mapping, optimizer: Muon, about: dict, more: Mapping = {}) -> None:
+def save_training(path: Path, kind: str, params: Mapping, optimizer: Muon, about: dict, **more: Tensor) -> None:
     """Parameters as KIND/NAME, the optimizer's moments and `more` in one file, whole or absent; batches depend on (seed, step) alone."""
-    tensors = {f"{kind}/{name}": w.detach() for name, w in params.items()} | dict(more)
+    tensors = {f"{kind}/{name}": w.detach() for name, w in params.items()} | more
     tensors |= {f"{k}/{name}": v for name, w in params.items() for k, v in optimizer.state.get(w, {}).items()}
     with written(path) as tmp:
         save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={k: json.dumps(v) for k, v in about.items()})
@@ -3941,7 +3941,8 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
         torch.manual_seed(cfg.seed)
         tokenizer, model = dense_start(cfg)
     text = builtin_text("train") if cfg.text is None else read_text(cfg.text, "train")
-    text, heldout = (text, builtin_text("heldout")) if cfg.text is None else (text[:len(text) * 19 // 20], text[len(text) * 19 // 20:])
+    cut = len(text) * 19 // 20  # of a user's text, the last twentieth is held out
+    text, heldout = (text, builtin_text("heldout")) if cfg.text is None else (text[:cut], text[cut:])
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     expect(len(ids) >= cfg.seq_len, f"train.text: expected at least train.seq_len = {cfg.seq_len} tokens, found {len(ids)}")
     first_moe = 0 if cfg.dense_from else cfg.dense_steps
@@ -4174,7 +4175,8 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
                 lowest, best = now, {k: w.detach().clone() for k, w in student.params.items()}
         progress(row)
         if stop() or step % H.save_every == 0:
-            save_training(state, "now", student.params, optimizer, {"heal": [step, bad, first, lowest]}, {f"best/{k}": w for k, w in best.items()})
+            save_training(state, "now", student.params, optimizer, {"heal": [step, bad, first, lowest]},
+                          **{f"best/{k}": w for k, w in best.items()})
         if stop():
             raise KeyboardInterrupt(f"state saved at step {step} of the stack at layer {student.span[0]}")
     return best, first, lowest
