@@ -3757,10 +3757,8 @@ def byte_tokenizer():
     """A tokenizer whose ids 0..255 are the bytes of the UTF-8 text; 256 ends a text, 257 pads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    # the byte-level alphabet writes printable bytes as themselves and the others as chr(256 + n), in order (GPT-2)
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [b for b in range(256) if b not in printable]
-    tokenizer = Tokenizer(models.BPE({chr(b) if b in printable else chr(256 + others.index(b)): b for b in range(256)}, []))
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    tokenizer = Tokenizer(models.BPE({letter: byte for byte, letter in bytes_to_unicode().items()}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>",
