@@ -1122,7 +1122,7 @@ def bench_scale(args: argparse.Namespace) -> list:
             raise UserError(f"fit of {n} experts: expected exit code 0, found {done.returncode}")
         result, log = json.loads(done.stdout.splitlines()[-1]), globe.read_rows(out / "log.jsonl")
         seconds = statistics.median(row["pass_seconds"] for row in log)
-        work = globe.flops_per_pass(globe.load_config(), n, m, r, globe.Dims((0,), n, p, d, 4, 0), True)
+        work = globe.flops_per_pass(n, m, r, globe.Dims((0,), n, p, d, 4, 0), True)
         rows.append({"suite": "fit", "preset": "qwen15", "test": f"{n} experts", "variant": f"{ranks} x {each} threads", "value": round(seconds, 2), "unit": "s", "ratio": None,
                      "peak_gib": result["peak_rss_gib"], "gflops": round(work / seconds / 1e9, 1), "of_torch": round(work / seconds / rate, 3),
                      "step_seconds": round(log[-1]["seconds"] - log[-2]["seconds"], 2) if steps > 1 else None, "fit_seconds": result["seconds"], "steps": steps})

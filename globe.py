@@ -4558,9 +4558,8 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
         moments = activation_moments(trunk, windows, at_once)
     for kind, parts in moments.items():
         for l, C in parts.items():
-            if not torch.isfinite(C).all():
-                raise UserError(f"{ckpt.dir}: expected finite activations in calibration, found NaN or Inf in layer {l} ({kind}): do sums "
-                                f"overflow in {ckpt.dtype}?")
+            expect(torch.isfinite(C).all(), f"{ckpt.dir}: expected finite activations in calibration, found NaN or Inf in layer {l} "
+                                            f"({kind}): do sums overflow in {ckpt.dtype}?")
     if cfg.calib.save:
         save_moments(Path(cfg.calib.save), moments, ckpt.fingerprint())
     return moments
@@ -4582,7 +4581,7 @@ def kept_moments(ckpt: Checkpoint, cfg: Config, device: torch.device, run: Path,
 PASS_RATE = 0.6  # of the machine's product rate, which a whole pass reaches (bench.py fit --preset qwen15)
 
 
-def flops_per_pass(cfg: Config, n: int, m: int, r: int, D: Dims, right: bool) -> float:
+def flops_per_pass(n: int, m: int, r: int, D: Dims, right: bool) -> float:
     """Floating-point operations of one pass of varpro over n experts; right: with a metric that the bank has not absorbed."""
     p, d = D.p, D.d
     products = 4 * p * r * d + 4 * r * r * d + 2 * r * r * p + 2 * r * d * d * right  # V X^T, A^T V; K, P X C; A^T A; X C
@@ -4611,7 +4610,7 @@ def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict
         n = len(job) * len(keys)
         numbers = n * D.p * r + groups * m * r * D.d + 2 * n * min(cfg.sparsity.support, m) + 2 * len(job)
         memory, files = fit_needs(cfg, n, layers, m, r, groups, D, fit_budget(cfg, device), numbers, size)
-        work, held, disk = work + flops_per_pass(cfg, n, m, r, D, right and "down" not in job), max(held, memory + 2 ** 29), disk + files
+        work, held, disk = work + flops_per_pass(n, m, r, D, right and "down" not in job), max(held, memory + 2 ** 29), disk + files
         stored, dense = stored + numbers, dense + n * D.p * D.d
         rows.append((name, n, m, r, numbers / (n * D.p * D.d)))
     a, b, done = torch.randn(8, D.p, D.d, device=device), torch.randn(8, D.d, D.p, device=device), 0
@@ -4635,9 +4634,7 @@ def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict
 
 def cmd_fit(args: argparse.Namespace) -> dict:
     begin = time.perf_counter()
-    out = Path(args.out) if args.out else None
-    if args.resume:
-        out = out or newest_run(finished=False)
+    out = Path(args.out) if args.out else newest_run(finished=False) if args.resume else None
     cfg = run_config(out, args) if args.resume and out.exists() else load_config(args.config, args.overrides)
     device = pick_device(args.device or cfg.fit.device)
     cfg.fit.dtype = str(as_dtype(args.dtype) or cfg.fit.dtype).removeprefix("torch.")
@@ -4724,10 +4721,11 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
     support = {f: float(fam.support().float().median()) for f, fam in factors.families.items()}
     say(text_table(("family", "relative Frobenius error", "median support", "m", "r"),
                    [(f, rel_frob[f], support[f], *fam.bank[0].shape[:2]) for f, fam in factors.families.items()]))
-    for scratch in (*out.glob("state/*/[AL]-*.safetensors"), *out.glob("state/*/rank-*")):
+    result = {"factors": str(out), "ratio": factors.ratio(), "model_ratio": factors.model_ratio(ckpt.num_parameters()), "rel_frob": rel_frob,
+              "support": support, "steps": cfg.fit.steps, "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(peak_rss_gib(), 2)}
+    for scratch in (*out.glob("state/*/[AL]-*.safetensors"), *out.glob("state/*/rank-*")):  # adapters may lie there until here
         scratch.unlink() if scratch.is_file() else shutil.rmtree(scratch)
-    return {"factors": str(out), "ratio": factors.ratio(), "model_ratio": factors.model_ratio(ckpt.num_parameters()), "rel_frob": rel_frob,
-            "support": support, "steps": cfg.fit.steps, "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(peak_rss_gib(), 2)}
+    return result
 
 
 def cmd_sweep(args: argparse.Namespace) -> dict:
