@@ -38,6 +38,7 @@ import importlib.util
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -50,7 +51,6 @@ import threading
 import time
 import types
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -84,6 +84,12 @@ class UserError(Exception):
 
     def __init__(self, text: str):
         super().__init__(one_line(text))
+
+
+def expect(fine: Any, text: str) -> None:
+    """UserError(text) unless fine."""
+    if not fine:
+        raise UserError(text)
 
 
 # ======================================================================================================
@@ -308,23 +314,14 @@ FRACTIONS = ("sparsity.eta", "sparsity.freeze", "fit.adam.beta1", "fit.adam.beta
 
 def _coerce(value: Any, kind: str, where: str) -> Any:
     """Bring a YAML or command-line value to the annotated kind ("int | float | None"), or raise UserError."""
-    kinds = [k.strip() for k in kind.split("|")]
-    if value is None and "None" in kinds:
-        return None
-    if isinstance(value, bool):
-        if "bool" in kinds:
-            return value
-    elif isinstance(value, int) and "int" in kinds:
+    kinds, number = kind.split(" | "), isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is None and "None" in kinds or type(value) is not float and type(value).__name__ in kinds:
         return value
-    elif isinstance(value, (int, float, str)) and "float" in kinds and not (isinstance(value, str) and "str" in kinds):
+    if (number or isinstance(value, str)) and "float" in kinds:
         with contextlib.suppress(ValueError, OverflowError):  # PyYAML reads 1e-3 as text
             if math.isfinite(float(value)):
                 return float(value)
-    elif isinstance(value, str) and "str" in kinds:
-        return value
-    elif type(value).__name__ in kinds:
-        return value
-    elif isinstance(value, (int, float)) and kinds == ["str"]:
+    elif number and kinds == ["str"]:
         return str(value)
     raise UserError(f"{where}: expected {' or '.join(kinds)}, found {short(value)}")
 
@@ -340,8 +337,7 @@ def short(value: Any) -> str:
 
 def _merge(node: Any, update: Any, where: str, source: str) -> None:
     """Write a nested mapping into a dataclass tree; an unknown key names the nearest known one."""
-    if not isinstance(update, dict):
-        raise UserError(f"{source}: {where or 'top level'}: expected a mapping, found {short(update)}")
+    expect(isinstance(update, dict), f"{source}: {where or 'top level'}: expected a mapping, found {short(update)}")
     names = {f.name: f for f in dataclasses.fields(node)}
     for key, value in update.items():
         path = f"{where}.{key}" if where else str(key)
@@ -354,26 +350,19 @@ def _merge(node: Any, update: Any, where: str, source: str) -> None:
             setattr(node, key, _coerce(value, names[key].type, f"{source}: {path}"))
 
 
-def _lookup(cfg: Any, path: str) -> Any:
-    for part in path.split("."):
-        cfg = getattr(cfg, part)
-    return cfg
-
-
 def check_config(cfg: Config) -> Config:
     """Refuse values that no run could use; returns cfg."""
     for path, allowed in CHOICES.items():
-        if _lookup(cfg, path) not in allowed:
-            raise UserError(f"{path}: expected one of {', '.join(map(str, allowed))}, found {_lookup(cfg, path)!r}")
+        value = operator.attrgetter(path)(cfg)
+        expect(value in allowed, f"{path}: expected one of {', '.join(map(str, allowed))}, found {value!r}")
     most = lambda v: 2 ** 40 if isinstance(v, int) else 1e38
     for paths, good, text in ((POSITIVE, lambda v: 0 < v <= most(v), "a number above 0, at most 2^40 or 1e38"),
                               (NON_NEGATIVE, lambda v: 0 <= v <= most(v), "0 or more, at most 2^40 or 1e38"),
                               (FRACTIONS, lambda v: 0 <= v <= 1, "a number from 0 to 1")):
         for path in paths:
-            value = _lookup(cfg, path)
+            value = operator.attrgetter(path)(cfg)
             for v in value.values() if isinstance(value, dict) else [value]:
-                if v is not None and (not isinstance(v, (int, float)) or not good(v)):
-                    raise UserError(f"{path}: expected {text}, found {short(v)}")
+                expect(v is None or isinstance(v, (int, float)) and good(v), f"{path}: expected {text}, found {short(v)}")
     if isinstance(cfg.bank.m, dict) and (not cfg.bank.m or not set(cfg.bank.m) <= set(FAMILIES) or
                                          any(type(v) is not int for v in cfg.bank.m.values())):
         raise UserError(f"bank.m: expected a whole number per family (gate, up, down), found {short(cfg.bank.m)}")
@@ -383,17 +372,14 @@ def check_config(cfg: Config) -> Config:
     if not (cfg.bank.scope in ("global", "layer") or re.fullmatch("[0-9]{1,9}", str(cfg.bank.scope)) and int(cfg.bank.scope) > 0):
         raise UserError(f"bank.scope: expected global, layer or a number of layers, found {cfg.bank.scope!r}")
     t = cfg.train
-    for fine, text in ((cfg.eval.length >= 2, f"eval.length: expected 2 or more, found {cfg.eval.length}"),
-                       (t.hidden_size % (2 * t.heads) == 0, f"train.hidden_size: expected a multiple of 2 x heads = {2 * t.heads}, found {t.hidden_size}"),
-                       (t.heads % t.kv_heads == 0, f"train.heads: expected a multiple of kv_heads = {t.kv_heads}, found {t.heads}"),
-                       (t.top_k <= t.experts, f"train.top_k: expected at most train.experts = {t.experts}, found {t.top_k}"),
-                       (t.seq_len >= 2, f"train.seq_len: expected 2 or more, found {t.seq_len}")):
-        if not fine:
-            raise UserError(text)
+    expect(cfg.eval.length >= 2, f"eval.length: expected 2 or more, found {cfg.eval.length}")
+    expect(t.hidden_size % (2 * t.heads) == 0, f"train.hidden_size: expected a multiple of 2 x heads = {2 * t.heads}, found {t.hidden_size}")
+    expect(t.heads % t.kv_heads == 0, f"train.heads: expected a multiple of kv_heads = {t.kv_heads}, found {t.heads}")
+    expect(t.top_k <= t.experts, f"train.top_k: expected at most train.experts = {t.experts}, found {t.top_k}")
+    expect(t.seq_len >= 2, f"train.seq_len: expected 2 or more, found {t.seq_len}")
     if cfg.heal.stack != "auto" and not (isinstance(cfg.heal.stack, int) and cfg.heal.stack > 0):
         raise UserError(f"heal.stack: expected auto or a number of layers, found {cfg.heal.stack!r}")
-    if cfg.bank.r is None and cfg.bank.ratio is None:
-        raise UserError("bank: expected r or ratio, found neither")
+    expect(cfg.bank.r is not None or cfg.bank.ratio is not None, "bank: expected r or ratio, found neither")
     return cfg
 
 
@@ -423,8 +409,7 @@ def read_yaml(text: str, where: str) -> Any:
 def load_config(path: str | None = None, overrides: Sequence[str] = (), base: dict | None = None) -> Config:
     """Resolve a config: defaults < base (a run's own) < YAML file < section.key=value overrides.
 
-    Raises UserError for an unreadable file, an unknown key (the nearest known one is named) or a wrong type.
-    """
+    Raises UserError for an unreadable file, an unknown key (the nearest known one is named) or a wrong type."""
     cfg = Config()
     if base:
         _merge(cfg, base, "", "the run's config.yaml")
@@ -436,8 +421,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = (), base: di
         _merge(cfg, read_yaml(text, f"--config {path}") or {}, "", path)
     for item in overrides:
         key, eq, text = item.partition("=")
-        if not eq:
-            raise UserError(f"{item!r}: expected section.key=value")
+        expect(eq, f"{item!r}: expected section.key=value")
         update = read_yaml(text, short(item))
         for part in reversed(key.split(".")):
             update = {part: update}
@@ -445,13 +429,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = (), base: di
     return check_config(cfg)
 
 
-def config_dict(cfg: Config) -> dict:
-    return dataclasses.asdict(cfg)
-
-
-# ------------------------------------------------------------------------------------------------------
-# Files: a write finished or never happened
-# ------------------------------------------------------------------------------------------------------
+# ---- files: a write finished or never happened -------------------------------------------------------
 def flush(path: Path) -> None:
     """Bring a file to the disk."""
     with open(path, "rb") as f:
@@ -573,13 +551,10 @@ def saved_state(path: Path) -> Iterator[None]:
 
 def user_cache() -> Path:
     """Where the default model lives: $GLOBE_CACHE, else the user's cache directory."""
-    base = os.environ.get("GLOBE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "globe"
-    return Path(base)
+    return Path(os.environ.get("GLOBE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "globe")
 
 
-# ------------------------------------------------------------------------------------------------------
-# Devices: the only place that knows CUDA and MPS by name
-# ------------------------------------------------------------------------------------------------------
+# Devices: the only place that knows CUDA and MPS by name ----------------------------------------------
 def pick_device(name: str | None = "auto") -> torch.device:
     """A torch.device for "auto", "cpu", "cuda[:i]" or "mps"; UserError where that one is not there."""
     if name in (None, "auto"):
@@ -620,21 +595,15 @@ def threads_for(p: int, d: int, dtype: str = "float32") -> Iterator[None]:
     """Settings for work on (p, d) matrices. Small ones: one CPU thread (on 96 x 96 a second one made a fit 2 to 10 times
     slower). Large ones: float32 products by oneDNN, which reach 375 GFLOP/s on two cores of an EPYC where MKL's reach 139."""
     threads, small = torch.get_num_threads(), p * d <= 2 ** 14
-    settings = []
-    if not small and onednn_keeps_float32():
-        settings.append((torch.backends.mkldnn.matmul, "bf16"))
-    if dtype == "tf32":
-        settings.append((torch.backends.cuda.matmul, "tf32"))
-    before = [(backend, backend.fp32_precision) for backend, _ in settings]
-    torch.set_num_threads(1 if small else threads)
-    try:
+    settings = [(torch.backends.mkldnn.matmul, "bf16")] if not small and onednn_keeps_float32() else []
+    settings += [(torch.backends.cuda.matmul, "tf32")] if dtype == "tf32" else []
+    with contextlib.ExitStack() as undo:
+        undo.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(1 if small else threads)
         for backend, value in settings:
+            undo.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
             backend.fp32_precision = value
         yield
-    finally:
-        torch.set_num_threads(threads)
-        for backend, value in before:
-            backend.fp32_precision = value
 
 
 def host_buffer(shape: tuple, device: torch.device) -> Tensor:
@@ -746,20 +715,6 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def reset_peak(device: torch.device) -> None:
-    """Measure peak memory afresh from here on, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_gib(device: torch.device) -> float:
-    """GiB at most resident since reset_peak, with what an accelerator held."""
-    there = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory() if device.type == "mps" else 0
-    return peak_rss_gib() + there / 2 ** 30
-
-
 def peak_rss_gib() -> float:
     try:
         import resource
@@ -779,8 +734,7 @@ def as_dtype(name: str | None) -> torch.dtype | None:
         return None
     table = {"float64": torch.float64, "float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
              "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name not in table:
-        raise UserError(f"--dtype: expected one of {', '.join(table)}, found {name!r}")
+    expect(name in table, f"--dtype: expected one of {', '.join(table)}, found {name!r}")
     return table[name]
 
 
@@ -803,8 +757,7 @@ def kernels() -> str:
 
     GLOBE_KERNELS: auto (installed with the package; else built from csrc/ into the user's cache, where there is a
     compiler; else torch, with a warning), jit (built from csrc/), off. RuntimeError where a library that is there does
-    not load or a build fails: it is not passed over in silence. UserError for another value, or jit and nothing to build.
-    """
+    not load or a build fails: it is not passed over in silence. UserError for another value, or jit and nothing to build."""
     mode, csrc, ops = os.environ.get("GLOBE_KERNELS", "auto"), Path(__file__).resolve().parent / "csrc", torch.ops.globe
     if mode not in ("auto", "jit", "off"):
         raise UserError(f"GLOBE_KERNELS: expected auto, jit or off, found {mode!r}")
@@ -833,10 +786,8 @@ def kernels() -> str:
 
 def build_kernels(csrc: Path, compiler: str) -> Path:
     """Compile csrc/ into the user's cache, unless it is there; returns the library. RuntimeError with the compiler's words.
-
     torch's stable ABI: the library outlives updates of torch, so its name is a hash of sources and flags alone. Processes
-    that start at once build the same file twice, each under its own name until it is whole.
-    """
+    that start at once build the same file twice, each under its own name until it is whole."""
     home = Path(torch.__file__).parent
     nvcc = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")) if pick_device().type == "cuda" else None
     flags = ["-std=c++17", "-O3", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -986,8 +937,7 @@ def sparsemax(x: Tensor, dim: int = -1, return_support: bool = False):
     x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype; with
     return_support also the number of positive entries (int64, x's shape without `dim`). TypeError for another dtype,
     ValueError for an empty dim. Martins and Astudillo 2016, Algorithm 1 and Proposition 2 (torch: sorting; native:
-    Newton's method on the threshold's piecewise linear equation, which ends at its root).
-    """
+    Newton's method on the threshold's piecewise linear equation, which ends at its root)."""
     return _simplex_map(x, dim, 2.0, return_support)
 
 
@@ -996,8 +946,7 @@ def entmax15(x: Tensor, dim: int = -1, return_support: bool = False):
 
     x: any shape, floating point (half types computed in float32); -inf masks an entry. Returns x's shape and dtype; with
     return_support also the number of positive entries (int64, x's shape without `dim`). TypeError for another dtype,
-    ValueError for an empty dim. Peters, Niculae and Martins 2019, Algorithm 2 (torch: sorting; native: Newton's method).
-    """
+    ValueError for an empty dim. Peters, Niculae and Martins 2019, Algorithm 2 (torch: sorting; native: Newton's method)."""
     return _simplex_map(x, dim, 1.5, return_support)
 
 
@@ -1012,8 +961,7 @@ def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence
     bank (m, r, d), idx (E, s) integers in [0, m), val (E, s) -> (E, r, d) in the bank's dtype, summed in float32 or
     better. A padded entry has val 0; ragged supports are sequences of E one-dimensional tensors. Differentiable in
     bank and val, unless written into `out` (contiguous, of the result's shape and dtype), or into out[slot], `out` (S, r, d)
-    and slot (E,) int64. Raises IndexError for an index outside the bank, ValueError for shapes that do not fit.
-    """
+    and slot (E,) int64. Raises IndexError for an index outside the bank, ValueError for shapes that do not fit."""
     if not isinstance(idx, Tensor):
         idx = nn.utils.rnn.pad_sequence(list(idx), batch_first=True)
         val = nn.utils.rnn.pad_sequence(list(val), batch_first=True)
@@ -1036,14 +984,9 @@ def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence
         w = torch.zeros(E, m, dtype=wide, device=bank.device).index_put(
             (torch.arange(E, device=idx.device)[:, None].expand(E, s), idx.long()), val.to(wide), accumulate=True)
         z = (w @ bank.reshape(m, -1).to(wide)).view(E, r, d)
-    else:  # a miss or two: scaled adds of the s bases, no gathered copy
-        rows = []
-        for j, a in zip(idx.long(), val.to(wide)):
-            z = torch.zeros(r, d, dtype=wide, device=bank.device)
-            for k in range(s):
-                z = z + a[k] * bank[j[k]].to(wide)  # widened first: a number does not widen a half tensor
-            rows.append(z)
-        z = torch.stack(rows) if rows else bank.new_zeros(0, r, d, dtype=wide)
+    else:  # a miss or two: scaled adds of the s bases, no gathered copy; widened first, as a number does not widen a half tensor
+        z = [sum((a[k] * bank[j[k]].to(wide) for k in range(s)), bank.new_zeros(r, d, dtype=wide)) for j, a in zip(idx.long(), val.to(wide))]
+        z = torch.stack(z) if z else bank.new_zeros(0, r, d, dtype=wide)
     y = phi(z, activation).to(bank.dtype)
     return y if out is None else out.copy_(y) if slot is None else out.index_copy_(0, slot, y)
 
@@ -1121,13 +1064,10 @@ def resolve_model(path: str, revision: str | None = None, force_download: bool =
                         f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from None
 
 
-LFS_POINTER = "version https://git-lfs"
-
-
-def is_pointer(path: Path) -> bool:
-    """A git-lfs pointer in place of the file it stands for."""
+def found_in(path: Path, reason: Any) -> Any:
+    """What to say of a file that is not what it should be: a git-lfs pointer in its place, else the reason."""
     with open(path, "rb") as f:
-        return f.read(40).startswith(LFS_POINTER.encode())
+        return "a git-lfs pointer: run git lfs pull" if f.read(40).startswith(b"version https://git-lfs") else reason
 
 
 def read_json(path: Path) -> dict:
@@ -1137,16 +1077,11 @@ def read_json(path: Path) -> dict:
             raise UserError(f"{path}: {max(keys, key=keys.count)}: found twice in one JSON object")
         return table
     try:
-        text = path.read_text(encoding="utf-8")
-        if text.startswith(LFS_POINTER):
-            raise UserError(f"{path}: expected JSON, found a git-lfs pointer: run git lfs pull")
-        data = json.loads(text, object_pairs_hook=once)
-    except FileNotFoundError:
-        raise UserError(f"{path}: expected a JSON file, found none") from None
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: expected JSON, found {type(e).__name__}: {e}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
+        reason = found_in(path, f"{type(e).__name__}: {e}") if path.is_file() else "none"
+        raise UserError(f"{path}: expected a JSON file, found {reason}") from None
+    expect(isinstance(data, dict), f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
 
 
@@ -1170,14 +1105,12 @@ def dims_of(config: dict, where: str = "config.json") -> Dims:
 
     def size(key: str) -> int:
         value = config.get(key)
-        if type(value) is not int or not 0 < value < 2 ** 20:
-            raise UserError(f"{where}: {key}: expected a whole number above 0 and below 2^20, found {short(value)}")
+        expect(type(value) is int and 0 < value < 2 ** 20, f"{where}: {key}: expected a whole number above 0 and below 2^20, found {short(value)}")
         return value
     size("num_hidden_layers")
     count = layout.num_experts if layout.num_experts in config else "num_local_experts"  # transformers 5 re-saves it so
     p, experts, top_k = size(layout.width), size(count), size("num_experts_per_tok")
-    if top_k > experts:
-        raise UserError(f"{where}: num_experts_per_tok: expected at most {count}, {experts}, found {top_k}")
+    expect(top_k <= experts, f"{where}: num_experts_per_tok: expected at most {count}, {experts}, found {top_k}")
     try:
         shared = layout.shared_width(config)
         shared = 0 if shared % p else shared // p  # one that is no multiple of p cannot be sliced: it stays dense
@@ -1192,19 +1125,16 @@ def dims_of(config: dict, where: str = "config.json") -> Dims:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one expert matrix lies on disk: tensor, shard, and the part of it (fused or shared tensors)."""
+    """Where one expert matrix lies on disk: tensor and the part of it (fused or shared tensors)."""
     tensor: str
-    expert: int | None = None               # index into dim 0 of a fused tensor
-    rows: tuple | None = None               # (start, stop)
-    cols: tuple | None = None
-    transposed: bool = False                # down: on disk (d, p), used as (p, d)
+    part: tuple                             # index of that part: (expert, rows, columns) of a fused tensor, else (rows, columns)
+    transposed: bool                        # down: on disk (d, p), used as (p, d)
 
 
 def open_shard(path: Path):
     """A lazy handle of a safetensors file; UserError where it is none, or a link that leads out of its directory."""
     home = path.parent.resolve()
-    if not path.is_file():
-        raise UserError(f"{path}: expected safetensors, found no file")
+    expect(path.is_file(), f"{path}: expected safetensors, found no file")
     # the hub's cache links snapshots/REVISION/NAME to blobs/HASH, beside snapshots
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not {home, blobs} & set((real := path.resolve()).parents):
@@ -1212,7 +1142,7 @@ def open_shard(path: Path):
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: expected safetensors, found {'a git-lfs pointer: run git lfs pull' if is_pointer(path) else e}") from None
+        raise UserError(f"{path}: expected safetensors, found {found_in(path, e)}") from None
 
 
 def finite(w: Tensor, name: str, where: Any) -> Tensor:
@@ -1226,27 +1156,23 @@ class Checkpoint:
     """A Hugging Face checkpoint directory, read lazily: one expert at a time through safetensors slices.
 
     Every expert matrix comes out as (p, d): gate and up as they are, down transposed. Experts E, E+1, ... of a layer
-    are the slices of its shared expert. Raises UserError with the first few missing, extra or misshapen tensors.
-    """
+    are the slices of its shared expert. Raises UserError with the first few missing, extra or misshapen tensors."""
 
     def __init__(self, directory: Path | str):
         self.dir = Path(directory)
         self.config = read_json(self.dir / "config.json")
         self.layout = layout_of(self.config, str(self.dir / "config.json"))
         self.dims = dims_of(self.config, str(self.dir / "config.json"))
-        self._open: dict = {}
-        self._read = 0  # bytes of experts read since the shards were last closed
+        self._open, self._read = {}, 0  # bytes of experts read since the shards were last closed
         self.shard_of = self._index()  # tensor name -> shard file name
-        first = self.layout.fused.format(l=self.dims.layers[0], n="gate_up_proj") if self.dims.layers else ""
-        self.fused = first in self.shard_of
+        self.fused = self.layout.fused.format(l=self.dims.layers[0], n="gate_up_proj") in self.shard_of
         self._validate()
 
     def _index(self) -> dict:
         index = self.dir / "model.safetensors.index.json"
         if index.is_file():
             table = read_json(index).get("weight_map")
-            if not isinstance(table, dict) or not table:
-                raise UserError(f"{index}: expected a weight_map, found {type(table).__name__}")
+            expect(isinstance(table, dict) and table, f"{index}: expected a weight_map, found {type(table).__name__}")
             for shard in dict.fromkeys(s if isinstance(s, str) else short(s) for s in table.values()):
                 if os.path.basename(shard) != shard or "\0" in shard or shard not in table.values():
                     raise UserError(f"{index}: shard {shard!r}: expected a file name in this directory")
@@ -1281,18 +1207,14 @@ class Checkpoint:
 
     def slot(self, family: str, layer: int, expert: int) -> Slot:
         """Where W (family, layer, expert) lies; experts from dims.experts on are shared slices."""
-        D, i = self.dims, FAMILIES.index(family)
-        down = family == "down"
+        D, i, down, every = self.dims, FAMILIES.index(family), family == "down", slice(None)
         if expert >= D.experts:  # a slice of the shared MLP: rows of gate and up, columns of down
-            k = expert - D.experts
-            part = (k * D.p, (k + 1) * D.p)
-            n = ("gate_proj", "up_proj", "down_proj")[i]
-            return Slot(self.layout.shared.format(l=layer, n=n), None, *((None, part) if down else (part, None)), down)
+            cut = slice((expert - D.experts) * D.p, (expert - D.experts + 1) * D.p)
+            return Slot(self.layout.shared.format(l=layer, n=f"{family}_proj"), (every, cut) if down else (cut, every), down)
         if self.fused:
-            n = "down_proj" if down else "gate_up_proj"
-            rows = None if down else (i * D.p, (i + 1) * D.p)
-            return Slot(self.layout.fused.format(l=layer, n=n), expert, rows, None, down)
-        return Slot(self.layout.expert.format(l=layer, e=expert, n=self.layout.names[i]), transposed=down)
+            rows = every if down else slice(i * D.p, (i + 1) * D.p)
+            return Slot(self.layout.fused.format(l=layer, n="down_proj" if down else "gate_up_proj"), (expert, rows, every), down)
+        return Slot(self.layout.expert.format(l=layer, e=expert, n=self.layout.names[i]), (every, every), down)
 
     def expected_tensors(self) -> Iterator[tuple]:
         """(tensor name, shape) of every expert tensor that config.json promises."""
@@ -1320,8 +1242,7 @@ class Checkpoint:
             elif (kind := self._shard(self.shard_of[name])[0].get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
                 bad.append(f"{name}: expected float32, float16 or bfloat16, found {kind} in {self.shard_of[name]}")
         last = self.config["num_hidden_layers"]  # layers after it (multi-token prediction) are not the model's
-        if last > len(self.shard_of):
-            raise UserError(f"{self.dir}: expected tensors of {last} layers (num_hidden_layers), found {len(self.shard_of)} tensors")
+        expect(last <= len(self.shard_of), f"{self.dir}: expected tensors of {last} layers (num_hidden_layers), found {len(self.shard_of)} tensors")
         for name in self.shard_of:
             layer = re.search(r"\.layers\.(\d+)\..*\.experts\.", name)
             if layer and len(bad) < 100 and int(layer[1]) < last and name not in expected:
@@ -1341,12 +1262,8 @@ class Checkpoint:
     def expert(self, family: str, layer: int, expert: int) -> Tensor:
         """One matrix, (p, d), in the checkpoint's dtype."""
         s = self.slot(family, layer, expert)
-        view = self._shard(self.shard_of[s.tensor])[0].get_slice(s.tensor)
-        rows, cols = (slice(*(x or (None,))) for x in (s.rows, s.cols))
-        w = view[s.expert, rows, cols] if s.expert is not None else view[rows, cols]
-        if not w.is_floating_point() or w.element_size() < 2:
-            raise UserError(f"{s.tensor}: expected float32, float16 or bfloat16, found {w.dtype} in {self.shard_of[s.tensor]}")
-        finite(w, s.tensor if s.expert is None else f"{s.tensor} expert {s.expert}", self.shard_of[s.tensor])
+        w = self._shard(self.shard_of[s.tensor])[0].get_slice(s.tensor)[s.part]
+        finite(w, f"{s.tensor} expert {expert}" if len(s.part) == 3 else s.tensor, self.shard_of[s.tensor])
         self._read += w.nbytes
         if self._read > 2 ** 28:  # what a memory map has touched counts as ours until the file is closed
             self._open, self._read = {shard: (None, names) for shard, (_, names) in self._open.items()}, 0
@@ -1372,14 +1289,12 @@ class Checkpoint:
 
 def select_experts(dims: Dims, cfg: ModelConfig) -> list:
     """[(layer, expert)] to compress, in order, by single_layer, max_experts, sample and include_shared."""
-    if cfg.single_layer is not None and cfg.single_layer not in dims.layers:
-        raise UserError(f"model.single_layer: expected a layer with experts ({min(dims.layers)}..{max(dims.layers)}), "
-                        f"found {cfg.single_layer}")
+    expect(cfg.single_layer in (None, *dims.layers),
+           f"model.single_layer: expected a layer with experts ({min(dims.layers)}..{max(dims.layers)}), found {cfg.single_layer}")
     layers = dims.layers if cfg.single_layer is None else (cfg.single_layer,)
     count = min(cfg.max_experts or dims.experts, dims.experts)
     chosen = range(count) if cfg.sample == "first_n" else np.linspace(0, dims.experts - 1, count).round().astype(int)
-    if cfg.include_shared and not dims.shared:
-        raise UserError("model.include_shared: this model has no shared expert of a multiple of moe_intermediate_size")
+    expect(not cfg.include_shared or dims.shared, "model.include_shared: this model has no shared expert of a multiple of moe_intermediate_size")
     shared = range(dims.experts, dims.experts + dims.shared) if cfg.include_shared else ()
     return [(l, int(e)) for l in layers for e in (*chosen, *shared)]
 
@@ -2514,9 +2429,8 @@ class FamilyFactors:
     scale: float = 1.0
     owner: str | None = None            # the family whose bank this is, where it is another's
 
-    def composed(self, layer: int, rows: Sequence[int] | None = None) -> Tensor:
+    def composed(self, layer: int, rows: slice | list = slice(None)) -> Tensor:
         """B~ (b, r, d) of the layer's experts (or those rows)."""
-        rows = list(range(len(self.val[layer]))) if rows is None else list(rows)
         return compose(self.bank[self.group[layer]], self.idx[layer][rows], self.val[layer][rows], self.activation)
 
     def weight(self, layer: int, row: int) -> Tensor:
@@ -2565,12 +2479,9 @@ class Factors:
 
     def meta(self) -> dict:
         """The JSON that describes the tensors: what a reader needs to build modules before it has read any."""
-        fam = {}
-        for name, f in self.families.items():
-            m, r, _ = f.bank[0].shape
-            fam[name] = {"m": m, "r": r, "s": next(iter(f.val.values())).shape[1], "groups": len(f.bank),
-                         "group": {str(l): g for l, g in f.group.items()}, "activation": f.activation,
-                         "shift": f.shift, "scale": f.scale, "bank": f.owner or name}
+        fam = {name: {"m": f.bank[0].shape[0], "r": f.bank[0].shape[1], "s": next(iter(f.val.values())).shape[1], "groups": len(f.bank),
+                      "group": {str(l): g for l, g in f.group.items()}, "activation": f.activation,
+                      "shift": f.shift, "scale": f.scale, "bank": f.owner or name} for name, f in self.families.items()}
         return {"format_version": FORMAT_VERSION, "globe_version": __version__, "model_type": self.model_type,
                 "fingerprint": self.fingerprint, "dims": dataclasses.asdict(self.dims), "families": fam,
                 "experts": {str(l): e for l, e in self.experts.items()}, "config": self.config}
@@ -2580,13 +2491,14 @@ def save_factors(factors: Factors, path: Path) -> None:
     """Write factors.safetensors: whole or not at all, one tensor in memory at a time."""
     shapes, make = {}, {}
     for name, f in factors.families.items():
-        parts, first = {} if f.owner else {f"bank.{name}.{g}": (b.dtype, b.shape, lambda b=b: b) for g, b in enumerate(f.bank)}, next(iter(f.A.values()))
+        small = {} if f.owner else {f"bank.{name}.{g}": b for g, b in enumerate(f.bank)}
+        first = next(iter(f.A.values()))
         for l in f.A:
-            parts |= {f"layers.{l}.{name}.A": (first.dtype, (len(f.val[l]), *first.shape[1:]), lambda f=f, l=l: f.A[l]),
-                      f"layers.{l}.{name}.idx": (f.idx[l].dtype, f.idx[l].shape, lambda f=f, l=l: f.idx[l]),
-                      f"layers.{l}.{name}.val": (f.val[l].dtype, f.val[l].shape, lambda f=f, l=l: f.val[l])}
-        shapes |= {k: v[:2] for k, v in parts.items()}
-        make |= {k: v[2] for k, v in parts.items()}
+            small |= {f"layers.{l}.{name}.idx": f.idx[l], f"layers.{l}.{name}.val": f.val[l]}
+            shapes[f"layers.{l}.{name}.A"] = first.dtype, (len(f.val[l]), *first.shape[1:])
+            make[f"layers.{l}.{name}.A"] = lambda f=f, l=l: f.A[l]
+        shapes |= {k: (t.dtype, t.shape) for k, t in small.items()}
+        make |= {k: lambda t=t: t for k, t in small.items()}
     write_tensors(path, shapes, LazyDict(make), {"globe": json.dumps(factors.meta(), sort_keys=True)})
 
 
@@ -2596,11 +2508,8 @@ def _meta_dims(meta: dict) -> Dims:
 
 def check_meta(meta: dict, where: str) -> dict:
     """Refuse another format version or a description that does not hold together; returns meta."""
-    if not isinstance(meta, dict):
-        raise UserError(f"{where}: its description is damaged (expected a JSON object, found {type(meta).__name__})")
-    version = meta.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{where}: expected factors of format version {FORMAT_VERSION}, found {version!r}")
+    version = meta.get("format_version") if isinstance(meta, dict) else FORMAT_VERSION
+    expect(version == FORMAT_VERSION, f"{where}: expected factors of format version {FORMAT_VERSION}, found {version!r}")
     try:
         D, layers = _meta_dims(meta), [int(l) for l in meta["experts"]]
         fine = [str(l) for l in layers] == list(meta["experts"])  # "01" would be layer 1 too
@@ -2630,21 +2539,18 @@ def load_factors(path: Path | str) -> Factors:
     """Read and validate factors: `path` is a run directory or the file itself. Tensors are memory-mapped.
 
     UserError: no such file, not safetensors, another format version, a tensor missing, extra or of a wrong shape, an
-    index outside the bank.
-    """
+    index outside the bank."""
     path = Path(path)
     path = path / "factors.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path}: expected a factors file, found none (is the fit finished?)")
+    expect(path.is_file(), f"{path}: expected a factors file, found none (is the fit finished?)")
     try:
         with safe_open(path, "pt") as f:
             meta = (f.metadata() or {}).get("globe")
         tensors = load_file(path)
         meta = json.loads(meta) if meta else None
     except (SafetensorError, OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: expected a factors file, found {'a git-lfs pointer: run git lfs pull' if is_pointer(path) else e}") from None
-    if meta is None:
-        raise UserError(f"{path}: expected a factors file, found safetensors without a globe description")
+        raise UserError(f"{path}: expected a factors file, found {found_in(path, e)}") from None
+    expect(meta is not None, f"{path}: expected a factors file, found safetensors without a globe description")
     check_meta(meta, str(path))
     meta["experts"] = dict(sorted(meta["experts"].items(), key=lambda item: int(item[0])))  # JSON's keys are text: 10 before 2
     dims, families = _meta_dims(meta), {}
@@ -2662,11 +2568,9 @@ def load_factors(path: Path | str) -> Factors:
             A[l] = take(f"layers.{l}.{name}.A", (len(experts), dims.p, f["r"]))
             idx[l] = take(f"layers.{l}.{name}.idx", (len(experts), f["s"]))
             val[l] = take(f"layers.{l}.{name}.val", (len(experts), f["s"]))
-            if not (0 <= int(idx[l].min()) and int(idx[l].max()) < f["m"]):
-                raise UserError(f"{path}: layers.{l}.{name}.idx: expected indices in [0, {f['m']}), found "
-                                f"{int(idx[l].min())}..{int(idx[l].max())}")
-            if not torch.isfinite(val[l]).all():
-                raise UserError(f"{path}: layers.{l}.{name}.val: expected finite numbers, found NaN or Inf")
+            low, high = int(idx[l].min()), int(idx[l].max())
+            expect(0 <= low and high < f["m"], f"{path}: layers.{l}.{name}.idx: expected indices in [0, {f['m']}), found {low}..{high}")
+            expect(torch.isfinite(val[l]).all(), f"{path}: layers.{l}.{name}.val: expected finite numbers, found NaN or Inf")
         bank = [take(f"bank.{name}.{g}", (f["m"], f["r"], dims.d)) for g in range(f["groups"])] if f["bank"] == name else []
         families[name] = FamilyFactors(bank, A, idx, val, {int(l): g for l, g in f["group"].items()}, f["activation"],
                                        f["shift"], f["scale"], None if f["bank"] == name else f["bank"])
@@ -2679,9 +2583,8 @@ def load_factors(path: Path | str) -> Factors:
 
 
 def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
-    if factors.fingerprint != ckpt.fingerprint():
-        raise UserError(f"{ckpt.dir}: expected the checkpoint that the factors were fitted to (fingerprint "
-                        f"{factors.fingerprint}), found another ({ckpt.fingerprint()})")
+    want, found = factors.fingerprint, ckpt.fingerprint()
+    expect(found == want, f"{ckpt.dir}: expected the checkpoint that the factors were fitted to (fingerprint {want}), found another ({found})")
 
 
 # ======================================================================================================
@@ -2689,10 +2592,8 @@ def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
 # ======================================================================================================
 class ExpertCache:
     """Cache of composed items: expert -> a slot in preallocated slabs, one slab per family.
-
     What goes first is the least recently used, or, by_uses, the least used. Memory is taken once, at the first use, and stays
-    at slots times one item. `lock` is held while a step uses the slots, so that threads which generate at once take turns.
-    """
+    at slots times one item. `lock` is held while a step uses the slots, so that threads which generate at once take turns."""
 
     def __init__(self, slots: int, by_uses: bool = False):
         self.slots, self.by_uses, self.lock = slots, by_uses, threading.RLock()
@@ -2708,7 +2609,7 @@ class ExpertCache:
         self.count()
 
     def forget(self) -> None:
-        self.slot_of, self.free = OrderedDict(), list(range(self.slots))[::-1]  # least recently used first
+        self.slot_of, self.free = collections.OrderedDict(), list(range(self.slots))[::-1]  # least recently used first
         self.table = None  # slots and rows by expert, as tensors
 
     def count(self) -> None:
@@ -2717,9 +2618,7 @@ class ExpertCache:
 
     def hold(self, keys: Sequence[int], build: Callable[[list, list], None]) -> None:
         """Have these experts, at most `slots` of them, in slots: build(missing experts, their slots) fills all at once.
-
-        The last of them counts as the most recently used, whichever were there.
-        """
+        The last of them counts as the most recently used, whichever were there."""
         missing = [k for k in keys if k not in self.slot_of]
         self.uses.update(keys)
         self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
@@ -2747,6 +2646,10 @@ class ExpertCache:
         return sum(t.numel() * t.element_size() for t in self.slabs.values())
 
 
+def on_meta(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+
+
 class GlobeBank(nn.Module):
     """The banks of a model: one parameter `{family}_{group}` (m, r, d) each, of the family that owns it; for every layer."""
 
@@ -2754,8 +2657,7 @@ class GlobeBank(nn.Module):
         super().__init__()
         for name, f in ({} if meta.get("composed") else meta["families"]).items():
             for g in range(f["groups"] if f["bank"] == name else 0):
-                shape = (f["m"], f["r"], meta["dims"]["d"])
-                setattr(self, f"{name}_{g}", nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+                setattr(self, f"{name}_{g}", on_meta(f["m"], f["r"], meta["dims"]["d"]))
         self.cache, self.scratch, self.scratch_slots = CacheConfig(), {}, 1  # device: slots of layers that have none of their own
 
     def _apply(self, fn, recurse=True):
@@ -2774,8 +2676,7 @@ class GlobeExperts(nn.Module):
     """Drop-in for a transformers experts module: same forward(hidden_states, top_k_index, top_k_weights).
 
     Families with factors run through composed bases or composed weights from the cache, every other matrix is dense.
-    Tensors are created on the meta device; patch and load put real ones in their place.
-    """
+    Tensors are created on the meta device; patch and load put real ones in their place."""
 
     def __init__(self, meta: dict, layer: int, old: nn.Module, bank: GlobeBank, cache: CacheConfig):
         super().__init__()
@@ -2792,15 +2693,15 @@ class GlobeExperts(nn.Module):
         for f in FAMILIES:
             if f in self.families:
                 r, s = self.families[f]["r"], self.families[f]["s"]
-                self._new(f"{f}_A", n, D.p, r)
+                setattr(self, f"{f}_A", on_meta(n, D.p, r))
                 if self.composed:
-                    self._new(f"{f}_basis", n, r, D.d)
+                    setattr(self, f"{f}_basis", on_meta(n, r, D.d))
                 else:
-                    self._new(f"{f}_val", n, s, dtype=torch.float32)
+                    setattr(self, f"{f}_val", on_meta(n, s, dtype=torch.float32))
                     self.register_buffer(f"{f}_idx", torch.empty(n, s, dtype=torch.int32, device="meta"))
             rows = len(self.dense_row) if f in self.families else D.experts
             if rows:
-                self._new(f"{f}_proj", rows, *((D.d, D.p) if f == "down" else (D.p, D.d)))
+                setattr(self, f"{f}_proj", on_meta(rows, *((D.d, D.p) if f == "down" else (D.p, D.d))))
         for key, value in vars(old).items():  # what the model's own gate needs (act_fn, limits, config), not its tensors
             if not key.startswith("_") and not hasattr(self, key) and not isinstance(value, Tensor):
                 setattr(self, key, value)
@@ -2812,9 +2713,6 @@ class GlobeExperts(nn.Module):
         self.hold, self.cache_dtype, self.cache = dict.fromkeys(self.families, "basis"), as_dtype(cache.dtype), ExpertCache(0)
         self.constants = ([int(f in self.families) for f in FAMILIES], [float(self.families.get(f, {}).get("scale", 1)) for f in FAMILIES],
                           [float(self.families.get(f, {}).get("shift", 0)) for f in FAMILIES], self.native_act)  # of experts_decode
-
-    def _new(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> None:
-        setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
 
     def held(self, weights: bool) -> dict:
         """{family: "basis" | "weight"}: what is held, if composed weights are where they take fewer products to use."""
@@ -2865,11 +2763,10 @@ class GlobeExperts(nn.Module):
 
     def _fill(self, cache: ExpertCache, experts: list, slots: list) -> None:
         """Compose experts into their slots: bases of a family in one call, straight into its slab."""
-        rows, at = [self.fitted[e] for e in experts], None
+        rows = [self.fitted[e] for e in experts]
         for f, slab in self._slabs(cache).items():
             if self.hold[f] == "basis" and slab.dtype == self._bank_of(f).dtype:
-                at = torch.tensor(slots, device=slab.device) if at is None else at
-                self._basis(f, rows, slab, at)
+                self._basis(f, rows, slab, torch.tensor(slots, device=slab.device))
             else:
                 for row, i in zip(rows, slots):
                     slab[i] = self._value(f, row)
@@ -2904,13 +2801,12 @@ class GlobeExperts(nn.Module):
                                 for of in (self.fitted if self.composed else cache.slot_of, self.fitted))
         return cache.table
 
-    def trains(self) -> bool:
-        fresh = self.training or torch.is_grad_enabled()  # training: also in the no-grad pass of gradient checkpointing
-        return fresh and any(p.requires_grad for m in (self, *self._bank) for n, p in m.named_parameters() if n[-4:] != "proj")
-
     def fresh(self, x: Tensor) -> bool:
         """Whether items are composed for x alone: factors learn, or a gradient goes back to x after slots were refilled."""
-        return self.trains() or torch.is_grad_enabled() and x.requires_grad and not self.full()
+        grad = torch.is_grad_enabled()
+        learns = (self.training or grad) and any(  # training: also in the no-grad pass of gradient checkpointing
+            p.requires_grad for m in (self, *self._bank) for n, p in m.named_parameters() if n[-4:] != "proj")
+        return learns or grad and x.requires_grad and not self.full()
 
     def item(self, e: int, fresh: bool) -> dict:
         """{family: what is held} of one expert; with gradients where its factors learn. Call it under the cache's lock."""
@@ -2941,18 +2837,11 @@ class GlobeExperts(nn.Module):
         y = y * F_["scale"]
         return y + F_["shift"] * x.sum(-1, keepdim=True) if F_["shift"] else y
 
-    def hidden(self, x: Tensor, e: int, item: dict) -> Tensor:
-        """act(gate x) * up x (t, p), by the model's own gate."""
-        return self._gate(torch.cat([self.project("gate", x, e, item), self.project("up", x, e, item)], -1))
-
-    def _families(self, cache: ExpertCache) -> list:
-        """[(held or dense weights, adapters or None)] of gate, up and down."""
-        slabs, P = self._slabs(cache), self._parameters
-        return [(slabs[f], P[f"{f}_A"] if self.hold[f] == "basis" else None) if f in slabs else (P[f"{f}_proj"], None) for f in FAMILIES]
-
     def _run(self, x: Tensor, index: Tensor, weights: Tensor, cache: ExpertCache) -> Tensor:
         """The layer, with every expert of index in its slot: natively, by grouped products, or expert by expert."""
-        families, cpu = [] if self.dense_row else self._families(cache), x.device.type == "cpu"
+        slabs, P, cpu = {} if self.dense_row else self._slabs(cache), self._parameters, x.device.type == "cpu"
+        families = [] if self.dense_row else [  # (held or dense weights, adapters or None) of gate, up and down
+            (slabs[f], P[f"{f}_A"] if self.hold[f] == "basis" else None) if f in slabs else (P[f"{f}_proj"], None) for f in FAMILIES]
         if (families and not x.requires_grad and not weights.requires_grad
                 and all(t is None or t.dtype == x.dtype and t.is_contiguous() for pair in families for t in pair)):
             if (self.native_act and (cpu or len(x) <= DECODE_TOKENS) and len(x) and x.dtype != torch.float64
@@ -2962,13 +2851,10 @@ class GlobeExperts(nn.Module):
                     x.contiguous(), index.long().contiguous(), weights.contiguous(), *self._table(cache), *(t for pair in families for t in pair),
                     *self.constants)
             aligned = all(n * t.itemsize % 16 == 0 for pair in families for t in pair if t is not None for n in t.shape[1:])
-            if self.in_order(cache) and len(x) and aligned and (cpu or x.dtype == torch.bfloat16):
+            in_order = self.composed or self.full() and all(e == i for e, i in cache.slot_of.items())  # in the slot of its own number
+            if in_order and len(x) and aligned and (cpu or x.dtype == torch.bfloat16):
                 return self._grouped(x, index, weights, families)
         return self._by_expert(x, index, weights)
-
-    def in_order(self, cache: ExpertCache) -> bool:
-        """Every expert lies in the slot of its own number."""
-        return self.composed or self.full() and all(e == i for e, i in cache.slot_of.items())
 
     def _grouped(self, x: Tensor, index: Tensor, weights: Tensor, families: list) -> Tensor:
         """Grouped products over tokens sorted by expert; the host need not know the routing. Experts lie in order."""
@@ -2997,7 +2883,8 @@ class GlobeExperts(nn.Module):
         for e, where in zip(experts.tolist(), order.split(counts.tolist())):
             if e < self.num_experts:  # expert parallelism marks tokens of other ranks by a number beyond
                 item, token = self.item(e, fresh), where // k
-                y = self.project("down", self.hidden(x[token], e, item), e, item)
+                h = self._gate(torch.cat([self.project(f, x[token], e, item) for f in ("gate", "up")], -1))
+                y = self.project("down", h, e, item)
                 out = out.index_add(0, token, (y * weights[where, None]).to(out.dtype))
         return out.to(x.dtype)
 
@@ -3059,12 +2946,6 @@ class GlobeShared(nn.Module):
         return (y if "down" in E.families else self.down_proj(torch.cat(h, -1))).view(shape)
 
 
-@functools.lru_cache(maxsize=64)
-def _alone(tokens: int) -> tuple:
-    """Routing of every token to one expert: indices (T, 1), weights (T, 1), the table (1,)."""
-    return torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1), torch.zeros(1, dtype=torch.int64)
-
-
 def native_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     """Forward of a dense shared expert: as a single expert of the native operator where that serves, since on a CPU it reads
     weights of half precision faster than torch's products do (30 against 17 GB/s)."""
@@ -3074,33 +2955,25 @@ def native_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
             or any(type(m) is not nn.Linear or m.bias is not None or m.weight.dtype != x.dtype for m in parts)):
         return type(mlp).forward(mlp, x)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    index, ones, table = _alone(len(flat))
+    first = torch.zeros(len(flat), 1, dtype=torch.int64)  # every token is routed to expert 0
     gate, up, down = (m.weight[None] for m in parts)
-    return torch.ops.globe.experts_decode.default(flat, index, ones, table, table, gate, None, up, None, down, None, [0, 0, 0],
-                                                  [1.0, 1.0, 1.0], [0.0, 0.0, 0.0], act).view(x.shape)
+    return torch.ops.globe.experts_decode.default(flat, first, torch.ones(first.shape), first[0], first[0], gate, None, up, None, down, None,
+                                                  [0, 0, 0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0], act).view(x.shape)
 
 
 def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
     """Put empty (meta-device) GlobeExperts, GlobeShared and the bank into a model; returns the old modules by name.
-
-    UserError where the model's experts are not those that the factors describe.
-    """
+    UserError where the model's experts are not those that the factors describe."""
     D, found = _meta_dims(meta), experts_modules(model)
-    if model.config.model_type != meta["model_type"]:
-        raise UserError(f"model: expected {meta['model_type']}, found {model.config.model_type}")
-    missing = [l for l in meta["experts"] if int(l) not in found]
-    if missing:
-        raise UserError(f"model: expected experts in layer {missing[0]}, found none")
+    expect(model.config.model_type == meta["model_type"], f"model: expected {meta['model_type']}, found {model.config.model_type}")
     bank, old_modules = GlobeBank(meta), {}
     for layer in map(int, meta["experts"]):
+        expect(layer in found, f"model: expected experts in layer {layer}, found none")
         parent, attr, old = found[layer]
-        sizes = tuple(getattr(old, k) for k in ("num_experts", "intermediate_dim", "hidden_dim"))
-        if isinstance(old, GlobeExperts):
-            raise UserError("model: already patched; call unpatch first")
-        if sizes != (D.experts, D.p, D.d):
-            raise UserError(f"model layer {layer}: expected experts, p, d = {(D.experts, D.p, D.d)}, found {sizes}")
-        new = GlobeExperts(meta, layer, old, bank, cache)
-        new.train(model.training)
+        sizes = old.num_experts, old.intermediate_dim, old.hidden_dim
+        expect(not isinstance(old, GlobeExperts), "model: already patched; call unpatch first")
+        expect(sizes == (D.experts, D.p, D.d), f"model layer {layer}: expected experts, p, d = {(D.experts, D.p, D.d)}, found {sizes}")
+        new = GlobeExperts(meta, layer, old, bank, cache).train(model.training)
         setattr(parent, attr, new)
         old_modules[(layer, attr)] = (parent, old)
         if any(e >= D.experts for e in new.fitted):
@@ -3117,19 +2990,12 @@ def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
     return old_modules
 
 
-def factor_tensors(factors: Factors, composed: bool = False) -> Iterator[tuple]:
+def factor_tensors(factors: Factors) -> Iterator[tuple]:
     """(name in a patched model, tensor) of everything that the factors hold."""
     for name, f in factors.families.items():
-        if not composed:
-            yield from ((f"globe_bank.{name}_{g}", b) for g, b in enumerate(f.bank) if not f.owner)
+        yield from ((f"globe_bank.{name}_{g}", b) for g, b in enumerate(f.bank) if not f.owner)
         for l in f.A:
-            base = f"layers.{l}.{{experts}}.{name}_"
-            yield base + "A", f.A[l]
-            if composed:
-                yield base + "basis", f.composed(l)
-            else:
-                yield base + "val", f.val[l]
-                yield base + "idx", f.idx[l]
+            yield from ((f"layers.{l}.{{experts}}.{name}_{kind}", getattr(f, kind)[l]) for kind in ("A", "val", "idx"))
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -3137,8 +3003,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     old = getattr(module, key)
-    if old.shape != tensor.shape:
-        raise UserError(f"{name}: expected {tuple(old.shape)}, found {tuple(tensor.shape)}")
+    expect(old.shape == tensor.shape, f"{name}: expected {tuple(old.shape)}, found {tuple(tensor.shape)}")
     if key in module._parameters:
         module._parameters[key] = nn.Parameter(tensor, requires_grad=old.requires_grad)
     else:
@@ -3146,7 +3011,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _assign_factors(model: nn.Module, factors: Factors, device: torch.device, dtype: torch.dtype) -> None:
-    at = {l: f"{name}" for name, m in model.named_modules() if isinstance(m, GlobeExperts) for l in [m.layer]}
+    at = {m.layer: name for name, m in model.named_modules() if isinstance(m, GlobeExperts)}
     for name, t in factor_tensors(factors):
         name = re.sub(r"^layers\.(\d+)\.\{experts\}", lambda g: at[int(g[1])], name)
         keep = name.endswith(("_val", "_idx"))  # mixtures stay float32: they are few and their error is the basis's
@@ -3157,8 +3022,7 @@ def patch(model: nn.Module, factors: Factors | str | Path, cache: CacheConfig | 
     """Swap the experts of every fitted MoE layer of a loaded transformers model for GlobeExperts, in place.
 
     factors: Factors, or a run directory. keep_dense=False lets go of the dense experts (unpatch is then impossible).
-    Returns the model. UserError where model and factors do not belong together.
-    """
+    Returns the model. UserError where model and factors do not belong together."""
     factors = factors if isinstance(factors, Factors) else load_factors(factors)
     cache = cache or CacheConfig()
     old = install(model, factors.meta(), cache)
@@ -3178,8 +3042,7 @@ def patch(model: nn.Module, factors: Factors | str | Path, cache: CacheConfig | 
 
 def unpatch(model: nn.Module):
     """Put the dense experts back that patch(keep_dense=True) replaced; returns the model."""
-    if not getattr(model, "_globe_dense", None):
-        raise UserError("model: nothing to unpatch (not patched, or patched with keep_dense=False)")
+    expect(getattr(model, "_globe_dense", None), "model: nothing to unpatch (not patched, or patched with keep_dense=False)")
     for (_, attr), (parent, module) in model._globe_dense.items():
         setattr(parent, attr, module)
     del model.globe_bank, model._globe_dense, model.save_pretrained
@@ -3217,7 +3080,7 @@ def lru_hits(steps: Sequence[Sequence[int]], slots: int) -> list:
 
 def top_hits(steps: Sequence[Sequence[int]], slots: int) -> list:
     """The same of a cache that holds the S most used items all along."""
-    uses = collections.Counter(e for step in steps for e in step)
+    uses = collections.Counter(itertools.chain(*steps))
     return [sum(n for _, n in uses.most_common(S)) for S in range(slots + 1)]
 
 
@@ -3240,11 +3103,9 @@ def set_cache(model: nn.Module, cache: CacheConfig, demand: dict | None = None) 
     """Give every layer its slots, and choose what they hold: composed bases, or composed weights where that is cheaper.
 
     demand: {layer: steps of experts}, as measured on a text; without it a budget is divided evenly. The budget counts in
-    whole items; where it holds fewer than one for each layer, layers without a slot share one.
-    """
+    whole items; where it holds fewer than one for each layer, layers without a slot share one."""
     modules = globe_modules(model)
-    if not modules:
-        raise UserError("model: expected GlobeExperts, found none (not patched, nor a globe export)")
+    expect(modules, "model: expected GlobeExperts, found none (not patched, nor a globe export)")
     bank, plans = modules[0]._bank[0], []
     hits_of = top_hits if cache.mode == "lfu" else lru_hits
     curves = [hits_of(demand[m.layer], len(m.fitted)) for m in modules] if demand else [[0] * (len(m.fitted) + 1) for m in modules]
@@ -3274,10 +3135,10 @@ def demand_of(model: nn.Module, ids: Tensor) -> dict:
     def note(m, args, kwargs) -> None:
         always = [e for e in m.fitted if e >= m.num_experts]
         steps[m.layer] = [[e for e in row if e in m.fitted] + always for row in (*args, *kwargs.values())[1].tolist()]
-    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in globe_modules(model)]
-    model.model(ids.to(next(model.parameters()).device))
-    for hook in hooks:
-        hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for m in globe_modules(model):
+            hooks.enter_context(m.register_forward_pre_hook(note, with_kwargs=True))
+        model.model(ids.to(next(model.parameters()).device))
     return steps
 
 
@@ -3285,8 +3146,7 @@ def demand_of(model: nn.Module, ids: Tensor) -> dict:
 def warm(model: nn.Module, ids: Tensor | None = None) -> None:
     """Fill the caches: mode all composes every expert; else a text, ids (1, n), shows which layers and experts are asked for.
 
-    A budget is divided between the layers by that, and each holds its most used experts. Counts start afresh.
-    """
+    A budget is divided between the layers by that, and each holds its most used experts. Counts start afresh."""
     modules = globe_modules(model)
     cache = modules[0]._bank[0].cache
     demand = demand_of(model, ids) if ids is not None and cache.mode in ("lru", "lfu") else {}
@@ -3307,43 +3167,39 @@ def warm(model: nn.Module, ids: Tensor | None = None) -> None:
 # ======================================================================================================
 # 8. Hugging Face: assemble, load, export
 # ======================================================================================================
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Build modules whose parameters take no memory while their buffers (rotary frequencies) are real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module, name, param):
-        register(module, name, param)
-        if param is not None:
-            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
-
-
 def _skeleton(config: dict, dtype: torch.dtype, where: Path, meta: dict | None = None, cache: CacheConfig | None = None) -> nn.Module:
     """The transformers model of the config.json in `where`, with GlobeExperts in place where meta says; parameters on the
     meta device. UserError where transformers cannot make a model of it."""
     from transformers import AutoConfig, AutoModelForCausalLM
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    register = nn.Module.register_parameter
+
+    def without_memory(module, name, param):  # buffers (rotary frequencies) are real
+        register(module, name, param)
+        if param is not None:
+            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
+    nn.Module.register_parameter = without_memory
     try:
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
     except Exception as e:  # a stranger's config.json fails in its own way in every model's code
         raise UserError(f"{where / 'config.json'}: expected a model's config, found one that transformers refuses: {type(e).__name__}: {e}") from None
+    finally:
+        nn.Module.register_parameter = register
     if meta:
         install(model, meta, cache or CacheConfig())
     return model.eval()
 
 
+def refuse_missing(names: Sequence[str], where: Path | str) -> None:
+    """UserError where tensors are missing: transformers would go on with random numbers."""
+    if names:
+        raise UserError(f"{where}: expected tensor {names[0]}, found none (and {len(names) - 1} more)")
+
+
 def _finish(model: nn.Module, directory: Path, device: torch.device) -> nn.Module:
     """Tie what the config ties, refuse what is still empty, move the buffers, read generation_config.json."""
     model.tie_weights()
-    empty = [n for n, t in model.state_dict().items() if t.is_meta]
-    if empty:
-        raise UserError(f"{directory}: expected tensor {empty[0]}, found none (and {len(empty) - 1} more)")
+    refuse_missing([n for n, t in model.state_dict().items() if t.is_meta], directory)
     if (directory / "generation_config.json").is_file():
         from transformers import GenerationConfig
         model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -3351,8 +3207,9 @@ def _finish(model: nn.Module, directory: Path, device: torch.device) -> nn.Modul
 
 
 def fill(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, below: str = "") -> None:
-    """Put the source checkpoint's tensors in place of what is still on the meta device below the submodule `below`."""
-    part = model.get_submodule(below)
+    """Put the source checkpoint's tensors in place of what is still on the meta device below the submodule `below`.
+    UserError where one stays empty: a product with it would be noise, not an error."""
+    part, prefix = model.get_submodule(below), f"{below}." if below else ""
 
     def stack(f: str, layer: int, experts: Sequence[int]) -> Tensor:
         W = torch.stack([ckpt.expert(f, layer, e) for e in experts]).to(device, dtype)
@@ -3368,11 +3225,13 @@ def fill(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.
         for f in FAMILIES:
             if hasattr(module, f"{f}_proj"):
                 _assign(module, f"{f}_proj", stack(f, layer, list(module.dense_row) if f in module.families else every))
-    for name, old in list(part.state_dict(prefix=f"{below}." if below else "").items()):
+    for name, old in list(part.state_dict(prefix=prefix).items()):
         source = next((n for n in (name, name.replace(".mlp.", ".block_sparse_moe.")) if n in ckpt.shard_of), None)
-        if source and not (".experts." in name):
-            t = ckpt.tensor(source)
-            _assign(model, name, t.to(device, dtype if old.is_meta else old.dtype))
+        if source and ".experts." not in name:
+            _assign(model, name, ckpt.tensor(source).to(device, dtype if old.is_meta else old.dtype))
+    if below in ("", "lm_head"):
+        model.tie_weights()
+    refuse_missing([n for n, t in part.state_dict(prefix=prefix).items() if t.is_meta], ckpt.dir)
 
 
 def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.device("cpu"),
@@ -3391,54 +3250,35 @@ def streamed(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: 
              tick: Callable[[], Any] = lambda: None) -> nn.Module:
     """The dense model's trunk (no head) with one decoder layer in memory at a time, for calibration: a layer is read when
     the forward pass reaches it, runs the whole input in parts of `batch` windows, and is let go; tick() after each."""
-    model = _skeleton(ckpt.config, dtype, ckpt.dir)
-    _fill_around(model, ckpt, device, dtype, head=False)
+    model = hollow(ckpt, device, dtype, head=False)
     for i, layer in enumerate(model.model.layers):
-        layer.forward = _one_at_a_time(layer.forward, layer, batch, tick, functools.partial(
-            _fill_layer, model, ckpt, device, dtype, i))
+        def forward(x: Tensor, *args, i=i, layer=layer, run=layer.forward, **kwargs):
+            part = lambda v, k: v[k:k + batch] if isinstance(v, Tensor) and v.ndim and len(v) == len(x) > 1 else v
+            fill(model, ckpt, device, dtype, f"model.layers.{i}")
+            out = [run(x[k:k + batch], *(part(a, k) for a in args), **{n: part(v, k) for n, v in kwargs.items()})
+                   for k in range(0, len(x), batch)]
+            _empty_layer(layer)
+            tick()
+            return torch.cat(out) if isinstance(out[0], Tensor) else (torch.cat([o[0] for o in out]), *out[0][1:])
+        layer.forward = forward
     return model.model
 
 
-def _fill_around(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, head: bool = True) -> None:
-    """Fill all but the decoder layers of a model on the meta device."""
+def hollow(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, head: bool = True) -> nn.Module:
+    """The dense model with its decoder layers still on the meta device."""
+    model = _skeleton(ckpt.config, dtype, ckpt.dir)
     for name in [f"model.{n}" for n, _ in model.model.named_children() if n != "layers"] + ["lm_head"] * head:
         fill(model, ckpt, device, dtype, name)
-        if name == "lm_head":
-            model.tie_weights()
-        _filled(model.get_submodule(name), f"{ckpt.dir}: {name}")
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to(device) if buffer is not None else None
-
-
-def _filled(module: nn.Module, where: str) -> None:
-    """UserError where a tensor is still empty: a product with one that is would be noise, not an error."""
-    empty = [n for n, t in module.state_dict().items() if t.is_meta]
-    if empty:
-        raise UserError(f"{where}.{empty[0]}: expected a tensor, found none (and {len(empty) - 1} more)")
-
-
-def _fill_layer(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, i: int) -> None:
-    fill(model, ckpt, device, dtype, f"model.layers.{i}")
-    _filled(model.get_submodule(f"model.layers.{i}"), f"{ckpt.dir}: model.layers.{i}")
+    return model
 
 
 def _empty_layer(layer: nn.Module) -> None:
     for module in layer.modules():
         for key, w in module._parameters.items():
             module._parameters[key] = w if w is None else nn.Parameter(w.to("meta"), requires_grad=False)
-
-
-def _one_at_a_time(run: Callable, layer: nn.Module, batch: int, tick: Callable, read: Callable) -> Callable:
-    def forward(x: Tensor, *args, **kwargs):
-        part = lambda v, k: v[k:k + batch] if isinstance(v, Tensor) and v.ndim and len(v) == len(x) > 1 else v
-        read()
-        out = [run(x[k:k + batch], *(part(a, k) for a in args), **{n: part(v, k) for n, v in kwargs.items()})
-               for k in range(0, len(x), batch)]
-        _empty_layer(layer)
-        tick()
-        return torch.cat(out) if isinstance(out[0], Tensor) else (torch.cat([o[0] for o in out]), *out[0][1:])
-    return forward
 
 
 def globe_meta(config: dict) -> dict | None:
@@ -3451,13 +3291,11 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
          cache: CacheConfig | None = None) -> nn.Module:
     """Load a globe or composed export: a transformers model with GlobeExperts, no dense experts ever in memory.
 
-    dtype: of the parameters; default: as stored. UserError where the directory is no such export or is damaged.
-    """
+    dtype: of the parameters; default: as stored. UserError where the directory is no such export or is damaged."""
     directory = Path(directory)
     config = read_json(directory / "config.json")
     meta = globe_meta(config)
-    if meta is None:
-        raise UserError(f"{directory}: expected a globe export (quantization_config.quant_method: globe), found none")
+    expect(meta is not None, f"{directory}: expected a globe export (quantization_config.quant_method: globe), found none")
     check_meta(meta, str(directory / "config.json"))
     dims_of({k: v for k, v in config.items() if k != "quantization_config"}, str(directory / "config.json"))
     table = {name: (file, f) for file in sorted(directory.glob("*.safetensors")) for f in [open_shard(file)] for name in f.keys()}
@@ -3467,11 +3305,9 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     model = _skeleton(config, dtype, directory, meta, cache)
     device, state = torch.device(device), model.state_dict()
     for name, (file, f) in table.items():
-        if name not in state:
-            raise UserError(f"{file}: {name}: not expected")
+        expect(name in state, f"{file}: {name}: not expected")
         t = finite(f.get_tensor(name), name, file)
-        if t.is_floating_point() and t.itemsize < 2:
-            raise UserError(f"{file}: {name}: expected float32, float16 or bfloat16, found {t.dtype}")
+        expect(not t.is_floating_point() or t.itemsize >= 2, f"{file}: {name}: expected float32, float16 or bfloat16, found {t.dtype}")
         keep = name.endswith(("_val", "_idx")) or not state[name].is_meta
         _assign(model, name, t.to(device, state[name].dtype if keep else dtype))
     check_mixtures(model, directory)
@@ -3543,9 +3379,7 @@ def register_loader() -> None:
             for file in checkpoint_files or ():
                 with safe_open(file, "pt") as f:
                     stored.update(f.keys())
-            empty = [n for n in model.state_dict() if n not in stored] if checkpoint_files else []
-            if empty:
-                raise UserError(f"{where}: expected tensor {empty[0]}, found none (and {len(empty) - 1} more)")
+            refuse_missing([n for n in model.state_dict() if n not in stored] if checkpoint_files else [], where)
 
         def _process_model_after_weight_loading(self, model, **_):
             check_mixtures(model, getattr(model.config, "name_or_path", None) or "model")
@@ -3572,8 +3406,7 @@ def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None)
         model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
     except Exception as e:  # a damaged checkpoint fails in its own way in every model's code
         raise UserError(f"{directory}: expected a model that transformers loads, found {type(e).__name__}: {e}") from None
-    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers
-        raise UserError(f"{directory}: expected tensor {missing[0]}, found none (and {len(missing) - 1} more)")
+    refuse_missing(sorted(info["missing_keys"]), directory)
     return model.to(device).eval()
 
 
@@ -3600,8 +3433,7 @@ def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = 
                  dtype: torch.dtype | None = None) -> None:
     """Write the patched model as a directory: shards, config, tokenizer and a copy of this file.
 
-    composed=True stores A_i and the composed B~_i in place of bank and mixtures: larger, nothing to compose at load.
-    """
+    composed=True stores A_i and the composed B~_i in place of bank and mixtures: larger, nothing to compose at load."""
     from huggingface_hub import save_torch_state_dict
     dtype = dtype or ckpt.dtype
     model = assemble(ckpt, factors, dtype=dtype)
@@ -3626,8 +3458,7 @@ def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = 
 def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callable = lambda it: it) -> None:
     """The source checkpoint rewritten in place: the shards' bytes are copied and only the experts' are replaced.
 
-    Names, order, dtypes and every other byte stay, so that whatever read the source reads this.
-    """
+    Names, order, dtypes and every other byte stay, so that whatever read the source reads this."""
     check_fingerprint(factors, ckpt)
     copy_side_files(ckpt.dir, to)
     config = {k: v for k, v in ckpt.config.items() if k not in ("quantization_config", "auto_map")}
@@ -3647,29 +3478,23 @@ def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callabl
             shard = ckpt.shard_of[slot.tensor]
             start, header = headers[shard]
             W = fam.weight(layer, row).to(ckpt.expert(name, layer, e).dtype)
-            _overwrite(to / shard, start + header[slot.tensor]["data_offsets"][0], ckpt.shape(slot.tensor), slot,
-                       W.T if slot.transposed else W)
-
-
-def _overwrite(path: Path, start: int, shape: Sequence[int], slot: Slot, W: Tensor) -> None:
-    """Write W over the slot's part of a row-major tensor that begins at byte `start` of a file."""
-    raw = np.memmap(path, np.uint8, "r+", offset=start, shape=(*shape, W.element_size()))  # bytes: no alignment needed
-    rows, cols = (slice(*(x or (None,))) for x in (slot.rows, slot.cols))
-    part = raw[slot.expert] if slot.expert is not None else raw
-    part[rows, cols] = W.contiguous().view(torch.uint8).numpy().reshape(*W.shape, -1)
-    raw.flush()
+            W = W.T if slot.transposed else W
+            raw = np.memmap(to / shard, np.uint8, "r+", offset=start + header[slot.tensor]["data_offsets"][0],
+                            shape=(*ckpt.shape(slot.tensor), W.itemsize))  # bytes: no alignment needed
+            raw[slot.part] = W.contiguous().view(torch.uint8).numpy().reshape(*W.shape, -1)
+            raw.flush()
 
 
 def weight_bytes(directory: Path) -> int:
     return sum(f.stat().st_size for f in directory.glob("*.safetensors"))
 
 
-def sample_ids(ckpt: Checkpoint, n: int = 64) -> Tensor:
-    """(1, n) token ids of held-out text; where a checkpoint has no tokenizer that fits, random ones (to compare logits only)."""
+def sample_ids(ckpt: Checkpoint) -> Tensor:
+    """(1, 64) token ids of held-out text; where a checkpoint has no tokenizer that fits, random ones (to compare logits only)."""
     try:
-        return ckpt.known(token_windows(load_tokenizer(ckpt.dir), builtin_text("heldout"), n, n))
+        return ckpt.known(token_windows(load_tokenizer(ckpt.dir), builtin_text("heldout"), 64, 64))
     except UserError:
-        return torch.randint(ckpt.config["vocab_size"], (1, n), generator=torch.Generator().manual_seed(0))
+        return torch.randint(ckpt.config["vocab_size"], (1, 64), generator=torch.Generator().manual_seed(0))
 
 
 # ======================================================================================================
@@ -3678,9 +3503,7 @@ def sample_ids(ckpt: Checkpoint, n: int = 64) -> Tensor:
 @torch.no_grad()
 def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = lambda it: it, stride: int | None = None) -> tuple:
     """(mean negative log-likelihood in nats per predicted token, number of them) over windows (N, length).
-
-    With stride, windows overlap: of all but the first only the last `stride` tokens count (the WikiText recipe).
-    """
+    With stride, windows overlap: of all but the first only the last `stride` tokens count (the WikiText recipe)."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for part in progress(windows.split(batch)):
@@ -3694,9 +3517,7 @@ def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = 
 
 def builtin_choices(n: int = 100) -> list:
     """[(context, four continuations, index of the right one)] from held-out documentation of the standard library.
-
-    A paragraph is cut after about 120 characters; the wrong continuations are other paragraphs'. Chance is 1/4.
-    """
+    A paragraph is cut after about 120 characters; the wrong continuations are other paragraphs'. Chance is 1/4."""
     cuts = {}
     for name, text in _library_sources():
         if _split_of(name) == "heldout":
@@ -3726,9 +3547,7 @@ def choice_accuracy(model: nn.Module, tokenizer, items: list, progress: Callable
 
 def task_runner(tasks: Sequence[str], tokenizer, context: int | None = None) -> Callable:
     """run(model, progress) -> {task: {metric: value}}: "builtin" by choice_accuracy, names and YAML files by lm-eval.
-
-    UserError, before anything is run, where lm-eval is needed and not installed, or does not know a task.
-    """
+    UserError, before anything is run, where lm-eval is needed and not installed, or does not know a task."""
     names = [t for t in tasks if t != "builtin"]
     if names:
         try:
@@ -3742,8 +3561,7 @@ def task_runner(tasks: Sequence[str], tokenizer, context: int | None = None) -> 
         for i, t in enumerate(names):
             named = re.search(r"^task:\s*(\S+)", files[t].read_text(encoding="utf-8"), re.M) if t in files and files[t].is_file() else None
             names[i] = named[1] if named else t
-            if not known.match_tasks([names[i]]):
-                raise UserError(f"--tasks: lm-eval knows no task {t!r} (`lm_eval ls tasks` lists its own)")
+            expect(known.match_tasks([names[i]]), f"--tasks: lm-eval knows no task {t!r} (`lm_eval ls tasks` lists its own)")
 
     def run(model: nn.Module, progress: Callable = lambda it: it) -> dict:
         out = {"builtin": {"acc": choice_accuracy(model, tokenizer, builtin_choices(), progress)}} if "builtin" in tasks else {}
@@ -3760,13 +3578,13 @@ def reconstruction(ckpt: Checkpoint, factors: Factors) -> dict:
     """Relative Frobenius error of the factors: {family: {"all": x, layer: x, ...}}; reads one expert at a time."""
     out = {}
     for name, f in factors.families.items():
-        err, ref = {}, {}
+        err, ref = collections.Counter(), collections.Counter()
         for l, experts in factors.experts.items():
             for i, e in enumerate(experts):
                 W = ckpt.expert(name, l, e).float()
-                err[l] = err.get(l, 0.0) + float((W - f.weight(l, i)).square().sum())
-                ref[l] = ref.get(l, 0.0) + float(W.square().sum())
-        out[name] = {"all": math.sqrt(sum(err.values()) / max(sum(ref.values()), 1e-300))}
+                err[l] += float((W - f.weight(l, i)).square().sum())
+                ref[l] += float(W.square().sum())
+        out[name] = {"all": math.sqrt(err.total() / max(ref.total(), 1e-300))}
         out[name] |= {l: math.sqrt(err[l] / max(ref[l], 1e-300)) for l in err}
     return out
 
@@ -3776,13 +3594,9 @@ def spectra(factors: Factors) -> dict:
     adapters and composed bases, {family: {"A_rank": x, "A_norm": x, "basis_rank": x, "basis_norm": x}}."""
     out = {}
     for name, f in factors.families.items():
-        rows = {"A": [], "basis": []}
-        for l in f.A:
-            rows["A"].append(torch.linalg.svdvals(f.A[l].float()))
-            rows["basis"].append(torch.linalg.svdvals(f.composed(l).float()))
         out[name] = {}
-        for key, s in rows.items():
-            s = torch.cat(s)
+        for key, of in (("A", f.A.__getitem__), ("basis", f.composed)):
+            s = torch.cat([torch.linalg.svdvals(of(l).float()) for l in f.A])
             share = s.square() / s.square().sum(-1, keepdim=True).clamp_min(1e-30)
             entropy = -(share * share.clamp_min(1e-30).log()).sum(-1)
             out[name] |= {f"{key}_rank": float(entropy.exp().mean()), f"{key}_norm": float(s[:, 0].max())}
@@ -3796,11 +3610,11 @@ def routing(model: nn.Module, ids: Tensor) -> tuple:
 
     def count(m, args, kwargs) -> None:
         counts[m.layer] += torch.bincount((*args, *kwargs.values())[1].flatten().cpu(), minlength=m.num_experts)
-    hooks = [m.register_forward_pre_hook(count, with_kwargs=True) for m in globe_modules(model)]
-    for token in ids.to(next(model.parameters()).device).split(1, 1):
-        past = model(token, past_key_values=past, use_cache=True).past_key_values
-    for hook in hooks:
-        hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for m in globe_modules(model):
+            hooks.enter_context(m.register_forward_pre_hook(count, with_kwargs=True))
+        for token in ids.to(next(model.parameters()).device).split(1, 1):
+            past = model(token, past_key_values=past, use_cache=True).past_key_values
     return ({l: (c / c.sum()).sort(descending=True).values for l, c in counts.items()},
             {m.layer: m.cache.hits / max(1, m.cache.hits + m.cache.misses) for m in globe_modules(model)})
 
@@ -3814,7 +3628,7 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors, shares: d
         raise UserError("report: plots need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    styles, paths = dict(zip(FAMILIES, ("-", "--", ":"))), []  # told apart in greyscale
+    styles, paths, look = dict(zip(FAMILIES, ("-", "--", ":"))), [], {"color": "black", "marker": "o", "ms": 3}  # told apart in greyscale
     rows = [r for r in rows if all(type(r.get(k)) in (int, float) for k in ("rel_frob", "support", "T"))]  # a healed run's have none
 
     def save(fig, name):
@@ -3824,22 +3638,18 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors, shares: d
         plt.close(fig)
         paths.append(run / name)
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    for f, style in zip(dict.fromkeys(r.get("family") for r in rows), ("-", "--", ":")):
-        mine = [r for r in rows if r.get("family") == f]
-        for ax, key in zip(axes, ("rel_frob", "support", "T")):
-            ax.plot([r["step"] for r in mine], [r[key] for r in mine], style, color="black", label=f)
-    for ax, title, unit in zip(axes, ("Relative error in the fit's metric", "Median support", "Temperature T"),
-                               ("relative error", "bases", "T")):
+    for ax, key, title, unit in zip(axes, ("rel_frob", "support", "T"), ("Relative error in the fit's metric", "Median support", "Temperature T"),
+                                    ("relative error", "bases", "T")):
+        for f, style in zip(dict.fromkeys(r.get("family") for r in rows), ("-", "--", ":")):
+            ax.plot(*zip(*((r["step"], r[key]) for r in rows if r.get("family") == f)), style, color="black", label=f)
         ax.set(title=title, xlabel="step", ylabel=unit)
         ax.legend()
     axes[0].set_yscale("log")
     save(fig, "convergence.png")
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
     for f, fam in factors.families.items():
-        layers = [k for k in errors[f] if k != "all"]
-        axes[0].plot(layers, [errors[f][l] for l in layers], styles[f], color="black", marker="o", ms=3, label=f)
-        sizes = torch.bincount(fam.support())
-        axes[1].plot(range(len(sizes)), sizes, styles[f], color="black", marker="o", ms=3, label=f)
+        axes[0].plot(list(fam.A), [errors[f][l] for l in fam.A], styles[f], label=f, **look)
+        axes[1].plot(torch.bincount(fam.support()), styles[f], label=f, **look)
         used = sum(torch.bincount(fam.idx[l][fam.val[l] != 0].long() + fam.group[l] * len(fam.bank[0]),
                                   minlength=len(fam.bank) * len(fam.bank[0])) for l in fam.idx)
         axes[2].plot(used.sort(descending=True).values, styles[f], color="black", label=f)
@@ -3853,17 +3663,17 @@ def plot_report(run: Path, rows: list, errors: dict, factors: Factors, shares: d
     fig, axes = plt.subplots(1, 3 if runs else 2, figsize=(13 if runs else 9, 3.6))
     for i, (l, share) in enumerate(shares.items()):
         axes[0].plot(range(1, len(share) + 1), share, color=str(0.7 * i / len(shares)), label=f"layer {l}" if i in (0, len(shares) - 1) else None)
-    axes[1].plot(list(hits), list(hits.values()), color="black", marker="o", ms=3)
+    axes[1].plot(list(hits), list(hits.values()), **look)
     axes[0].set(title="Popularity of experts (decoding)", xlabel="expert, by rank", ylabel="share of routed tokens", ylim=(0, None))
     axes[1].set(title="Hit rate of the cache (decoding)", xlabel="layer", ylabel="hits / look-ups", ylim=(0, 1))
+    axes[0].legend()
+    for ax in axes[:2]:
+        ax.xaxis.get_major_locator().set_params(integer=True)
     for text, mark in zip(dict.fromkeys(t for e in runs.values() for t in e), "osv^Dx+*"):
         points = sorted((e[text]["model_ratio"], e[text]["delta_nats"]) for e in runs.values() if text in e)
         axes[2].plot(*zip(*points), mark, color="black", fillstyle="none", label=text)
         axes[2].set(title="Quality against size", xlabel="size of the model, stored / dense", ylabel="nats lost per token")
         axes[2].legend()
-    axes[0].legend()
-    for ax in axes[:2]:
-        ax.xaxis.get_major_locator().set_params(integer=True)
     save(fig, "routing.png")
     return paths
 
@@ -3931,7 +3741,7 @@ model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY"{remote})
 ## How it was made
 
 ```sh
-{" ".join(["python globe.py fit", f"model.path={base}", *settings_of(factors.config, config_dict(Config()))])}
+{" ".join(["python globe.py fit", f"model.path={base}", *settings_of(factors.config, dataclasses.asdict(Config()))])}
 python globe.py export --format {form}
 ```
 
@@ -3947,10 +3757,8 @@ def byte_tokenizer():
     """A tokenizer whose ids 0..255 are the bytes of the UTF-8 text; 256 ends a text, 257 pads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    # the byte-level alphabet writes printable bytes as themselves and the others as chr(256 + n), in order (GPT-2)
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [b for b in range(256) if b not in printable]
-    tokenizer = Tokenizer(models.BPE({chr(b) if b in printable else chr(256 + others.index(b)): b for b in range(256)}, []))
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    tokenizer = Tokenizer(models.BPE({letter: byte for byte, letter in bytes_to_unicode().items()}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>",
@@ -3963,8 +3771,7 @@ def dense_start(cfg: TrainConfig):
     if cfg.dense_from:
         path = resolve_model(cfg.dense_from)
         kind = read_json(path / "config.json").get("model_type")
-        if kind not in ("qwen2", "llama"):
-            raise UserError(f"train.dense_from {cfg.dense_from}: expected model_type qwen2 or llama, found {kind!r}")
+        expect(kind in ("qwen2", "llama"), f"train.dense_from {cfg.dense_from}: expected model_type qwen2 or llama, found {kind!r}")
         return load_tokenizer(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     tokenizer = byte_tokenizer()
     return tokenizer, Qwen2ForCausalLM(Qwen2Config(
@@ -3981,8 +3788,7 @@ def upcycle(dense: nn.Module, cfg: TrainConfig, g: torch.Generator) -> nn.Module
 
     The first top_k * p neurons of each FFN are cut into top_k slices, copied to all experts and perturbed; the rest
     become the shared expert. Router rows are drawn once per set of copies, so that at first a token's top-k is one
-    whole set, that is, the dense FFN ("virtual groups", He et al. 2024, arXiv:2410.07524).
-    """
+    whole set, that is, the dense FFN ("virtual groups", He et al. 2024, arXiv:2410.07524)."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
     old, routed = dense.config, cfg.top_k * cfg.moe_intermediate_size
     p = old.intermediate_size * cfg.moe_intermediate_size // (routed + cfg.shared_expert_intermediate_size)
@@ -4032,7 +3838,7 @@ def largest_cosine(moe: nn.Module) -> float:
     for _, _, experts in experts_modules(moe).values():
         for w in (*experts.gate_up_proj.chunk(2, 1), experts.down_proj):
             w = F.normalize(w.flatten(1).float(), dim=1)
-            worst = max(worst, float((w @ w.T - torch.eye(len(w), device=w.device)).abs().max()))
+            worst = max(worst, float((w @ w.T).fill_diagonal_(0).abs().max()))
     return worst
 
 
@@ -4049,11 +3855,9 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:  # (..., p, d) -> (..., 
 
 class Muon(torch.optim.AdamW):
     """AdamW, except that matrices (groups with `parts` > 0) move by orthogonalised momentum.
-
     Adam's updates of a short run have low rank, and so do its experts: cutting them to ratio 0.7 by SVD cost 0.009 nats
     a byte, against 0.15 after Muon, and Muon's model is better by 0.14 bits. A test model must not be that easy.
-    The factor 0.2 * sqrt(max(p, d)) gives both rules the same step size (Liu et al. 2025, arXiv:2502.16982).
-    """
+    The factor 0.2 * sqrt(max(p, d)) gives both rules the same step size (Liu et al. 2025, arXiv:2502.16982)."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -4067,20 +3871,9 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)
 
 
-def make_optimizer(model, cfg: TrainConfig) -> Muon:
-    """Muon for attention and FFN matrices, AdamW for embeddings and routers, no decay for norms and biases."""
-    groups = {name: [] for name in ("fused", "matrix", "table", "vector")}
-    for name, w in model.named_parameters():
-        matrix = "_proj" in name and w.ndim >= 2
-        kind = "fused" if "gate_up_proj" in name else "matrix" if matrix else "vector" if w.ndim < 2 else "table"
-        groups[kind].append(w)
-    parts = {"fused": 2, "matrix": 1, "table": 0, "vector": 0}
-    return Muon([{"params": params, "parts": parts[name], "weight_decay": 0.0 if name == "vector" else cfg.weight_decay}
-                 for name, params in groups.items() if params], lr=cfg.lr, betas=(0.9, 0.95))
-
-
 def training_phase(cfg: TrainConfig, moe: bool, dense: nn.Module, device: torch.device) -> tuple:
-    """(model, optimizer) at the start of the dense phase, or of the MoE phase that upcycles `dense`."""
+    """(model, optimizer) at the start of the dense phase, or of the MoE phase that upcycles `dense`.
+    Muon for attention and FFN matrices, AdamW for embeddings and routers, no decay for norms and biases."""
     with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global generator
         torch.manual_seed(cfg.seed)
         model = upcycle(dense.cpu(), cfg, torch.Generator().manual_seed(cfg.seed + 1)) if moe else dense
@@ -4089,7 +3882,11 @@ def training_phase(cfg: TrainConfig, moe: bool, dense: nn.Module, device: torch.
     if cfg.grad_checkpoint:
         model.gradient_checkpointing_enable()
     model.to(device).train()
-    return model, make_optimizer(model, cfg)
+    groups = {2: [], 1: [], 0: [], None: []}  # by parts of a matrix: gate and up share a tensor; None: vectors
+    for name, w in model.named_parameters():
+        groups[2 if "gate_up_proj" in name else None if w.ndim < 2 else int("_proj" in name)].append(w)
+    return model, Muon([{"params": params, "parts": parts or 0, "weight_decay": 0.0 if parts is None else cfg.weight_decay}
+                        for parts, params in groups.items() if params], lr=cfg.lr, betas=(0.9, 0.95))
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler, x: Tensor, context, cfg: TrainConfig) -> float:
@@ -4108,24 +3905,25 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler, x:
     return float(loss.detach())
 
 
-def save_training(path: Path, model: nn.Module, optimizer, about: dict) -> None:
-    """Weights and Adam moments in one file, whole or absent; batches depend on (seed, step) alone."""
-    tensors = {}
-    for name, w in model.named_parameters():
-        tensors |= {f"model/{name}": w.detach()} | {f"{k}/{name}": v for k, v in optimizer.state.get(w, {}).items()}
+def save_training(path: Path, kind: str, params: Mapping, optimizer: Muon, about: dict, **more: Tensor) -> None:
+    """Parameters as KIND/NAME, the optimizer's moments and `more` in one file, whole or absent; batches depend on (seed, step) alone."""
+    tensors = {f"{kind}/{name}": w.detach() for name, w in params.items()} | more
+    tensors |= {f"{k}/{name}": v for name, w in params.items() for k, v in optimizer.state.get(w, {}).items()}
     with written(path) as tmp:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={"globe": json.dumps(about)})
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={k: json.dumps(v) for k, v in about.items()})
 
 
 @torch.no_grad()
-def load_training(path: Path, model: nn.Module, optimizer) -> None:
+def load_training(path: Path, kind: str, params: Mapping, optimizer: Muon) -> dict:
+    """Put back what save_training wrote; returns all its tensors."""
     tensors = load_file(path)
-    for name, w in model.named_parameters():
-        w.copy_(tensors[f"model/{name}"])
+    for name, w in params.items():
+        w.copy_(tensors[f"{kind}/{name}"])
         moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if k == "exp_avg" or f"{k}/{name}" in tensors}
         if any(v.ndim and v.shape != w.shape for v in moments.values()):
             raise ValueError(f"moments of {name} that are not {tuple(w.shape)}")
         optimizer.state[w] = {k: v if k == "step" else v.to(w.device) for k, v in moments.items()}
+    return tensors
 
 
 def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False,
@@ -4133,33 +3931,31 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
     """Train the small MoE into directory `to`; returns bits_per_byte (held out), seconds, steps, largest_cosine.
 
     progress gets a row per step. Ctrl-C finishes the step, saves to/state and is raised again; resume goes on from
-    there. The checkpoint is stock Hugging Face. Same seed, same result on a CPU.
-    """
+    there. The checkpoint is stock Hugging Face. Same seed, same result on a CPU."""
     begin, state, done, seconds = time.perf_counter(), to / "state" / "train.safetensors", 0, 0.0
     if resume and (to / "train.json").is_file():
         return read_json(to / "train.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         tokenizer, model = dense_start(cfg)
-    text, heldout = (builtin_text("train"), builtin_text("heldout")) if cfg.text is None else _cut(read_text(cfg.text, "train"))
+    text = builtin_text("train") if cfg.text is None else read_text(cfg.text, "train")
+    cut = len(text) * 19 // 20  # of a user's text, the last twentieth is held out
+    text, heldout = (text, builtin_text("heldout")) if cfg.text is None else (text[:cut], text[cut:])
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    if len(ids) < cfg.seq_len:
-        raise UserError(f"train.text: expected at least train.seq_len = {cfg.seq_len} tokens, found {len(ids)}")
+    expect(len(ids) >= cfg.seq_len, f"train.text: expected at least train.seq_len = {cfg.seq_len} tokens, found {len(ids)}")
     first_moe = 0 if cfg.dense_from else cfg.dense_steps
-    total = first_moe + cfg.moe_steps
-    about: dict = {}
+    total, about = first_moe + cfg.moe_steps, {}
     if resume and state.is_file():
         with saved_state(state), safe_open(state, "pt") as f:
             about = json.loads(f.metadata()["globe"])
-            if about["config"] != dataclasses.asdict(cfg):
-                raise UserError(f"{to}: its state was saved with another train config; use another --to or --overwrite")
+            expect(about["config"] == dataclasses.asdict(cfg), f"{to}: its state was saved with another train config; use another --to or --overwrite")
             done, seconds = int(about["step"]), float(about["seconds"])
     model, optimizer = training_phase(cfg, done > first_moe or first_moe == 0, model, device)
     dtype = train_dtype(cfg.autocast, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     if about:
         with saved_state(state):
-            load_training(state, model, optimizer)
+            load_training(state, "model", dict(model.named_parameters()), optimizer)
             scaler.load_state_dict(about["scaler"])
     with held_interrupt() as stop, threads_for(cfg.moe_intermediate_size, cfg.hidden_size):
         for step in range(done, total):
@@ -4175,8 +3971,8 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
             loss = training_step(model, optimizer, scaler, x, context, cfg)
             progress({"step": step + 1, "steps": total, "phase": "dense" if step < first_moe else "moe", "loss": loss})
             if stop.is_set() or (step + 1) % cfg.save_every == 0:
-                save_training(state, model, optimizer, {"step": step + 1, "seconds": seconds + time.perf_counter() - begin,
-                                                        "scaler": scaler.state_dict(), "config": dataclasses.asdict(cfg)})
+                about = {"step": step + 1, "seconds": seconds + time.perf_counter() - begin, "scaler": scaler.state_dict(), "config": dataclasses.asdict(cfg)}
+                save_training(state, "model", dict(model.named_parameters()), optimizer, {"globe": about})
             if stop.is_set():
                 raise KeyboardInterrupt(f"state saved at step {step + 1}; go on with --resume")
     windows = token_windows(tokenizer, heldout, 256 * cfg.seq_len, cfg.seq_len)
@@ -4196,18 +3992,11 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
     return result
 
 
-def _cut(text: str) -> tuple:
-    """(training text, its last twentieth, held out)."""
-    return text[:len(text) * 19 // 20], text[len(text) * 19 // 20:]
-
-
 class Student:
     """The factors of the layers `span` as trainable float32 tensors, over the stock model's matrices that they stand for.
-
     write() puts W^ (p, d) of every fitted expert in the dense one's place; backward() turns the gradients that the model
     left there into those of A, of the mixtures on their fixed supports and, where they train, of the banks. The model
-    itself stays the stock one, so that every architecture and experts implementation serves.
-    """
+    itself stays the stock one, so that every architecture and experts implementation serves."""
 
     def __init__(self, model: nn.Module, factors: Factors, span: range, bank: str, device: torch.device):
         self.factors, self.span, self.device, self.frozen = factors, span, device, {}
@@ -4286,9 +4075,8 @@ class Walk:
 
     def __init__(self, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: int):
         self.ckpt, self.device, self.dtype, self.batch, self.calls = ckpt, device, dtype, batch, []
-        self.model = _skeleton(ckpt.config, dtype, ckpt.dir)
+        self.model = hollow(ckpt, device, dtype)
         self.layers = self.model.model.layers
-        _fill_around(self.model, ckpt, device, dtype)
 
     @torch.no_grad()
     def embed(self, windows: Tensor, x: Tensor) -> None:
@@ -4320,9 +4108,9 @@ class Walk:
         return x
 
     @torch.no_grad()
-    def advance(self, span: Sequence[int], x: Tensor, progress: Callable = lambda it: it) -> None:
+    def advance(self, span: Sequence[int], x: Tensor) -> None:
         """Every window of x (N, T, d) through the layers of span, in place."""
-        for part in progress(x.split(self.batch)):
+        for part in x.split(self.batch):
             part.copy_(self.run(span, part))
 
     def logits(self, x: Tensor) -> Tensor:
@@ -4331,11 +4119,7 @@ class Walk:
     def fill(self, span: Sequence[int]) -> None:
         for l in span:
             if any(w.is_meta for w in self.layers[l].parameters()):
-                _fill_layer(self.model, self.ckpt, self.device, self.dtype, l)
-
-    def empty(self, span: Sequence[int]) -> None:
-        for l in span:
-            _empty_layer(self.layers[l])
+                fill(self.model, self.ckpt, self.device, self.dtype, f"model.layers.{l}")
 
 
 def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -4346,32 +4130,11 @@ def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
 
 
-def heal_loss(walk: Walk, span: Sequence[int], rest: Sequence[int], x: Tensor, target: Tensor, final: Tensor | None,
-              weight: float, checkpoint: bool) -> Tensor:
-    """(1 - weight) * mean over tokens of |y - t|^2 / |t|^2 + weight * KL(dense || healed) in nats per token.
-
-    x, target (b, T, d): the stack's input in the healed model, its output in the dense one; final (b, T, d): the last
-    layer's output in the dense one. Per token: a few tokens of a sequence are hundreds of times longer than the others.
-    """
-    y, loss = walk.run(span, x, checkpoint), torch.zeros((), device=walk.device)
-    if weight < 1:
-        t = target.to(walk.device).float()
-        loss = (1 - weight) * ((y.float() - t).square().sum(-1) / t.square().sum(-1)).mean()
-    if weight:
-        with torch.no_grad():
-            dense = walk.logits(final.to(walk.device)).log_softmax(-1)
-        healed = walk.logits(walk.run(rest, y, checkpoint)).log_softmax(-1)
-        loss = loss + weight * F.kl_div(healed.flatten(0, 1), dense.flatten(0, 1), log_target=True, reduction="batchmean")
-    return loss
-
-
 def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int, held: int, cfg: Config, state: Path,
                progress: Callable[[dict], None], stop: Callable[[], bool]) -> tuple:
     """Train one stack; returns (its best tensors, {} where none beat the start; loss on the held-out windows before, after).
-
     loss(ids): mean loss of the windows ids, of which 0..held-1 are held out; it must be small enough for one backward pass.
-    The state is saved every heal.save_every steps and when stop() asks; a state that is there is resumed.
-    """
+    The state is saved every heal.save_every steps and when stop() asks; a state that is there is resumed."""
     H, optimizer, best, step, bad, first, lowest = cfg.heal, student.optimizer(cfg.heal.lr), {}, 0, 0, None, math.inf
     micro = cfg.calib.batch
 
@@ -4382,10 +4145,7 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
     if state.is_file():
         with saved_state(state), safe_open(state, "pt") as f:
             step, bad, first, lowest = map(float, json.loads(f.metadata()["heal"]))
-            step, bad, tensors = int(step), int(bad), load_file(state)
-            for k, w in student.params.items():
-                w.data.copy_(tensors[f"now/{k}"])
-                optimizer.state[w] = {n: tensors[f"{n}/{k}"] for n in ("step", "exp_avg", "exp_avg_sq") if f"{n}/{k}" in tensors}
+            step, bad, tensors = int(step), int(bad), load_training(state, "now", student.params, optimizer)
         best = {k: tensors[f"best/{k}"] for k in student.params if f"best/{k}" in tensors}
     first = lowest = held_out() if first is None else first
     while step < H.steps and bad < H.patience:
@@ -4413,11 +4173,8 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
                 lowest, best = now, {k: w.detach().clone() for k, w in student.params.items()}
         progress(row)
         if stop() or step % H.save_every == 0:
-            moments = {f"{n}/{k}": v for k, w in student.params.items() for n, v in optimizer.state.get(w, {}).items()}
-            with written(state) as tmp:
-                save_file({k: v.contiguous() for k, v in ({f"now/{k}": w.detach() for k, w in student.params.items()} | moments
-                          | {f"best/{k}": w for k, w in best.items()}).items()}, tmp,
-                          metadata={"heal": json.dumps([step, bad, first, lowest])})
+            save_training(state, "now", student.params, optimizer, {"heal": [step, bad, first, lowest]},
+                          **{f"best/{k}": w for k, w in best.items()})
         if stop():
             raise KeyboardInterrupt(f"state saved at step {step} of the stack at layer {student.span[0]}")
     return best, first, lowest
@@ -4430,25 +4187,23 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
     The model is walked once, in order, with one stack of cfg.heal.stack decoder layers in memory; hidden states of the
     dense and of the healed model are kept in files below `state`. Each stack sees the healed model's own inputs and is
     trained to give the dense model's outputs, so that it also mends what the stacks before it left over (block
-    reconstruction: Li et al. 2021, arXiv:2102.05426; the logits' term: Hinton et al. 2015, arXiv:1503.02531). A stack keeps its old factors where the held-out windows gained
-    nothing. Returns a row {"layers", "before", "after", "steps"} per stack. Finished stacks are saved below `state`
-    and are not trained again; KeyboardInterrupt after stop(), with the state saved.
-    """
+    reconstruction: Li et al. 2021, arXiv:2102.05426; the logits' term: Hinton et al. 2015, arXiv:1503.02531). A stack
+    keeps its old factors where the held-out windows gained nothing. Returns a row {"layers", "before", "after"} per stack.
+    Finished stacks are saved below `state` and are not trained again; KeyboardInterrupt after stop(), with the state saved."""
     H, L, rows = cfg.heal, ckpt.config["num_hidden_layers"], []
     whole = 6 * ckpt.num_parameters() * dtype.itemsize < free_memory(device)  # weights, gradients, float32 factors and moments
     size = min(L, (L if whole else 1) if H.stack == "auto" else H.stack)
     weight = float(size == L) if H.logits_weight is None else H.logits_weight
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(cfg.fit.seed))
     windows, held = windows[order], max(1, round(H.held_out * len(windows)))
-    if len(windows) < 2:
-        raise UserError(f"heal: expected text for 2 windows of calib.length = {cfg.calib.length} tokens or more, found 1")
+    expect(len(windows) >= 2, f"heal: expected text for 2 windows of calib.length = {cfg.calib.length} tokens or more, found 1")
     walk = Walk(ckpt, device, dtype, min(cfg.calib.batch, len(windows)))
     shape = (*windows.shape, ckpt.dims.d)
     x, dense = (on_disk(state / f"{name}.bin", shape, dtype) for name in ("healed", "dense"))
     walk.embed(windows, x)
     dense.copy_(x)
-    final = on_disk(state / "final.bin", shape, dtype) if weight else None
     if weight:  # the logits need the dense model's last hidden states, and the way to them
+        final = on_disk(state / "final.bin", shape, dtype)
         walk.fill(range(L))
         walk.advance(range(L), final.copy_(x))
     for i in range(0, L, size):
@@ -4461,8 +4216,18 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
             done = state / f"stack-{i:03d}.safetensors"
             if not done.is_file():
                 def loss(ids: Tensor) -> Tensor:
-                    return heal_loss(walk, span, range(span[-1] + 1, L), x[ids], dense[ids], None if final is None else final[ids],
-                                     weight, H.grad_checkpoint)
+                    """(1 - weight) * mean over tokens of |y - t|^2 / |t|^2 + weight * KL(dense || healed) in nats per token.
+                    Per token, since a few tokens of a sequence are hundreds of times longer than the others."""
+                    y, loss = walk.run(span, x[ids], H.grad_checkpoint), torch.zeros((), device=device)
+                    if weight < 1:
+                        t = dense[ids].to(device).float()
+                        loss = (1 - weight) * ((y.float() - t).square().sum(-1) / t.square().sum(-1)).mean()
+                    if weight:
+                        with torch.no_grad():
+                            want = walk.logits(final[ids].to(device)).log_softmax(-1)
+                        got = walk.logits(walk.run(range(span[-1] + 1, L), y, H.grad_checkpoint)).log_softmax(-1)
+                        loss = loss + weight * F.kl_div(got.flatten(0, 1), want.flatten(0, 1), log_target=True, reduction="batchmean")
+                    return loss
                 best, before, after = heal_stack(student, loss, len(windows), held, cfg, state / "step.safetensors", progress, stop)
                 with written(done) as tmp:
                     save_file(best, tmp, metadata={"heal": json.dumps([before, after])})
@@ -4473,8 +4238,8 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
             student.write()
             rows.append({"layers": [span[0], span[-1]], "before": before, "after": after})
         walk.advance(span, x)
-        if not weight:
-            walk.empty(span)
+        for l in span if not weight else ():
+            _empty_layer(walk.layers[l])
     return rows
 
 
@@ -4519,7 +4284,7 @@ class Log:
         except ImportError:
             raise UserError(f"log.to: {to} is not installed: pip install {to}") from None
         more = {"mode": os.environ.get("WANDB_MODE", "offline"), "tags": cfg.log.tags} if to == "wandb" else {}
-        self.sink.init(project=cfg.log.project, name=cfg.log.run_name or run_name, config=config_dict(cfg), **more)
+        self.sink.init(project=cfg.log.project, name=cfg.log.run_name or run_name, config=dataclasses.asdict(cfg), **more)
 
     def row(self, row: dict) -> None:
         if ranks()[0]:
@@ -4573,14 +4338,8 @@ def read_evals(run: Path) -> dict:
             figures += [x for row in e.get("tasks", {}).values() for pair in row.values() for x in pair.values()]
         except (KeyError, TypeError, AttributeError):
             figures = [None]
-        if not all(type(x) in (int, float) for x in figures):
-            raise UserError(f"{run / 'eval.json'}: {text}: expected the figures that eval writes, found {short(e)}")
+        expect(all(type(x) in (int, float) for x in figures), f"{run / 'eval.json'}: {text}: expected the figures that eval writes, found {short(e)}")
     return evals
-
-
-def run_dirs() -> list:
-    """Runs below ./runs, oldest first, by the time of their config."""
-    return sorted((p.parent for p in Path("runs").glob("*/config.yaml")), key=lambda p: p.joinpath("config.yaml").stat().st_mtime)
 
 
 def new_run(cfg: Config) -> Path:
@@ -4595,10 +4354,10 @@ def new_run(cfg: Config) -> Path:
 
 
 def newest_run(finished: bool = True) -> Path:
-    for run in reversed(run_dirs()):
-        if not finished or (run / "factors.safetensors").is_file():
-            return run
-    raise UserError("expected a finished run below ./runs, found none: run `python globe.py fit` first, or give --factors")
+    """The newest run below ./runs, by the time of its config."""
+    configs = [c for c in Path("runs").glob("*/config.yaml") if not finished or c.with_name("factors.safetensors").is_file()]
+    expect(configs, "expected a finished run below ./runs, found none: run `python globe.py fit` first, or give --factors")
+    return max(configs, key=lambda c: c.stat().st_mtime).parent
 
 
 def run_config(run: Path, args: argparse.Namespace) -> Config:
@@ -4608,41 +4367,23 @@ def run_config(run: Path, args: argparse.Namespace) -> Config:
                        read_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else None)
 
 
-def run_of(args: argparse.Namespace) -> Path:
-    """--factors (a run directory, or the file in it), else the newest finished run."""
-    if not args.factors:
-        return newest_run()
-    path = Path(args.factors)
-    return path.parent if path.is_file() else path
-
-
-def fresh(path: Path, overwrite: bool, source: Path | None = None) -> Path:
-    """A directory that the user named: must not exist (or --overwrite), nor lie in the source checkpoint."""
+def fresh(path: Path, overwrite: bool, source: Path | None = None, clear: bool = False) -> Path:
+    """A directory that the user named: must not exist (or --overwrite), nor lie in the source checkpoint. clear: remove it."""
     place = path.resolve()
     if source and (place == source.resolve() or source.resolve() in place.parents):
         raise UserError(f"{path}: expected a directory outside the source checkpoint {source}")
     for kept in (*([source] if source else ()), Path()):  # --overwrite would delete it
-        if place in (kept.resolve(), *kept.resolve().parents):
-            raise UserError(f"{path}: expected a directory that does not hold {kept.resolve()}")
-    if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
-        raise UserError(f"{path}: exists; choose another name or add --overwrite")
+        expect(place not in (kept.resolve(), *kept.resolve().parents), f"{path}: expected a directory that does not hold {kept.resolve()}")
+    expect(overwrite or not path.exists() or path.is_dir() and not any(path.iterdir()), f"{path}: exists; choose another name or add --overwrite")
+    if clear:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return path
-
-
-def fit_jobs(cfg: Config) -> list:
-    """Tuples of families that are fitted as one: gate and up on their common bank (bank.share), the others alone."""
-    families = families_of(cfg.model)
-    if cfg.bank.share and {"gate", "up"} <= set(families):
-        return [("gate", "up"), *((f,) for f in families if f == "down")]
-    return [(f,) for f in families]
 
 
 class SavedFit:
     """A fit's state below RUN/state: FAMILY.safetensors, and in FAMILY/ each L-BFGS pair in a file of its own, written once.
-
     With `spill`, what shelve() is given goes to files there at once. Nothing that the saved state names is removed before a
-    new state is in place, so that a process killed at any instant leaves one that is whole.
-    """
+    new state is in place, so that a process killed at any instant leaves one that is whole."""
 
     def __init__(self, run: Path, family: str, spill: bool):
         self.path, self.dir, self.spill, self.named = run / "state" / f"{family}.safetensors", run / "state" / family, spill, set()
@@ -4737,8 +4478,9 @@ def fit_family(names: tuple, shape: tuple, ckpt: Checkpoint, keys: list, cfg: Co
                 fitter.load_state(*before)
             done = fitter.step_done
             say(f"{family}: resumed at step {done}")
-        if not ranks()[0]:
-            rewind_log(run / "log.jsonl", family, done)
+        if not ranks()[0]:  # a resumed run writes again the rows that came after its saved state
+            rows = [r for r in read_rows(run / "log.jsonl") if r.get("family") != family or r["step"] <= done]
+            write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         begin = time.perf_counter()
         with tqdm(total=cfg.fit.steps, initial=done, desc=family, file=sys.stderr, dynamic_ncols=True, disable=ranks()[0] > 0) as line:
             while not fitter.done:
@@ -4762,19 +4504,15 @@ def fit_family(names: tuple, shape: tuple, ckpt: Checkpoint, keys: list, cfg: Co
 def bank_shape(cfg: Config, family: str, n: int, groups: int, D: Dims) -> tuple:
     """(m, r) of a family: bank.r as given, or the largest r whose stored size is at most bank.ratio of the dense."""
     m = cfg.bank.m if isinstance(cfg.bank.m, int) else cfg.bank.m.get(family)
-    if m is None:
-        raise UserError(f"bank.m: expected a number for {family}, found {cfg.bank.m}")
+    expect(m is not None, f"bank.m: expected a number for {family}, found {cfg.bank.m}")
     if cfg.bank.r is not None:
         r = cfg.bank.r if isinstance(cfg.bank.r, int) else max(1, round(cfg.bank.r * D.p))
     else:
         mixtures = 2 * n * min(cfg.sparsity.support, m) + 2
         r = int((cfg.bank.ratio * n * D.p * D.d - mixtures) // (n * D.p + groups * m * D.d))
-    if r < 1:
-        raise UserError(f"bank: {groups} x {m} bases leave no room for r >= 1 at ratio {cfg.bank.ratio}; take fewer (bank.m)")
-    if m > (most := max(1024, 4 * n)):
-        raise UserError(f"bank.m: expected at most {most} bases for {n} experts, found {m}")
-    if r > 4 * max(D.p, D.d):
-        raise UserError(f"bank.r: expected at most {4 * max(D.p, D.d)} (4 x the larger side of W), found {r}")
+    expect(r >= 1, f"bank: {groups} x {m} bases leave no room for r >= 1 at ratio {cfg.bank.ratio}; take fewer (bank.m)")
+    expect(m <= (most := max(1024, 4 * n)), f"bank.m: expected at most {most} bases for {n} experts, found {m}")
+    expect(r <= 4 * max(D.p, D.d), f"bank.r: expected at most {4 * max(D.p, D.d)} (4 x the larger side of W), found {r}")
     return m, r
 
 
@@ -4783,8 +4521,7 @@ def fit_memory(cfg: Config, ckpt: Checkpoint) -> None:
     if not cfg.bank.memory:
         return
     size = re.fullmatch(r"(\d+\.?\d*) *([KMGT])(i?)B", cfg.bank.memory)
-    if not size or cfg.bank.r is not None:
-        raise UserError(f"bank.memory: expected a size like 18GiB, and no bank.r, found {cfg.bank.memory!r} and {cfg.bank.r}")
+    expect(size and cfg.bank.r is None, f"bank.memory: expected a size like 18GiB, and no bank.r, found {cfg.bank.memory!r} and {cfg.bank.r}")
     wanted = float(size[1]) * (1024 if size[3] else 1000) ** ("KMGT".index(size[2]) + 1) / ckpt.dtype.itemsize
     family, total = len(select_experts(ckpt.dims, cfg.model)) * ckpt.dims.p * ckpt.dims.d, ckpt.num_parameters()
     for families in dict.fromkeys((cfg.model.families, "all")):
@@ -4821,9 +4558,8 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
         moments = activation_moments(trunk, windows, at_once)
     for kind, parts in moments.items():
         for l, C in parts.items():
-            if not torch.isfinite(C).all():
-                raise UserError(f"{ckpt.dir}: expected finite activations in calibration, found NaN or Inf in layer {l} ({kind}): do sums "
-                                f"overflow in {ckpt.dtype}?")
+            expect(torch.isfinite(C).all(), f"{ckpt.dir}: expected finite activations in calibration, found NaN or Inf in layer {l} "
+                                            f"({kind}): do sums overflow in {ckpt.dtype}?")
     if cfg.calib.save:
         save_moments(Path(cfg.calib.save), moments, ckpt.fingerprint())
     return moments
@@ -4834,11 +4570,9 @@ def kept_moments(ckpt: Checkpoint, cfg: Config, device: torch.device, run: Path,
     path, calib = run / "state" / "moments.st", json.dumps(dataclasses.asdict(cfg.calib), sort_keys=True)
     tag = f"{ckpt.fingerprint()} {hashlib.sha256(calib.encode()).hexdigest()[:16]} {cfg.model.families}"
     if not ranks()[0]:
-        try:
+        with contextlib.suppress(UserError):  # of other settings
             if resume and path.is_file():
                 return load_moments(path, ckpt, tag)
-        except UserError:
-            pass  # of other settings
         moments = calibrate(ckpt, cfg, device)
         save_moments(path, {k: v for k, v in moments.items() if k != "hidden" or "down" in families_of(cfg.model)}, tag)
     return load_moments(path, ckpt, tag)
@@ -4847,7 +4581,7 @@ def kept_moments(ckpt: Checkpoint, cfg: Config, device: torch.device, run: Path,
 PASS_RATE = 0.6  # of the machine's product rate, which a whole pass reaches (bench.py fit --preset qwen15)
 
 
-def flops_per_pass(cfg: Config, n: int, m: int, r: int, D: Dims, right: bool) -> float:
+def flops_per_pass(n: int, m: int, r: int, D: Dims, right: bool) -> float:
     """Floating-point operations of one pass of varpro over n experts; right: with a metric that the bank has not absorbed."""
     p, d = D.p, D.d
     products = 4 * p * r * d + 4 * r * r * d + 2 * r * r * p + 2 * r * d * d * right  # V X^T, A^T V; K, P X C; A^T A; X C
@@ -4876,7 +4610,7 @@ def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict
         n = len(job) * len(keys)
         numbers = n * D.p * r + groups * m * r * D.d + 2 * n * min(cfg.sparsity.support, m) + 2 * len(job)
         memory, files = fit_needs(cfg, n, layers, m, r, groups, D, fit_budget(cfg, device), numbers, size)
-        work, held, disk = work + flops_per_pass(cfg, n, m, r, D, right and "down" not in job), max(held, memory + 2 ** 29), disk + files
+        work, held, disk = work + flops_per_pass(n, m, r, D, right and "down" not in job), max(held, memory + 2 ** 29), disk + files
         stored, dense = stored + numbers, dense + n * D.p * D.d
         rows.append((name, n, m, r, numbers / (n * D.p * D.d)))
     a, b, done = torch.randn(8, D.p, D.d, device=device), torch.randn(8, D.d, D.p, device=device), 0
@@ -4900,15 +4634,13 @@ def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict
 
 def cmd_fit(args: argparse.Namespace) -> dict:
     begin = time.perf_counter()
-    out = Path(args.out) if args.out else None
-    if args.resume:
-        out = out or newest_run(finished=False)
+    out = Path(args.out) if args.out else newest_run(finished=False) if args.resume else None
     cfg = run_config(out, args) if args.resume and out.exists() else load_config(args.config, args.overrides)
     device = pick_device(args.device or cfg.fit.device)
     cfg.fit.dtype = str(as_dtype(args.dtype) or cfg.fit.dtype).removeprefix("torch.")
     if args.print_config:
-        print(yaml.safe_dump(config_dict(cfg), sort_keys=False), end="")
-        return config_dict(cfg)
+        print(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False), end="")
+        return dataclasses.asdict(cfg)
     with joined_ranks(device):
         return fit_joined(args, cfg, out, device, begin)
 
@@ -4920,7 +4652,9 @@ def fit_joined(args: argparse.Namespace, cfg: Config, out: Path | None, device: 
     fit_memory(cfg, ckpt)
     D, families, keys = ckpt.dims, families_of(cfg.model), select_experts(ckpt.dims, cfg.model)
     groups = len(set(Experts.groups_of(keys, cfg.bank.scope).values()))
-    jobs = fit_jobs(cfg)
+    jobs = [(f,) for f in families]  # each a tuple of families that are fitted as one
+    if cfg.bank.share and len(families) > 1:  # gate and up on one bank
+        jobs[:2] = [("gate", "up")]
     shapes = {"+".join(job): bank_shape(cfg, job[0], len(job) * len(keys), groups, D) for job in jobs}
     if args.dry_run:
         return plan_fit(cfg, ckpt, keys, jobs, shapes, groups, device)
@@ -4931,10 +4665,8 @@ def fit_joined(args: argparse.Namespace, cfg: Config, out: Path | None, device: 
     elif not first_rank_says(args.resume and (out / "config.yaml").is_file()):
         with first_rank_first():
             if not ranks()[0]:
-                fresh(out, args.overwrite, ckpt.dir)
-                shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
-    say(f"{ckpt.config['model_type']}: {len(keys)} experts of {D.p} x {D.d} in {len(set(l for l, _ in keys))} layers; "
-        f"families {', '.join(families)}")
+                fresh(out, args.overwrite, ckpt.dir, clear=True)
+    say(f"{ckpt.config['model_type']}: {len(keys)} experts of {D.p} x {D.d} in {len(set(l for l, _ in keys))} layers; families {', '.join(families)}")
     for f, (m, r) in shapes.items():
         say(f"  {f}: {groups} bank{'s' * (groups > 1)} of {m} bases of {r} x {D.d}, support at most {cfg.sparsity.support}")
     with discarded_on_error(out):
@@ -4944,14 +4676,11 @@ def fit_joined(args: argparse.Namespace, cfg: Config, out: Path | None, device: 
 @contextlib.contextmanager
 def discarded_on_error(out: Path) -> Iterator[None]:
     """Remove a run that failed before it had saved any state, and the directories made for it."""
-    if ranks()[0]:
-        yield
-        return
     before = [p for p in (out, *out.parents) if p.is_dir() and (p != out or any(p.iterdir()))]
     try:
         yield
     except (UserError, OSError, SafetensorError):
-        if out not in before and not list(out.glob("state/*.safetensors")):
+        if not ranks()[0] and out not in before and not list(out.glob("state/*.safetensors")):
             shutil.rmtree(out, ignore_errors=True)
             for parent in out.parents:
                 with contextlib.suppress(OSError):
@@ -4962,12 +4691,12 @@ def discarded_on_error(out: Path) -> Iterator[None]:
 def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list, shapes: dict, keys: list, out: Path, device: torch.device,
             begin: float) -> dict:
     """The fit itself, in the run directory `out`."""
-    D, families, moments, fitted = ckpt.dims, families_of(cfg.model), {}, {}
+    D, moments, fitted = ckpt.dims, {}, {}
     with first_rank_first():
         if not ranks()[0]:
             for left in out.rglob(".*.tmp[0-9]*"):  # a killed run's unfinished files
                 left.unlink()
-            write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
+            write_text(out / "config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
         if cfg.fit.metric == "data":
             moments = kept_moments(ckpt, cfg, device, out, args.resume)
     if not moments:
@@ -4982,49 +4711,43 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
     log.close()
     if ranks()[0]:
         return {}
-    kept = {k: v for k, v in config_dict(cfg).items() if k not in ("log", "train", "eval", "heal")}
+    kept = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("log", "train", "eval", "heal")}
     kept["calib"]["text"] = Path(cfg.calib.text).name
     kept["model"] = {k: v for k, v in kept["model"].items() if k not in ("path", "force_download")}
     factors = Factors(fitted, {l: [e for k, e in keys if k == l] for l in dict.fromkeys(l for l, _ in keys)}, D,
                       ckpt.config["model_type"], ckpt.fingerprint(), kept)
     save_factors(factors, out / "factors.safetensors")
-    errors = reconstruction(ckpt, factors)
+    rel_frob = {f: e["all"] for f, e in reconstruction(ckpt, factors).items()}
+    support = {f: float(fam.support().float().median()) for f, fam in factors.families.items()}
     say(text_table(("family", "relative Frobenius error", "median support", "m", "r"),
-                   [(f, errors[f]["all"], float(fam.support().float().median()), *fam.bank[0].shape[:2])
-                    for f, fam in factors.families.items()]))
-    result = {"factors": str(out), "ratio": factors.ratio(), "model_ratio": factors.model_ratio(ckpt.num_parameters()),
-            "rel_frob": {f: errors[f]["all"] for f in families},
-            "support": {f: float(factors.families[f].support().float().median()) for f in families},
-            "steps": cfg.fit.steps, "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(peak_rss_gib(), 2)}
-    for scratch in (*out.glob("state/*/[AL]-*.safetensors"), *out.glob("state/*/rank-*")):
+                   [(f, rel_frob[f], support[f], *fam.bank[0].shape[:2]) for f, fam in factors.families.items()]))
+    result = {"factors": str(out), "ratio": factors.ratio(), "model_ratio": factors.model_ratio(ckpt.num_parameters()), "rel_frob": rel_frob,
+              "support": support, "steps": cfg.fit.steps, "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(peak_rss_gib(), 2)}
+    for scratch in (*out.glob("state/*/[AL]-*.safetensors"), *out.glob("state/*/rank-*")):  # adapters may lie there until here
         scratch.unlink() if scratch.is_file() else shutil.rmtree(scratch)
     return result
 
 
 def cmd_sweep(args: argparse.Namespace) -> dict:
     """fit; over a grid where an override holds several values (bank.m=64,128) or the YAML file says sweep: {key: [values]}.
-
-    One run per combination below --out, one table at the end; a combination that is finished is not fitted again.
-    """
+    One run per combination below --out, one table at the end; a combination that is finished is not fitted again."""
     several = re.compile(r"(?!model\.path|calib\.|eval\.|train\.|log\.)([\w.]+)=([^\[{'\",]*,[^\[{'\"]*)")
     plain = [o for o in args.overrides if not several.fullmatch(o)]
     grid = load_config(args.config, plain).sweep | {m[1]: m[2].split(",") for o in args.overrides if (m := several.fullmatch(o))}
     if not grid or args.print_config or args.dry_run:
         return cmd_fit(args)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("a grid: expected one process, found torchrun; fit one combination at a time there")
+    expect(int(os.environ.get("WORLD_SIZE", 1)) <= 1, "a grid: expected one process, found torchrun; fit one combination at a time there")
     base, rows = Path(args.out) if args.out else new_run(Config(model=ModelConfig(path="sweep"))), []
     if args.overwrite:
         source = Path(load_config(args.config, plain).model.path)
-        shutil.rmtree(fresh(base, True, source if source.is_dir() else None), ignore_errors=True)
-    for values in itertools.product(*grid.values()):
-        settings = [*plain, *(f"{k}={v}" for k, v in zip(grid, values))]
+        fresh(base, True, source if source.is_dir() else None, clear=True)
+    combinations = [(values, [*plain, *(f"{k}={v}" for k, v in zip(grid, values))]) for values in itertools.product(*grid.values())]
+    for _, settings in combinations:
         load_config(args.config, settings)  # an unknown key or a wrong value stops the sweep before its first fit
-    for values in itertools.product(*grid.values()):
-        settings = [*plain, *(f"{k}={v}" for k, v in zip(grid, values))]
+    for values, settings in combinations:
         out = base / "-".join(f"{k.rpartition('.')[2]}={v}" for k, v in zip(grid, values))
         if not (out / "fit.json").is_file():
-            say(f"{len(rows) + 1} of {math.prod(map(len, grid.values()))}: {out}")
+            say(f"{len(rows) + 1} of {len(combinations)}: {out}")
             result = cmd_fit(argparse.Namespace(**vars(args) | {"out": str(out), "overrides": settings, "resume": True}))
             write_text(out / "fit.json", json.dumps({"settings": settings, **result}))
         rows.append(dict(zip(grid, values)) | read_json(out / "fit.json"))
@@ -5036,24 +4759,17 @@ def cmd_sweep(args: argparse.Namespace) -> dict:
     return {"sweep": str(base), "rows": rows}
 
 
-def rewind_log(path: Path, family: str, step: int) -> None:
-    """Drop a family's rows that came after `step`, its saved state: a resumed run writes them again."""
-    rows = [r for r in read_rows(path) if r.get("family") != family or r["step"] <= step]
-    write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
-
-
 def open_run(args: argparse.Namespace) -> tuple:
-    """(run directory, its config, its factors, its source checkpoint, device, dtype)."""
-    run = run_of(args)
-    factors = load_factors(run if not args.factors or Path(args.factors).is_dir() else Path(args.factors))
+    """(run directory, its config, its factors, its source checkpoint, device, dtype); the newest run without --factors."""
+    path = Path(args.factors) if args.factors else newest_run()
+    run, factors = path.parent if path.is_file() else path, load_factors(path)
     cfg = run_config(run, args)
     if getattr(args, "model", None):
         cfg.model.path = args.model
     device = pick_device(args.device)
     ckpt = open_model(cfg, device)
     check_fingerprint(factors, ckpt)
-    if args.dtype == "float64":
-        raise UserError("--dtype: expected float32, bfloat16 or float16, found float64")
+    expect(args.dtype != "float64", "--dtype: expected float32, bfloat16 or float16, found float64")
     return run, cfg, factors, ckpt, device, as_dtype(args.dtype) or ckpt.dtype
 
 
@@ -5089,8 +4805,7 @@ def cmd_export(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, _ = open_run(args)
     dtype = as_dtype(args.dtype or cfg.export.dtype) or ckpt.dtype
     to = fresh(Path(args.to) if args.to else run / "export", args.overwrite or not args.to, ckpt.dir)
-    if args.to and to.resolve() in (run.resolve(), *run.resolve().parents):
-        raise UserError(f"{to}: expected a directory that does not hold the run {run}")
+    expect(not args.to or to.resolve() not in (run.resolve(), *run.resolve().parents), f"{to}: expected a directory that does not hold the run {run}")
     evals = read_evals(run)
     with written(to) as tmp:
         tmp.mkdir()
@@ -5185,11 +4900,10 @@ def cmd_heal(args: argparse.Namespace) -> dict:
         raise UserError(f"--out {out}: expected another directory than --factors, and none that holds it")
     dtype = torch.float32 if dtype is torch.float16 else dtype  # gradients of half precision would need a loss scale
     if not resumed:
-        fresh(out, args.overwrite, ckpt.dir)
-        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+        fresh(out, args.overwrite, ckpt.dir, clear=True)
     with discarded_on_error(out):
         windows = calibration_windows(ckpt, cfg, device, cfg.heal.tokens)
-        write_text(out / "config.yaml", yaml.safe_dump(config_dict(cfg), sort_keys=False))
+        write_text(out / "config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
         log = Log(out / "log.jsonl", cfg, out.name)
         L = ckpt.config["num_hidden_layers"]
         with (held_interrupt() as stop, threads_for(ckpt.dims.p, ckpt.dims.d),
@@ -5215,14 +4929,13 @@ def cmd_heal(args: argparse.Namespace) -> dict:
 def cmd_train(args: argparse.Namespace) -> dict:
     cfg = load_config(args.config, args.overrides)
     if args.print_config:
-        print(yaml.safe_dump(config_dict(cfg), sort_keys=False), end="")
-        return config_dict(cfg)
+        print(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False), end="")
+        return dataclasses.asdict(cfg)
     if args.dtype:
         cfg.train.autocast = args.dtype
     to, source = Path(args.to), Path(cfg.train.dense_from or "")
     if not (args.resume and any((to / name).is_file() for name in ("state/train.safetensors", "train.json"))):
-        fresh(to, args.overwrite, source if cfg.train.dense_from and source.is_dir() else None)
-        shutil.rmtree(to, ignore_errors=True)
+        fresh(to, args.overwrite, source if cfg.train.dense_from and source.is_dir() else None, clear=True)
     with discarded_on_error(to):
         return {"path": str(to)} | run_train(cfg, to, pick_device(args.device), args.resume)
 
@@ -5236,8 +4949,7 @@ def cmd_generate(args: argparse.Namespace) -> dict:
         raise UserError("--prompt: expected UTF-8 text, found other bytes")
     tokenizer, n = load_tokenizer(ckpt.dir), cfg.cache.warmup_tokens
     ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
-    if not ids.shape[1]:
-        raise UserError("--prompt: expected some text, found none")
+    expect(ids.shape[1], "--prompt: expected some text, found none")
     first = ckpt.known(token_windows(tokenizer, read_text(cfg.calib.text, "calibration"), n, n)) if n > 1 else None
     ckpt.known(ids)
     model = assemble(ckpt, factors, device, dtype, cfg.cache)
@@ -5289,53 +5001,48 @@ example:
 }
 
 
+ANY, FITTED = tuple(COMMANDS), ("eval", "export", "report", "heal", "generate")
+OPTIONS = (  # (commands, option, what argparse is told of it)
+    (("info",), "directory", dict(metavar="DIR", help="checkpoint, run (or its factors file) or export")),
+    (ANY, "overrides", dict(nargs="*", metavar="section.key=value", help="config values; they win over --config")),
+    (ANY, "--config", dict(metavar="YAML", help="config file; see configs/")),
+    (ANY, "--device", dict(help="auto (default), cpu, cuda, cuda:N or mps")),
+    (ANY, "--dtype", dict(help="float32, bfloat16 or float16; default: the checkpoint's (fit: fit.dtype)")),
+    (("fit", "train", "heal"), "--resume", dict(action="store_true", help="go on from the saved state; starts afresh where there is none")),
+    (("fit", "train"), "--print-config", dict(action="store_true", help="show the resolved config and stop")),
+    (("fit", "train", "heal", "export"), "--overwrite", dict(action="store_true", help="replace an output that exists")),
+    (FITTED, "--factors", dict(metavar="DIR", help="run directory; default: the newest below ./runs")),
+    (FITTED, "--model", dict(metavar="M", help="source checkpoint, where it is no longer at the run's model.path")),
+    (("fit",), "--out", dict(metavar="DIR", help="run directory; default: a fresh runs/NAME-NNN")),
+    (("fit",), "--dry-run", dict(action="store_true", help="say what would be done, its sizes, memory and time; write nothing")),
+    (("eval",), "--text", dict(metavar="FILE", help="text to measure perplexity on; default: built-in held-out files")),
+    (("eval",), "--tasks", dict(nargs="+", metavar="NAME", help="builtin, or tasks of lm-eval (names, or YAML files)")),
+    (("heal",), "--out", dict(metavar="DIR", required=True, help="the healed run's directory")),
+    (("export",), "--to", dict(metavar="DIR", help="where to; default: RUN/export")),
+    (("export",), "--format", dict(choices=("globe", "dense", "composed"), default="globe")),
+    (("export",), "--push-to-hub", dict(metavar="ORG/NAME", help="upload it too, into a private repository")),
+    (("export",), "--public", dict(action="store_true", help="... into a public one")),
+    (("export",), "--no-check", dict(action="store_true", help="do not load the export and compare its logits")),
+    (("train",), "--to", dict(metavar="DIR", required=True, help="where the checkpoint goes")),
+    (("report",), "--runs", dict(nargs="+", default=(), metavar="DIR", help="other evaluated runs, to plot quality against size")),
+    (("generate",), "--prompt", dict(required=True)),
+    (("generate",), "--max-new-tokens", dict(type=int, default=64)),
+    (("generate",), "--temperature", dict(type=float, default=0.0, help="0: greedy")),
+)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="globe.py", description="GloBE: shrink the experts of a Mixture-of-Experts model.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="globe.py", description="GloBE: shrink the experts of a Mixture-of-Experts model.", formatter_class=raw,
                                      epilog="example:\n  python globe.py fit && python globe.py eval && python globe.py export")
     parser.add_argument("--version", action="store_true", help="version, torch, and which operators are in use")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (run, text, examples) in COMMANDS.items():
-        p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=examples,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+        p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=examples, formatter_class=raw)
         p.set_defaults(run=run)
-        if name == "info":
-            p.add_argument("directory", metavar="DIR", help="checkpoint, run (or its factors file) or export")
-        p.add_argument("overrides", nargs="*", metavar="section.key=value", help="config values; they win over --config")
-        p.add_argument("--config", metavar="YAML", help="config file; see configs/")
-        p.add_argument("--device", help="auto (default), cpu, cuda, cuda:N or mps")
-        p.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's (fit: fit.dtype)")
-        if name in ("fit", "train", "heal"):
-            p.add_argument("--resume", action="store_true", help="go on from the saved state; starts afresh where there is none")
-        if name in ("fit", "train"):
-            p.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
-        if name in ("fit", "train", "heal", "export"):
-            p.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-        if name in ("eval", "export", "report", "heal", "generate"):
-            p.add_argument("--factors", metavar="DIR", help="run directory; default: the newest below ./runs")
-            p.add_argument("--model", metavar="M", help="source checkpoint, where it is no longer at the run's model.path")
-        if name == "fit":
-            p.add_argument("--out", metavar="DIR", help="run directory; default: a fresh runs/NAME-NNN")
-            p.add_argument("--dry-run", action="store_true", help="say what would be done, its sizes, memory and time; write nothing")
-        if name == "eval":
-            p.add_argument("--text", metavar="FILE", help="text to measure perplexity on; default: built-in held-out files")
-            p.add_argument("--tasks", nargs="+", metavar="NAME", help="builtin, or tasks of lm-eval (names, or YAML files)")
-        if name == "heal":
-            p.add_argument("--out", metavar="DIR", required=True, help="the healed run's directory")
-        if name == "export":
-            p.add_argument("--to", metavar="DIR", help="where to; default: RUN/export")
-            p.add_argument("--format", choices=("globe", "dense", "composed"), default="globe")
-            p.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload it too, into a private repository")
-            p.add_argument("--public", action="store_true", help="... into a public one")
-            p.add_argument("--no-check", action="store_true", help="do not load the export and compare its logits")
-        if name == "train":
-            p.add_argument("--to", metavar="DIR", required=True, help="where the checkpoint goes")
-        if name == "report":
-            p.add_argument("--runs", nargs="+", default=(), metavar="DIR", help="other evaluated runs, to plot quality against size")
-        if name == "generate":
-            p.add_argument("--prompt", required=True)
-            p.add_argument("--max-new-tokens", type=int, default=64)
-            p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+        for names, option, about in OPTIONS:
+            if name in names:
+                p.add_argument(option, **about)
     return parser
 
 
@@ -5367,17 +5074,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         result = args.run(args)
-    except UserError as e:
-        say(f"globe.py {args.command}: {e}")
-        return 2
-    except (OSError, SafetensorError) as e:  # a full disk, a place that cannot be written, a file that went away
+    except (UserError, OSError, SafetensorError) as e:  # also a full disk, a place that cannot be written, a file that went away
         say(f"globe.py {args.command}: {one_line(e)}")
         return 2
-    except Diverged as e:
-        say(f"globe.py {args.command}: diverged: {e}; the last good state is kept")
-        return 1
-    except Lost as e:
-        say(f"globe.py {args.command}: {e}")
+    except (Diverged, Lost) as e:
+        say(f"globe.py {args.command}: {f'diverged: {e}; the last good state is kept' if isinstance(e, Diverged) else e}")
         return 1
     except KeyboardInterrupt as e:
         say(f"globe.py {args.command}: stopped; {e}")

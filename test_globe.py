@@ -1219,7 +1219,7 @@ def test_print_config_round_trips(tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         (tmp_path / "c.yaml").write_text("\n".join(lines[:-1]))
         want = load_config(None, overrides)
-        assert load_config(str(tmp_path / "c.yaml")) == want and json.loads(lines[-1]) == globe.config_dict(want)
+        assert load_config(str(tmp_path / "c.yaml")) == want and json.loads(lines[-1]) == dataclasses.asdict(want)
     assert not Path("runs").exists() and not Path("x").exists()
 
 
