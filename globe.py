@@ -2946,6 +2946,12 @@ class GlobeShared(nn.Module):
         return (y if "down" in E.families else self.down_proj(torch.cat(h, -1))).view(shape)
 
 
+@functools.lru_cache(maxsize=64)
+def all_to_first(tokens: int) -> tuple:
+    """Routing of every token to expert 0 with weight 1: indices and weights (T, 1)."""
+    return torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
+
+
 def native_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     """Forward of a dense shared expert: as a single expert of the native operator where that serves, since on a CPU it reads
     weights of half precision faster than torch's products do (30 against 17 GB/s)."""
@@ -2955,9 +2961,8 @@ def native_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
             or any(type(m) is not nn.Linear or m.bias is not None or m.weight.dtype != x.dtype for m in parts)):
         return type(mlp).forward(mlp, x)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    first = torch.zeros(len(flat), 1, dtype=torch.int64)  # every token is routed to expert 0
-    gate, up, down = (m.weight[None] for m in parts)
-    return torch.ops.globe.experts_decode.default(flat, first, torch.ones(first.shape), first[0], first[0], gate, None, up, None, down, None,
+    (first, ones), (gate, up, down) = all_to_first(len(flat)), (m.weight[None] for m in parts)
+    return torch.ops.globe.experts_decode.default(flat, first, ones, first[0], first[0], gate, None, up, None, down, None,
                                                   [0, 0, 0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0], act).view(x.shape)
 
 
@@ -3970,7 +3975,7 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
             context = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
             loss = training_step(model, optimizer, scaler, x, context, cfg)
             progress({"step": step + 1, "steps": total, "phase": "dense" if step < first_moe else "moe", "loss": loss})
-            if stop.is_set() or (step + 1) % cfg.save_every == 0:
+            if stop.is_set() or cfg.save_every and (step + 1) % cfg.save_every == 0:
                 about = {"step": step + 1, "seconds": seconds + time.perf_counter() - begin, "scaler": scaler.state_dict(), "config": dataclasses.asdict(cfg)}
                 save_training(state, "model", dict(model.named_parameters()), optimizer, {"globe": about})
             if stop.is_set():
