@@ -1384,12 +1384,12 @@ class Experts:
                 while len(view):
                     view = view[file.write(view[:2 ** 30]):]
         all_sum(self.energy)
-        if self.right or self.left:  # every layer at unit energy per entry in the metric: layers count by relative error
-            layer = torch.tensor([l for l, _ in self.keys])
+        if self.right or self.left:  # unit energy per entry: over all layers where row weights make them comparable, else in each
+            rows, layer = any(S.ndim == 1 for S in self.left.values()), torch.tensor([l for l, _ in self.keys])
             for l in self.level:
-                mean = float(self.energy[layer == l].mean()) / self.p / self.d
+                mean = float(self.energy[layer >= 0 if rows else layer == l].mean()) / self.p / self.d
                 self.level[l] = 1 / math.sqrt(mean or 1.0)
-                self.energy[layer == l] *= self.level[l] ** 2
+            self.energy *= torch.tensor([self.level[l] ** 2 for l, _ in self.keys], dtype=torch.float64)
         self.kept = [V.mul_(self.level[l]) for V, (_, l) in zip(kept, self.plan)] if kept is not None else None
         self.file = file
 
@@ -1595,36 +1595,51 @@ def activation_moments(model: nn.Module, windows: Tensor, batch: int = 4, progre
 
     model: a transformers model or its trunk. windows (N, length) token ids, `batch` of them at a time. Kinds:
     inputs (d, d): E[x x^T] of the experts' inputs; hidden (p, p): E[h h^T] of the routed experts' hidden activations
-    h = act(g) u; gate and up (E, p): E[w^2 (dh/dg)^2] ||down_j||^2, and dh/du likewise: how far an error in row j of
-    expert e's gate or up matrix moves the layer's output, w being the router's weight.
+    h = act(g) u; gate and up (E, p): E[w^2 (dh/dg)^2 / |y|^2] ||down_j||^2, and dh/du likewise: how far an error in row j
+    of expert e's gate or up matrix moves y, the residual stream behind the layer, w being the router's weight. Relative to
+    y's mean square, since the norms of later layers divide it out: else the few tokens with massive activations (Sun et
+    al. 2024, arXiv:2402.17762) outweigh all others.
     """
     sums: dict = {"inputs": {}, "hidden": {}, "gate": {}, "up": {}}
     counts: dict = {}
+    handles, seen = [], {}  # seen: the residual stream, and the experts' arguments, of the layer that is running
 
     def add(kind: str, layer: int, value: Tensor) -> None:
         sums[kind][layer] = sums[kind].get(layer, 0) + value.double().cpu()
 
-    def hook(layer):
-        def collect(module, args, kwargs):
-            x, index, weight = (*args, *kwargs.values())[:3]
-            x = x.reshape(-1, x.shape[-1])
-            counts[layer] = counts.get(layer, 0) + len(x)
-            add("inputs", layer, x.float().T @ x.float())
-            rows = {f: torch.zeros(module.num_experts, module.intermediate_dim) for f in ("gate", "up")}
-            for e in index.unique().tolist():
-                if e >= module.num_experts:
-                    continue  # expert parallelism marks tokens of other ranks so
-                token, slot = (index == e).nonzero(as_tuple=True)
-                h, slopes = gate_slopes(module, F.linear(x[token], module.gate_up_proj[e]))
-                add("hidden", layer, h.T @ h)
-                w2, down2 = weight[token, slot].float().square(), module.down_proj[e].float().square().sum(0)
-                for f, slope in zip(rows, slopes):
-                    rows[f][e] = ((w2 @ slope.square()) * down2).cpu()
-            for f in rows:
-                add(f, layer, rows[f])
-        return collect
+    def residual(module, args, kwargs):
+        seen["residual"] = (*args, *kwargs.values())[0]
 
-    handles = [m.register_forward_pre_hook(hook(l), with_kwargs=True) for l, (_, _, m) in experts_modules(model).items()]
+    def arrive(module, args, kwargs):
+        seen["experts"] = (*args, *kwargs.values())[:3]
+
+    def collect(module, layer, out):
+        x, index, weight = seen.pop("experts")
+        x = x.reshape(-1, x.shape[-1])
+        y = (seen["residual"] + (out if isinstance(out, Tensor) else out[0])).reshape(x.shape).float()
+        reach = 1 / y.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        counts[layer] = counts.get(layer, 0) + len(x)
+        add("inputs", layer, x.float().T @ x.float())
+        rows = {f: torch.zeros(module.num_experts, module.intermediate_dim) for f in ("gate", "up")}
+        for e in index.unique().tolist():
+            if e >= module.num_experts:
+                continue  # expert parallelism marks tokens of other ranks so
+            token, slot = (index == e).nonzero(as_tuple=True)
+            h, slopes = gate_slopes(module, F.linear(x[token], module.gate_up_proj[e]))
+            add("hidden", layer, h.T @ h)
+            w2, down2 = weight[token, slot].float().square() * reach[token], module.down_proj[e].float().square().sum(0)
+            for f, slope in zip(rows, slopes):
+                rows[f][e] = ((w2 @ slope.square()) * down2).cpu()
+        for f in rows:
+            add(f, layer, rows[f])
+
+    for l, (block, _, module) in experts_modules(model).items():
+        decoder = next(layer for name, layer in model.named_modules() if re.search(rf"layers\.{l}$", name))
+        for child in decoder.children():  # the one that runs last before the block, its norm, has the residual stream
+            if block not in child.modules():
+                handles.append(child.register_forward_pre_hook(residual, with_kwargs=True))
+        handles += [module.register_forward_pre_hook(arrive, with_kwargs=True),
+                    block.register_forward_hook(lambda _, args, out, l=l, module=module: collect(module, l, out))]
     try:
         device = next(model.parameters()).device
         for part in progress(windows.split(batch)):
@@ -1695,17 +1710,17 @@ def metric_factor(C: Tensor, ridge: float) -> Tensor:
 
 
 def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, device: torch.device) -> dict:
-    """{"right": {layer: L}, made when asked for, "left": {(layer, expert): S}} of a family, for Experts. Slices of a shared
-    expert, which sees every token, have no row weights."""
+    """{"right": {layer: L}, made when asked for, "left": {(layer, expert): S}} of a family, for Experts. A row of a shared
+    expert, which sees every token, weighs as much as all routed experts' rows together."""
     if family == "down":
         S = {l: metric_factor(C, ridge).to(device) for l, C in moments["hidden"].items()}
         return {"right": {}, "left": {(l, e): S[l] for l, e in keys}}
     layers = dict.fromkeys(l for l, _ in keys)
     left = {}
     for l, e in keys:
-        if e < len(moments[family][l]):
-            M = moments[family][l]
-            left[l, e] = (M[e] + ROW_FLOOR * M.mean()).sqrt().float().to(device)
+        M = moments[family][l]
+        rows = M[e] + ROW_FLOOR * M.mean() if e < len(M) else M.mean(1).sum().expand(M.shape[1])
+        left[l, e] = rows.sqrt().float().to(device)
     return {"right": LazyDict({l: lambda l=l: metric_factor(moments["inputs"][l], ridge).to(device) for l in layers}), "left": left}
 
 

@@ -1666,15 +1666,17 @@ def test_the_metric_is_the_second_moment_of_what_the_experts_see(checkpoints):
     torch.testing.assert_close(L @ L.T, (C + 0.1 * torch.eye(32)) / 1.1, atol=1e-5, rtol=1e-4)
 
 
-def test_row_weights_are_what_a_row_moves_in_the_layers_output(checkpoints):
-    """Against the outputs of the experts module itself with one row of one expert perturbed."""
+def test_row_weights_are_what_a_row_moves_in_the_residual_stream(checkpoints):
+    """Against the outputs of the experts module itself with one row of one expert perturbed, relative to the layer's."""
     model, seen = stock(checkpoints["qwen2_moe"]).double().requires_grad_(False), {}
     model.set_experts_implementation("eager")  # the others know no float64
     _, _, experts = globe.experts_modules(model)[1]
-    hook = experts.register_forward_pre_hook(lambda m, args: seen.setdefault("args", args))
+    hooks = [experts.register_forward_pre_hook(lambda m, args: seen.setdefault("args", args)),
+             model.model.layers[1].register_forward_hook(lambda m, args, out: seen.setdefault("residual", out))]
     moments = globe.activation_moments(model, IDS, batch=2)
-    hook.remove()
-    x, index, weight = seen["args"]
+    for hook in hooks:
+        hook.remove()
+    (x, index, weight), residual = seen["args"], seen["residual"].flatten(0, 1).square().mean(-1)
     p, h = experts.intermediate_dim, 1e-5
     for f, row, e, j in (("gate", 3, 1, 3), ("up", p + 5, 2, 5)):
         e = int(index.flatten().mode().values) if f == "gate" else e
@@ -1682,7 +1684,7 @@ def test_row_weights_are_what_a_row_moves_in_the_layers_output(checkpoints):
         moved = torch.zeros(len(x), dtype=x.dtype)
         for t in range(len(x)):  # a change of the row that moves token t's pre-activation by h
             experts.gate_up_proj.data[e, row] += h * x[t] / (x[t] @ x[t])
-            moved[t] = ((experts(x[t:t + 1], index[t:t + 1], weight[t:t + 1]) - base[t]) / h).square().sum()
+            moved[t] = ((experts(x[t:t + 1], index[t:t + 1], weight[t:t + 1]) - base[t]) / h).square().sum() / residual[t]
             experts.gate_up_proj.data.copy_(kept)
         assert float(moments[f][1][e, j]) == pytest.approx(float(moved.mean()), rel=2e-3) and float(moved.sum()) > 0
 
