@@ -591,20 +591,6 @@ def decode(model, ids: torch.Tensor, prompt: int, device: torch.device) -> float
     return timed(run, device)
 
 
-def reset_peak(device: torch.device) -> None:
-    """Measure peak memory afresh from here on, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_gib(device: torch.device) -> float:
-    """GiB at most resident since reset_peak, with what an accelerator held."""
-    there = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory() if device.type == "mps" else 0
-    return globe.peak_rss_gib() + there / 2 ** 30
-
-
 def measure(make: dict, text: torch.Tensor, args: argparse.Namespace, device: torch.device, preset: str, load: dict) -> list:
     """Rows of pp, tg and load for {(variant, how): function that makes the model}: memory one by one, then speed turn by turn."""
     prompts = {f"pp{args.prefill}": lambda m: prefill(m, text[:, :args.prefill], device),
@@ -612,11 +598,11 @@ def measure(make: dict, text: torch.Tensor, args: argparse.Namespace, device: to
     peak, seconds, stats, models = {}, {}, {}, {}
     for k in make:
         gc.collect()
-        reset_peak(device)
+        globe.reset_peak(device)
         model = make[k]()
         for run in prompts.values():
             run(model)
-        peak[k], model = peak_gib(device), None
+        peak[k], model = globe.peak_gib(device), None
     models = {k: f() for k, f in make.items()}
     for test, run in prompts.items():
         for turn in range(args.repeats + 1):
@@ -949,7 +935,7 @@ def run_one(args: argparse.Namespace) -> list:
     value = statistics.median(timed_turns)
     return [{"suite": "decode", "preset": "qwen15", "test": f"tg{args.tokens}", "variant": "globe" if args.only == "globe" else "dense",
              "implementation": args.only, "cache": "warm" if args.only == "globe" else None, "value": round(value, 4), "unit": "tokens/s",
-             "spread": round(max(timed_turns) - min(timed_turns), 4), "peak_gib": round(peak_gib(device), 2), "load_s": round(load, 2),
+             "spread": round(max(timed_turns) - min(timed_turns), 4), "peak_gib": round(globe.peak_gib(device), 2), "load_s": round(load, 2),
              "ttft_ms": round(1e3 * first, 1), "cache_mib": round(st["cache_mib"], 1),
              "hit_rate": round(st["hit_rate"], 4) if args.only == "globe" else None, "compose_share": round(st["compose_seconds"] * value / args.tokens, 3)}]
 

@@ -724,6 +724,20 @@ def peak_rss_gib() -> float:
     return peak / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
+def reset_peak(device: torch.device) -> None:
+    """Measure peak memory afresh from here on, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib(device: torch.device) -> float:
+    """GiB at most resident since reset_peak, with what an accelerator held."""
+    there = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else torch.mps.driver_allocated_memory() if device.type == "mps" else 0
+    return peak_rss_gib() + there / 2 ** 30
+
+
 def accumulator(device: torch.device) -> torch.dtype:
     """float64 for sums; MPS has none."""
     return torch.float32 if device.type == "mps" else torch.float64
