@@ -1101,6 +1101,13 @@ def test_a_model_that_holds_every_expert_compiles_whole(checkpoints):
         torch.testing.assert_close(got, layer(x, index, weights))
 
 
+def test_the_fit_benchmarks_checkpoint_and_its_moments_can_be_fitted(capsys):
+    import bench
+    bench.random_checkpoint(Path("model"), 2, 3, 8, 16)
+    got = answer("fit", "--out", "run", "model.path=model", "model.families=up", "calib.load=model/moments.st", *QUICK, capsys=capsys)
+    assert 0 < got["rel_frob"]["up"] < 1
+
+
 def test_the_benchmarks_checkpoints_are_one_model_in_three_layouts_with_the_wanted_popularity(monkeypatch):
     """Qwen1.5-MoE's layout at small sizes: tensors per expert, fused by new headers over the same bytes, and a globe export."""
     import bench
