@@ -1103,7 +1103,7 @@ def test_a_model_that_holds_every_expert_compiles_whole(checkpoints):
 
 def test_the_fit_benchmarks_checkpoint_and_its_moments_can_be_fitted(capsys):
     import bench
-    bench.random_checkpoint(Path("model"), 2, 3, 8, 16)
+    bench.random_checkpoint(Path("model"), 2, 6, 8, 16)
     got = answer("fit", "--out", "run", "model.path=model", "model.families=up", "calib.load=model/moments.st", *QUICK, capsys=capsys)
     assert 0 < got["rel_frob"]["up"] < 1
 
