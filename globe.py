@@ -1631,7 +1631,7 @@ def activation_moments(model: nn.Module, windows: Tensor, batch: int = 4, progre
         x, index, weight = seen.pop("experts")
         x = x.reshape(-1, x.shape[-1])
         y = (seen["residual"] + (out if isinstance(out, Tensor) else out[0])).reshape(x.shape).float()
-        reach = 1 / y.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        reach = 1 / y.square().mean(-1).clamp_min(1e-12)
         counts[layer] = counts.get(layer, 0) + len(x)
         add("inputs", layer, x.float().T @ x.float())
         rows = {f: torch.zeros(module.num_experts, module.intermediate_dim) for f in ("gate", "up")}
