@@ -1102,7 +1102,7 @@ def bench_scale(args: argparse.Namespace) -> list:
         start = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [])]
         out = folder / f"run-{n}-{ranks}-{each}"
         done = subprocess.run([*start, str(here / "globe.py"), "fit", "--out", str(out), f"model.path={model}", "model.families=up", f"bank.m={m}", f"bank.r={r}",
-                               "bank.init=random", f"fit.steps={steps}", "fit.budget=0.5", "fit.batch=20", f"calib.load={model}/moments.st", "sparsity.support=12", *args.set],
+                               "bank.init=random", f"fit.steps={steps}", "fit.budget=0.5", "fit.batch=30", f"calib.load={model}/moments.st", "sparsity.support=12", *args.set],
                               env=os.environ | {"OMP_NUM_THREADS": str(each)}, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise UserError(f"fit of {n} experts: expected exit code 0, found {done.returncode}")

@@ -658,10 +658,36 @@ def joined_ranks(device: torch.device) -> Iterator[None]:
     except (ValueError, RuntimeError) as e:
         raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected to be started by torchrun, found {' '.join(str(e).split())[:200]}") from None
     try:
+        if device.type == "cpu":
+            SHARED.extend(shared_slots())
         yield
     finally:
+        SHARED.clear()
         with contextlib.suppress(RuntimeError):
             torch.distributed.destroy_process_group()
+
+
+SHARED: list = []  # two sets of (ranks, n) float32 slots in memory that all ranks see; empty where they are on several hosts
+
+
+def shared_slots(size: int = 2 ** 21) -> list:
+    """What SHARED holds: a nameless file in /dev/shm. Through it ranks sum three times as fast as over gloo's sockets."""
+    shm, path = Path("/dev/shm"), None
+    rank, world = ranks()
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and shm.is_dir():
+        if not rank:
+            with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=shm, delete=False) as f:  # containers may have little of it
+                path = f.name
+                os.posix_fallocate(f.fileno(), 0, 8 * size * world)
+        path = first_rank_says(path)
+    if not path:
+        return []
+    enough = os.path.getsize(path) == 8 * size * world
+    slots = torch.from_file(path, shared=True, size=2 * size * world).view(2, world, size) if enough else ()
+    any_rank(False)  # all have opened it
+    if not rank:
+        os.unlink(path)
+    return [*slots]
 
 
 def first_rank_says(value: Any) -> Any:
@@ -678,6 +704,15 @@ def all_sum(*tensors: Tensor) -> None:
         return
     for t in tensors:
         try:
+            if SHARED and t.numel() > 2 ** 14 and t.dtype == torch.float32 and t.is_contiguous():
+                flag = torch.zeros(1)
+                for part in t.view(-1).split(SHARED[0].shape[1]):
+                    slots = SHARED[0][:, :len(part)]
+                    slots[ranks()[0]].copy_(part)
+                    torch.distributed.all_reduce(flag)  # all have written
+                    torch.sum(slots, 0, out=part)
+                    SHARED.reverse()  # who is ahead must not write where others still read
+                continue
             there = t.to("cuda") if torch.distributed.get_backend() == "nccl" else t  # nccl knows no CPU
             torch.distributed.all_reduce(there)
             t.copy_(there) if there is not t else None
@@ -1317,6 +1352,11 @@ def families_of(cfg: ModelConfig) -> tuple:
     return {"both": ("gate", "up"), "all": FAMILIES}.get(cfg.families) or (cfg.families,)
 
 
+def batch_for(room: float, p: int, d: int) -> int:
+    """Experts of one batch of a fit that may take `room` bytes. Each batch reads the whole bank four times: the larger, the faster."""
+    return max(1, min(64, int(room / 8 / (6 * 4 * p * d))))
+
+
 class Experts:
     """The matrices of one family as the fit sees them: (n, p, d), shifted, scaled and in the metric, in batches.
 
@@ -1342,7 +1382,7 @@ class Experts:
         self.right, self.left = right or {}, left or {}
         self.absorbed = absorb and self.groups == len(group) and bool(self.right)
         room, self.metrics = budget or free_memory(device), {}
-        self.batch = batch or max(1, min(64, int(room / 16 / (6 * 4 * self.p * self.d))))
+        self.batch = batch or batch_for(room, self.p, self.d)
         self.plan = self._plan(*ranks())
         self.shift, self.scale = self._moments(normalize)
         self.level, self.energy = dict.fromkeys(group, 1.0), torch.zeros(len(self.keys), dtype=torch.float64)
@@ -4627,7 +4667,7 @@ def fit_needs(cfg: Config, n: int, layers: int, m: int, r: int, groups: int, D: 
     bank, data = 4 * groups * m * r * D.d, cfg.fit.metric == "data"
     pairs, experts, metrics = 2 * cfg.fit.memory * bank, 4 * n * D.p * D.d, 8 * layers * D.d ** 2 * data
     spill, stream = pairs > budget / 4, experts > budget / 4
-    batch = cfg.fit.batch or max(1, min(64, int(budget / 16 / (6 * 4 * D.p * D.d))))
+    batch = cfg.fit.batch or batch_for(budget, D.p, D.d)
     batch = min(batch, -(-n // layers))
     at_once = 4 * batch * (2 * D.p * D.d + 4 * r * D.d + 2 * D.p * r + 4 * r * r)
     memory = 6 * bank + 8 * groups * m * r * r + at_once + (not spill) * (pairs + metrics) + (not stream) * experts

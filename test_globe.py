@@ -3477,6 +3477,35 @@ def test_a_disk_that_fills_up_during_the_fit_says_from_which_step_it_goes_on(sma
     assert Path("cut/factors.safetensors").read_bytes() == Path("whole/factors.safetensors").read_bytes()
 
 
+SUMS = """
+import random, sys, time, torch, globe
+with globe.joined_ranks(torch.device("cpu")):
+    rank, world = globe.ranks()
+    assert bool(globe.SHARED) == (sys.argv[1] == "shared")
+    for k in range(20):
+        time.sleep(random.random() * 0.05)  # either may be ahead
+        n = [70_000, 2 ** 21, 2 ** 21 + 3, 2 ** 22 + 2 ** 21 + 1][k % 4]
+        each = [torch.randn(n, generator=torch.Generator().manual_seed(100 * k + r)) for r in range(world)]
+        mine, few = each[rank].clone(), each[rank][:5].double()
+        globe.all_sum(mine, few)
+        assert torch.allclose(mine, torch.stack(each).sum(0), atol=1e-5) and torch.allclose(few, torch.stack(each).double().sum(0)[:5]), k
+"""
+
+
+@slow
+@pytest.mark.parametrize("way, ranks", (("shared", 3), ("full", 2)))
+def test_ranks_of_one_host_sum_through_shared_memory(way, ranks, tmp_path):
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no /dev/shm")
+    full = "import os\ndef no(*_): raise OSError(28, 'No space left on device')\nos.posix_fallocate = no\n" * (way == "full")
+    (tmp_path / "sums.py").write_text(full + SUMS)
+    before = set(os.listdir("/dev/shm"))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(tmp_path / "sums.py"), way],
+                          env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not {f for f in set(os.listdir("/dev/shm")) - before if f.startswith("tmp")}
+
+
 @pytest.mark.parametrize("argv, word", ((("bank.m=3",), "torchrun"), (("bank.m=2,3",), "one process")))
 def test_a_world_without_torchrun_is_refused(argv, word, small, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
