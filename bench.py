@@ -1128,7 +1128,7 @@ def bench_scale(args: argparse.Namespace) -> list:
                              "ratio": None, "slope": slope, "intercept": at0, "r2": 1 - (left @ left) / max(((line[:, k] - line[:, k].mean()) ** 2).sum(), 1e-12)})
         if args.ranks_at:
             for ranks in (1, 2):
-                run(args.ranks_at, ranks, Path(scratch), 1, 1)
+                run(args.ranks_at, ranks, Path(scratch), 1, 2)
             rows[-1]["ratio"] = round(rows[-2]["value"] / rows[-1]["value"], 2)
     say(globe.text_table(("test", "variant", "value", "unit", "peak GiB", "GFLOP/s", "of torch's", "ratio", "R^2"),
                          [(r["test"], r["variant"], r["value"], r["unit"], *(r.get(k, "") if r.get(k) is not None else "" for k in ("peak_gib", "gflops", "of_torch", "ratio", "r2"))) for r in rows]))
