@@ -1527,6 +1527,7 @@ class Experts:
 # ======================================================================================================
 # 4. Calibration: text, tokens, input statistics per layer
 # ======================================================================================================
+CLIP = 0.99  # quantile of the tokens' weights in a batch above which they are cut down to it
 ROW_FLOOR = 0.01  # of a layer's mean row weight, added to every row: an expert that calibration never met still counts
 # Never trained or calibrated on: benchmarks use them as unseen domains.
 RESERVED = {"argparse.py", "tarfile.py", "LICENSE.txt"}
@@ -1644,64 +1645,86 @@ def sample_windows(model: nn.Module, count: int, length: int, seed: int = 0) -> 
 
 
 @torch.no_grad()
-def activation_moments(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = lambda it: it) -> dict:
-    """What the fit's metric needs of the dense model's activations, {kind: {layer: Tensor}} in float64 on the CPU; one pass.
+def activation_moments(walk: Walk, windows: Tensor, at_once: int, seed: int = 0, tick: Callable[[], Any] = lambda: None) -> dict:
+    """What the fit's metric needs of the dense model at work on windows (N, length) of token ids, {kind: {layer: Tensor}} in
+    float64 on the CPU. Kinds, as means over the tokens:
 
-    model: a transformers model or its trunk. windows (N, length) token ids, `batch` of them at a time. Kinds:
-    inputs (d, d): E[x x^T] of the experts' inputs; hidden (p, p): E[h h^T] of the routed experts' hidden activations
-    h = act(g) u; gate and up (E, p): E[w^2 (dh/dg)^2 / |y|^2] ||down_j||^2, and dh/du likewise: how far an error in row j
-    of expert e's gate or up matrix moves y, the residual stream behind the layer, w being the router's weight. Relative to
-    y's mean square, since the norms of later layers divide it out: else the few tokens with massive activations (Sun et
-    al. 2024, arXiv:2402.17762) outweigh all others.
+    inputs (d, d): x x^T of the experts' inputs; hidden (p, p): h h^T of the routed experts' hidden activations; gate and up
+    (E, p): squared gradient of log q(v) in an expert's gate and up outputs, v being drawn from the model's own distribution q
+    of the next token: the diagonal of the Fisher information, which is how far an error in a row of W moves q (half of it is
+    the divergence; Kunstner et al. 2019, arXiv:1905.12558). A few tokens with massive activations (Sun et al. 2024,
+    arXiv:2402.17762) would outweigh all others: nobody counts for more than CLIP of the tokens.
+
+    One decoder layer is in memory at a time, with the hidden states of `at_once` windows: forward through all layers, then
+    back, each layer run again. tick() after each layer, twice a layer.
     """
-    sums: dict = {"inputs": {}, "hidden": {}, "gate": {}, "up": {}}
-    counts: dict = {}
-    handles, seen = [], {}  # seen: the residual stream, and the experts' arguments, of the layer that is running
+    sums: dict = {kind: {} for kind in ("inputs", "hidden", "gate", "up")}
+    count, L, seen = 0, len(walk.layers), {}
+    generator = torch.Generator(walk.device).manual_seed(seed)
 
     def add(kind: str, layer: int, value: Tensor) -> None:
         sums[kind][layer] = sums[kind].get(layer, 0) + value.double().cpu()
 
-    def residual(module, args, kwargs):
-        seen["residual"] = (*args, *kwargs.values())[0]
-
-    def arrive(module, args, kwargs):
-        seen["experts"] = (*args, *kwargs.values())[:3]
-
-    def collect(module, layer, out):
-        x, index, weight = seen.pop("experts")
-        x = x.reshape(-1, x.shape[-1])
-        y = (seen["residual"] + (out if isinstance(out, Tensor) else out[0])).reshape(x.shape).float()
-        reach = 1 / y.square().mean(-1).clamp_min(1e-12)
-        counts[layer] = counts.get(layer, 0) + len(x)
+    def collect(layer: int, module: nn.Module) -> None:
+        x, index, weight = (t.detach() for t in seen["experts"])
+        x, grad = x.reshape(-1, x.shape[-1]), seen["block"].grad.reshape(-1, x.shape[-1]).float()
         add("inputs", layer, x.float().T @ x.float())
-        rows = {f: torch.zeros(module.num_experts, module.intermediate_dim) for f in ("gate", "up")}
+        slopes, reach = {}, torch.zeros(len(x), device=x.device)
         for e in index.unique().tolist():
             if e >= module.num_experts:
                 continue  # expert parallelism marks tokens of other ranks so
             token, slot = (index == e).nonzero(as_tuple=True)
-            h, slopes = gate_slopes(module, F.linear(x[token], module.gate_up_proj[e]))
+            h, dh = gate_slopes(module, F.linear(x[token], module.gate_up_proj[e]))
             add("hidden", layer, h.T @ h)
-            w2, down2 = weight[token, slot].float().square() * reach[token], module.down_proj[e].float().square().sum(0)
-            for f, slope in zip(rows, slopes):
-                rows[f][e] = ((w2 @ slope.square()) * down2).cpu()
-        for f in rows:
-            add(f, layer, rows[f])
+            g = grad[token] * weight[token, slot].float()[:, None] @ module.down_proj[e].float()
+            slopes[e] = token, [(g * d).square() for d in dh]
+            reach.index_add_(0, token, sum(s.sum(1) for s in slopes[e][1]))
+        share = (reach.quantile(CLIP) / reach).nan_to_num(1).clamp_max(1)
+        for i, kind in enumerate(("gate", "up")):
+            rows = torch.zeros(module.num_experts, module.intermediate_dim, device=x.device)
+            for e, (token, squares) in slopes.items():
+                rows[e] = share[token] @ squares[i]
+            add(kind, layer, rows)
 
-    for l, (block, _, module) in experts_modules(model).items():
-        decoder = next(layer for name, layer in model.named_modules() if re.search(rf"layers\.{l}$", name))
-        for child in decoder.children():  # the one that runs last before the block, its norm, has the residual stream
-            if block not in child.modules():
-                handles.append(child.register_forward_pre_hook(residual, with_kwargs=True))
-        handles += [module.register_forward_pre_hook(arrive, with_kwargs=True),
-                    block.register_forward_hook(lambda _, args, out, l=l, module=module: collect(module, l, out))]
-    try:
-        device = next(model.parameters()).device
-        for part in progress(windows.split(batch)):
-            getattr(model, "model", model)(part.to(device), use_cache=False)
-    finally:
-        for h in handles:
-            h.remove()
-    return {kind: {l: v / counts[l] for l, v in layers.items()} for kind, layers in sums.items()}
+    def keep(module, args, out):
+        seen["block"] = out if isinstance(out, Tensor) else out[0]
+        seen["block"].retain_grad()
+
+    for chunk in windows.split(at_once):
+        count += chunk.numel()
+        x = torch.empty(L + 1, *chunk.shape, walk.ckpt.dims.d, dtype=walk.dtype)
+        walk.embed(chunk, x[0])
+        for l in range(L):
+            walk.fill([l])
+            walk.advance([l], x[l + 1].copy_(x[l]))
+            expect(torch.isfinite(x[l + 1]).all(), f"{walk.ckpt.dir}: expected finite activations in calibration, found NaN or Inf behind "
+                                                   f"layer {l}: do sums overflow in {walk.dtype}?")
+            walk.empty([l])
+            tick()
+        for part in x[L].split(walk.batch):
+            with torch.enable_grad():
+                y = part.to(walk.device, copy=True).requires_grad_()
+                log_q = walk.logits(y).log_softmax(-1).flatten(0, 1)
+                v = torch.multinomial(log_q.detach().exp(), 1, generator=generator)
+                log_q.gather(1, v).sum().backward()
+            part.copy_(y.grad)
+        for l in reversed(range(L)):
+            walk.fill([l])
+            block, _, module = experts_modules(walk.model).get(l, (None,) * 3)
+            handles = [module.register_forward_pre_hook(lambda _, args, kwargs: seen.update(experts=(*args, *kwargs.values())[:3]), with_kwargs=True),
+                       block.register_forward_hook(keep)] if block else []
+            for part, grad in zip(x[l].split(walk.batch), x[L].split(walk.batch)):
+                with torch.enable_grad():
+                    h = part.to(walk.device, copy=True).requires_grad_()
+                    walk.run([l], h).backward(grad.to(walk.device))
+                grad.copy_(h.grad)
+                if block:
+                    collect(l, module)
+            for handle in handles:
+                handle.remove()
+            walk.empty([l])
+            tick()
+    return {kind: {l: v / count for l, v in sorted(layers.items())} for kind, layers in sums.items()}
 
 
 def gate_slopes(module: nn.Module, z: Tensor) -> tuple:
@@ -1774,7 +1797,7 @@ def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, d
     for l, e in keys:
         M = moments[family][l]
         rows = M[e] + ROW_FLOOR * M.mean() if e < len(M) else M.mean(1).sum().expand(M.shape[1])
-        left[l, e] = rows.sqrt().float().to(device)
+        left[l, e] = (rows * moments["inputs"][l].diagonal().mean()).sqrt().float().to(device)
     return {"right": LazyDict({l: lambda l=l: metric_factor(moments["inputs"][l], ridge).to(device) for l in layers}), "left": left}
 
 
@@ -3320,24 +3343,6 @@ def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.de
     return _finish(model, ckpt.dir, device)
 
 
-def streamed(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: int = 4,
-             tick: Callable[[], Any] = lambda: None) -> nn.Module:
-    """The dense model's trunk (no head) with one decoder layer in memory at a time, for calibration: a layer is read when
-    the forward pass reaches it, runs the whole input in parts of `batch` windows, and is let go; tick() after each."""
-    model = hollow(ckpt, device, dtype, head=False)
-    for i, layer in enumerate(model.model.layers):
-        def forward(x: Tensor, *args, i=i, layer=layer, run=layer.forward, **kwargs):
-            part = lambda v, k: v[k:k + batch] if isinstance(v, Tensor) and v.ndim and len(v) == len(x) > 1 else v
-            fill(model, ckpt, device, dtype, f"model.layers.{i}")
-            out = [run(x[k:k + batch], *(part(a, k) for a in args), **{n: part(v, k) for n, v in kwargs.items()})
-                   for k in range(0, len(x), batch)]
-            _empty_layer(layer)
-            tick()
-            return torch.cat(out) if isinstance(out[0], Tensor) else (torch.cat([o[0] for o in out]), *out[0][1:])
-        layer.forward = forward
-    return model.model
-
-
 def hollow(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, head: bool = True) -> nn.Module:
     """The dense model with its decoder layers still on the meta device."""
     model = _skeleton(ckpt.config, dtype, ckpt.dir)
@@ -3347,12 +3352,6 @@ def hollow(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, head: boo
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to(device) if buffer is not None else None
     return model
-
-
-def _empty_layer(layer: nn.Module) -> None:
-    for module in layer.modules():
-        for key, w in module._parameters.items():
-            module._parameters[key] = w if w is None else nn.Parameter(w.to("meta"), requires_grad=False)
 
 
 def globe_meta(config: dict) -> dict | None:
@@ -4195,6 +4194,11 @@ class Walk:
             if any(w.is_meta for w in self.layers[l].parameters()):
                 fill(self.model, self.ckpt, self.device, self.dtype, f"model.layers.{l}")
 
+    def empty(self, span: Sequence[int]) -> None:
+        for module in (m for l in span for m in self.layers[l].modules()):
+            for key, w in module._parameters.items():
+                module._parameters[key] = w if w is None else nn.Parameter(w.to("meta"), requires_grad=False)
+
 
 def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor whose memory is a file."""
@@ -4312,8 +4316,7 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
             student.write()
             rows.append({"layers": [span[0], span[-1]], "before": before, "after": after})
         walk.advance(span, x)
-        for l in span if not weight else ():
-            _empty_layer(walk.layers[l])
+        walk.empty(span if not weight else ())
     return rows
 
 
@@ -4625,14 +4628,14 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     if cfg.calib.load:
         return load_moments(Path(cfg.calib.load), ckpt)
     windows = calibration_windows(ckpt, cfg, device, cfg.calib.tokens)
-    at_once = max(1, free_memory(device) // 16 // (windows[0].numel() * ckpt.dims.d * 4))  # hidden states of all windows
-    passes = -(-len(windows) // at_once)
-    with tqdm(total=passes * ckpt.config["num_hidden_layers"], desc="calibrate", file=sys.stderr, leave=False) as line:
-        trunk = streamed(ckpt, device, ckpt.dtype, cfg.calib.batch, line.update)
-        moments = activation_moments(trunk, windows, at_once)
+    walk = Walk(ckpt, device, ckpt.dtype, min(cfg.calib.batch, len(windows)))
+    states = windows[0].numel() * ckpt.dims.d * ckpt.dtype.itemsize * (len(walk.layers) + 1)
+    at_once = max(walk.batch, free_memory(torch.device("cpu")) // 8 // states)
+    with tqdm(total=-(-len(windows) // at_once) * 2 * len(walk.layers), desc="calibrate", file=sys.stderr, leave=False) as line:
+        moments = activation_moments(walk, windows, at_once, cfg.fit.seed, lambda: line.update())
     for kind, parts in moments.items():
         for l, C in parts.items():
-            expect(torch.isfinite(C).all(), f"{ckpt.dir}: expected finite activations in calibration, found NaN or Inf in layer {l} "
+            expect(torch.isfinite(C).all(), f"{ckpt.dir}: expected finite gradients in calibration, found NaN or Inf in layer {l} "
                                             f"({kind}): do sums overflow in {ckpt.dtype}?")
     if cfg.calib.save:
         save_moments(Path(cfg.calib.save), moments, ckpt.fingerprint())
