@@ -1045,7 +1045,7 @@ def random_checkpoint(to: Path, layers: int, experts: int, p: int, d: int) -> Pa
     """A qwen2_moe checkpoint of one shard per layer whose up matrices are Gaussian in bfloat16; the other families are holes in
     the files. Beside it the moments of a calibration with a decaying spectrum."""
     to.mkdir(parents=True)
-    g, shard_of, moments = torch.Generator().manual_seed(0), {}, {"inputs": {}, "hidden": {}, "gate": {}, "up": {}}
+    g, shard_of, moments = torch.Generator().manual_seed(0), {}, {"inputs": {}, "weighted": {}, "hidden": {}, "gate": {}, "up": {}}
     decay = torch.logspace(0, -2, d, dtype=torch.float64)
     for l in range(layers):
         header, end, shard = {}, 0, f"model-{l:05d}.safetensors"
@@ -1062,7 +1062,8 @@ def random_checkpoint(to: Path, layers: int, experts: int, p: int, d: int) -> Pa
                 f.write(globe.tensor_bytes((0.02 * torch.randn(p, d, generator=g)).bfloat16()))
             f.truncate(8 + len(text) + end)
         x = torch.randn(4 * d, d, generator=g, dtype=torch.float64) * decay
-        moments["inputs"][l], moments["hidden"][l] = x.T @ x / len(x), torch.eye(p, dtype=torch.float64)
+        moments["inputs"][l], moments["weighted"][l] = x.T @ x / len(x), x.T @ x
+        moments["hidden"][l] = torch.eye(p, dtype=torch.float64)
         for family in ("gate", "up"):
             moments[family][l] = torch.rand(experts, p, generator=g, dtype=torch.float64) + 0.5
     (to / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))

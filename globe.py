@@ -181,7 +181,7 @@ class FitConfig:
 @dataclass
 class CalibConfig:
     text: str = "builtin"               # text file, directory of them, or builtin (the standard library's)
-    tokens: int = 32768
+    tokens: int = 131072
     length: int = 512
     batch: int = 4                      # windows that a layer sees at a time
     sampled: int = 0                    # more tokens, sampled from the dense model itself (it must fit in memory): they
@@ -1652,13 +1652,14 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, seed: int = 0,
     inputs (d, d): x x^T of the experts' inputs; hidden (p, p): h h^T of the routed experts' hidden activations; gate and up
     (E, p): squared gradient of log q(v) in an expert's gate and up outputs, v being drawn from the model's own distribution q
     of the next token: the diagonal of the Fisher information, which is how far an error in a row of W moves q (half of it is
-    the divergence; Kunstner et al. 2019, arXiv:1905.12558). A few tokens with massive activations (Sun et al. 2024,
-    arXiv:2402.17762) would outweigh all others: nobody counts for more than CLIP of the tokens.
+    the divergence; Kunstner et al. 2019, arXiv:1905.12558); weighted (d, d): x x^T times the token's sum of these squares.
+    A few tokens with massive activations (Sun et al. 2024, arXiv:2402.17762) would outweigh all others: none has a larger
+    sum here than the quantile CLIP of its batch.
 
     One decoder layer is in memory at a time, with the hidden states of `at_once` windows: forward through all layers, then
     back, each layer run again. tick() after each layer, twice a layer.
     """
-    sums: dict = {kind: {} for kind in ("inputs", "hidden", "gate", "up")}
+    sums: dict = {kind: {} for kind in ("inputs", "weighted", "hidden", "gate", "up")}
     count, L, seen = 0, len(walk.layers), {}
     generator = torch.Generator(walk.device).manual_seed(seed)
 
@@ -1667,7 +1668,7 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, seed: int = 0,
 
     def collect(layer: int, module: nn.Module) -> None:
         x, index, weight = (t.detach() for t in seen["experts"])
-        x, grad = x.reshape(-1, x.shape[-1]), seen["block"].grad.reshape(-1, x.shape[-1]).float()
+        x, grad = (t.reshape(-1, x.shape[-1]) for t in (x, seen["block"].grad.float()))
         add("inputs", layer, x.float().T @ x.float())
         slopes, reach = {}, torch.zeros(len(x), device=x.device)
         for e in index.unique().tolist():
@@ -1680,6 +1681,7 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, seed: int = 0,
             slopes[e] = token, [(g * d).square() for d in dh]
             reach.index_add_(0, token, sum(s.sum(1) for s in slopes[e][1]))
         share = (reach.quantile(CLIP) / reach).nan_to_num(1).clamp_max(1)
+        add("weighted", layer, (x.float() * (share * reach)[:, None]).T @ x.float())
         for i, kind in enumerate(("gate", "up")):
             rows = torch.zeros(module.num_experts, module.intermediate_dim, device=x.device)
             for e, (token, squares) in slopes.items():
@@ -1755,7 +1757,7 @@ def load_moments(path: Path, ckpt: Checkpoint, tag: str | None = None) -> dict:
     if found != (tag or ckpt.fingerprint()):
         raise UserError(f"calib.load: {path}: expected moments of the checkpoint with fingerprint {tag or ckpt.fingerprint()}, found {found}")
     D, out = ckpt.dims, {}
-    for kind, shape in {"inputs": (D.d, D.d), "hidden": (D.p, D.p), "gate": (D.experts, D.p), "up": (D.experts, D.p)}.items():
+    for kind, shape in {"inputs": (D.d, D.d), "weighted": (D.d, D.d), "hidden": (D.p, D.p), "gate": (D.experts, D.p), "up": (D.experts, D.p)}.items():
         if tag and not any(name.startswith(kind) for name in tensors):
             continue
         out[kind] = {l: tensors.get(f"{kind}.{l}") for l in D.layers}
@@ -1787,7 +1789,8 @@ def metric_factor(C: Tensor, ridge: float) -> Tensor:
 
 
 def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, device: torch.device) -> dict:
-    """{"right": {layer: L}, made when asked for, "left": {(layer, expert): S}} of a family, for Experts. A row of a shared
+    """{"right": {layer: L}, made when asked for, "left": {(layer, expert): S}} of a family, for Experts. On the right, all
+    tokens alike and the tokens as they count share in equal parts: either alone did worse (README). A row of a shared
     expert, which sees every token, weighs as much as all routed experts' rows together."""
     if family == "down":
         S = {l: metric_factor(C, ridge).to(device) for l, C in moments["hidden"].items()}
@@ -1798,7 +1801,11 @@ def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, d
         M = moments[family][l]
         rows = M[e] + ROW_FLOOR * M.mean() if e < len(M) else M.mean(1).sum().expand(M.shape[1])
         left[l, e] = (rows * moments["inputs"][l].diagonal().mean()).sqrt().float().to(device)
-    return {"right": LazyDict({l: lambda l=l: metric_factor(moments["inputs"][l], ridge).to(device) for l in layers}), "left": left}
+
+    def right(l: int) -> Tensor:
+        C = sum(moments[kind][l] / moments[kind][l].diagonal().mean().clamp_min(1e-30) for kind in ("inputs", "weighted"))
+        return metric_factor(C, ridge).to(device)
+    return {"right": LazyDict({l: functools.partial(right, l) for l in layers}), "left": left}
 
 
 # ======================================================================================================

@@ -1661,7 +1661,7 @@ def test_byte_tokens_are_the_bytes_of_the_text_and_come_back(tmp_path):
 
 def slow_moments(model, windows: torch.Tensor, batch: int, share: float) -> dict:
     """The moments by autograd through the whole model: experts written out token by token, with a leaf added to their outputs."""
-    out = {kind: {} for kind in ("inputs", "hidden", "gate", "up")}
+    out = {kind: {} for kind in ("inputs", "weighted", "hidden", "gate", "up")}
     generator, leaf, seen = torch.Generator().manual_seed(0), {}, {}
     for l, (_, _, m) in globe.experts_modules(model).items():
         def forward(x, index, weight, l=l, m=m):
@@ -1679,6 +1679,7 @@ def slow_moments(model, windows: torch.Tensor, batch: int, share: float) -> dict
             squares, E = leaf[l].grad.square(), globe.experts_modules(model)[l][2].num_experts
             size = squares.sum((1, 2))
             squares = squares * (size.quantile(share) / size).clamp_max(1)[:, None, None]
+            out["weighted"][l] = out["weighted"].get(l, 0) + (x.T * squares.sum((1, 2)) @ x).double() / windows.numel()
             for kind, part_of in zip(("gate", "up"), squares.chunk(2, -1)):
                 rows = torch.zeros(E, h.shape[-1]).index_add_(0, index.flatten(), part_of.flatten(0, 1)).double()
                 out[kind][l] = out[kind].get(l, 0) + rows / windows.numel()
@@ -2802,7 +2803,7 @@ def foreign_tokenizer(src: Path) -> None:
 
 def moments(src: Path, change) -> None:
     """Saved moments of `src` in the file m, changed."""
-    tensors = {f"{k}.{l}": torch.ones(s) for l in range(2) for k, s in {"inputs": (32, 32), "hidden": (16, 16), "gate": (4, 16), "up": (4, 16)}.items()}
+    tensors = {f"{k}.{l}": torch.ones(s) for l in range(2) for k, s in {"inputs": (32, 32), "weighted": (32, 32), "hidden": (16, 16), "gate": (4, 16), "up": (4, 16)}.items()}
     change(tensors)
     save_file(tensors, "m", metadata={"globe_moments": Checkpoint(src).fingerprint()})
 
