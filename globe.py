@@ -184,6 +184,8 @@ class CalibConfig:
     tokens: int = 131072
     length: int = 512
     batch: int = 4                      # windows that a layer sees at a time
+    fisher: bool = True                 # weigh errors by the gradient of the model's own predictions (a backward pass, in all
+                                        # four forward passes' work); false: by what they move in the residual stream (one)
     sampled: int = 0                    # more tokens, sampled from the dense model itself (it must fit in memory): they
                                         # bring in domains that the text lacks
     save: str | None = None             # file to write the moments to
@@ -1645,87 +1647,98 @@ def sample_windows(model: nn.Module, count: int, length: int, seed: int = 0) -> 
 
 
 @torch.no_grad()
-def activation_moments(walk: Walk, windows: Tensor, at_once: int, seed: int = 0, tick: Callable[[], Any] = lambda: None) -> dict:
+def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool = True, seed: int = 0, tick: Callable[[], Any] = lambda: None) -> dict:
     """What the fit's metric needs of the dense model at work on windows (N, length) of token ids, {kind: {layer: Tensor}} in
     float64 on the CPU. Kinds, as means over the tokens:
 
     inputs (d, d): x x^T of the experts' inputs; hidden (p, p): h h^T of the routed experts' hidden activations; gate and up
-    (E, p): squared gradient of log q(v) in an expert's gate and up outputs, v being drawn from the model's own distribution q
-    of the next token: the diagonal of the Fisher information, which is how far an error in a row of W moves q (half of it is
-    the divergence; Kunstner et al. 2019, arXiv:1905.12558); weighted (d, d): x x^T times the token's sum of these squares.
-    A few tokens with massive activations (Sun et al. 2024, arXiv:2402.17762) would outweigh all others: none has a larger
-    sum here than the quantile CLIP of its batch.
+    (E, p): s^2, s being what an error in that output of an expert moves; weighted (d, d): x x^T times the token's sum of s^2.
+    fisher: s is the gradient of log q(v), v drawn from the model's own distribution q of the next token. Its square is the
+    diagonal of the Fisher information, and half of that the divergence (Kunstner et al. 2019, arXiv:1905.12558). Without:
+    s = w dh/dz ||down_j|| / |y|, w being the router's weight: the change of the layer's output relative to the residual
+    stream y behind it, which later norms divide out. Either way a few tokens with massive activations (Sun et al. 2024,
+    arXiv:2402.17762) would outweigh all others: none has a larger sum here than the quantile CLIP of its batch.
 
-    One decoder layer is in memory at a time, with the hidden states of `at_once` windows: forward through all layers, then
-    back, each layer run again. tick() after each layer, twice a layer.
+    One decoder layer is in memory at a time, with the hidden states of `at_once` windows: forward through all layers and,
+    for the gradients, back, each layer run again. tick() after each layer.
     """
     sums: dict = {kind: {} for kind in ("inputs", "weighted", "hidden", "gate", "up")}
-    count, L, seen = 0, len(walk.layers), {}
+    places, count, L, seen = experts_modules(walk.model), 0, len(walk.layers), {}
     generator = torch.Generator(walk.device).manual_seed(seed)
 
     def add(kind: str, layer: int, value: Tensor) -> None:
         sums[kind][layer] = sums[kind].get(layer, 0) + value.double().cpu()
 
-    def collect(layer: int, module: nn.Module) -> None:
+    def collect(layer: int, module: nn.Module, y: Tensor) -> None:
         x, index, weight = (t.detach() for t in seen["experts"])
-        x, grad = (t.reshape(-1, x.shape[-1]) for t in (x, seen["block"].grad.float()))
+        x = x.reshape(-1, x.shape[-1])
+        there = seen["block"].grad.reshape(x.shape).float() if fisher else y.reshape(x.shape).float().square().mean(-1).clamp_min(1e-12).rsqrt()
         add("inputs", layer, x.float().T @ x.float())
-        slopes, reach = {}, torch.zeros(len(x), device=x.device)
+        squares, reach = {}, torch.zeros(len(x), device=x.device)
         for e in index.unique().tolist():
             if e >= module.num_experts:
                 continue  # expert parallelism marks tokens of other ranks so
             token, slot = (index == e).nonzero(as_tuple=True)
-            h, dh = gate_slopes(module, F.linear(x[token], module.gate_up_proj[e]))
+            h, slopes = gate_slopes(module, F.linear(x[token], module.gate_up_proj[e]))
             add("hidden", layer, h.T @ h)
-            g = grad[token] * weight[token, slot].float()[:, None] @ module.down_proj[e].float()
-            slopes[e] = token, [(g * d).square() for d in dh]
-            reach.index_add_(0, token, sum(s.sum(1) for s in slopes[e][1]))
+            down = module.down_proj[e].float()
+            s = there[token] @ down if fisher else there[token, None] * down.norm(dim=0)
+            s *= weight[token, slot].float()[:, None]
+            squares[e] = token, [(s * slope).square() for slope in slopes]
+            reach.index_add_(0, token, sum(t.sum(1) for t in squares[e][1]))
         share = (reach.quantile(CLIP) / reach).nan_to_num(1).clamp_max(1)
         add("weighted", layer, (x.float() * (share * reach)[:, None]).T @ x.float())
         for i, kind in enumerate(("gate", "up")):
             rows = torch.zeros(module.num_experts, module.intermediate_dim, device=x.device)
-            for e, (token, squares) in slopes.items():
-                rows[e] = share[token] @ squares[i]
+            for e, (token, parts) in squares.items():
+                rows[e] = share[token] @ parts[i]
             add(kind, layer, rows)
 
     def keep(module, args, out):
         seen["block"] = out if isinstance(out, Tensor) else out[0]
-        seen["block"].retain_grad()
+        if fisher:
+            seen["block"].retain_grad()
+
+    def visit(l: int, x: Tensor, grad: Tensor | None) -> None:
+        """Layer l on x (n, length, d); x becomes its output or, with grad at that, grad becomes the gradient at x."""
+        walk.fill([l])
+        block, _, module = places.get(l, (None,) * 3)
+        collects = block and fisher == (grad is not None)
+        handles = [module.register_forward_pre_hook(lambda _, args, kwargs: seen.update(experts=(*args, *kwargs.values())[:3]), with_kwargs=True),
+                   block.register_forward_hook(keep)] if collects else []
+        for k in range(0, len(x), walk.batch):
+            part, back = x[k:k + walk.batch], None if grad is None else grad[k:k + walk.batch]
+            with torch.set_grad_enabled(back is not None):
+                h = part.to(walk.device, copy=True).requires_grad_(back is not None)
+                y = walk.run([l], h)
+                if back is not None:
+                    y.backward(back.to(walk.device))
+            if collects:
+                collect(l, module, y)
+            (part if back is None else back).copy_(y if back is None else h.grad)
+        for handle in handles:
+            handle.remove()
+        walk.empty([l])
+        tick()
 
     for chunk in windows.split(at_once):
         count += chunk.numel()
-        x = torch.empty(L + 1, *chunk.shape, walk.ckpt.dims.d, dtype=walk.dtype)
+        x = torch.empty(L + 1 if fisher else 1, *chunk.shape, walk.ckpt.dims.d, dtype=walk.dtype)
         walk.embed(chunk, x[0])
         for l in range(L):
-            walk.fill([l])
-            walk.advance([l], x[l + 1].copy_(x[l]))
-            expect(torch.isfinite(x[l + 1]).all(), f"{walk.ckpt.dir}: expected finite activations in calibration, found NaN or Inf behind "
-                                                   f"layer {l}: do sums overflow in {walk.dtype}?")
-            walk.empty([l])
-            tick()
-        for part in x[L].split(walk.batch):
+            here = x[l + 1].copy_(x[l]) if fisher else x[0]
+            visit(l, here, None)
+            expect(torch.isfinite(here).all(), f"{walk.ckpt.dir}: expected finite activations in calibration, found NaN or Inf behind "
+                                               f"layer {l}: do sums overflow in {walk.dtype}?")
+        for part in x[L].split(walk.batch) if fisher else ():
             with torch.enable_grad():
                 y = part.to(walk.device, copy=True).requires_grad_()
                 log_q = walk.logits(y).log_softmax(-1).flatten(0, 1)
                 v = torch.multinomial(log_q.detach().exp(), 1, generator=generator)
                 log_q.gather(1, v).sum().backward()
             part.copy_(y.grad)
-        for l in reversed(range(L)):
-            walk.fill([l])
-            block, _, module = experts_modules(walk.model).get(l, (None,) * 3)
-            handles = [module.register_forward_pre_hook(lambda _, args, kwargs: seen.update(experts=(*args, *kwargs.values())[:3]), with_kwargs=True),
-                       block.register_forward_hook(keep)] if block else []
-            for part, grad in zip(x[l].split(walk.batch), x[L].split(walk.batch)):
-                with torch.enable_grad():
-                    h = part.to(walk.device, copy=True).requires_grad_()
-                    walk.run([l], h).backward(grad.to(walk.device))
-                grad.copy_(h.grad)
-                if block:
-                    collect(l, module)
-            for handle in handles:
-                handle.remove()
-            walk.empty([l])
-            tick()
+        for l in reversed(range(L)) if fisher else ():
+            visit(l, x[l], x[L])
     return {kind: {l: v / count for l, v in sorted(layers.items())} for kind, layers in sums.items()}
 
 
@@ -4636,10 +4649,11 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
         return load_moments(Path(cfg.calib.load), ckpt)
     windows = calibration_windows(ckpt, cfg, device, cfg.calib.tokens)
     walk = Walk(ckpt, device, ckpt.dtype, min(cfg.calib.batch, len(windows)))
-    states = windows[0].numel() * ckpt.dims.d * ckpt.dtype.itemsize * (len(walk.layers) + 1)
+    layers, fisher = len(walk.layers), cfg.calib.fisher
+    states = windows[0].numel() * ckpt.dims.d * ckpt.dtype.itemsize * (layers * fisher + 1)
     at_once = max(walk.batch, free_memory(torch.device("cpu")) // 8 // states)
-    with tqdm(total=-(-len(windows) // at_once) * 2 * len(walk.layers), desc="calibrate", file=sys.stderr, leave=False) as line:
-        moments = activation_moments(walk, windows, at_once, cfg.fit.seed, lambda: line.update())
+    with tqdm(total=-(-len(windows) // at_once) * (1 + fisher) * layers, desc="calibrate", file=sys.stderr, leave=False) as line:
+        moments = activation_moments(walk, windows, at_once, fisher, cfg.fit.seed, lambda: line.update())
     for kind, parts in moments.items():
         for l, C in parts.items():
             expect(torch.isfinite(C).all(), f"{ckpt.dir}: expected finite gradients in calibration, found NaN or Inf in layer {l} "

@@ -1659,24 +1659,31 @@ def test_byte_tokens_are_the_bytes_of_the_text_and_come_back(tmp_path):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (256, 257, 258)
 
 
-def slow_moments(model, windows: torch.Tensor, batch: int, share: float) -> dict:
+def slow_moments(model, windows: torch.Tensor, batch: int, share: float, fisher: bool) -> dict:
     """The moments by autograd through the whole model: experts written out token by token, with a leaf added to their outputs."""
     out = {kind: {} for kind in ("inputs", "weighted", "hidden", "gate", "up")}
-    generator, leaf, seen = torch.Generator().manual_seed(0), {}, {}
+    generator, leaf, seen, seen_weight, stream = torch.Generator().manual_seed(0), {}, {}, {}, {}
     for l, (_, _, m) in globe.experts_modules(model).items():
         def forward(x, index, weight, l=l, m=m):
             z = torch.einsum("tkpd,td->tkp", m.gate_up_proj[index], x)
             leaf[l] = torch.zeros_like(z).requires_grad_()
             h = m._apply_gate(z + leaf[l])
-            seen[l] = x.detach(), index, h.detach()
+            seen[l], seen_weight[l] = (x.detach(), index, h.detach()), weight.detach().to(h.dtype)
             return torch.einsum("tkdp,tkp,tk->td", m.down_proj[index], h, weight.to(h.dtype))
         m.forward = forward
+        model.model.layers[l].register_forward_hook(lambda _, args, out, l=l: stream.update({l: (out if isinstance(out, torch.Tensor) else out[0]).detach()}))
     for part in windows.split(batch):
         log_q = model(part).logits.float().log_softmax(-1).flatten(0, 1)
         v = torch.multinomial(log_q.detach().exp(), 1, generator=generator)
         log_q.gather(1, v).sum().backward()
         for l, (x, index, h) in seen.items():
-            squares, E = leaf[l].grad.square(), globe.experts_modules(model)[l][2].num_experts
+            m = globe.experts_modules(model)[l][2]
+            squares, E = leaf[l].grad.square(), m.num_experts
+            if not fisher:  # |d(expert's output)/dz|^2 / |y|^2: a leaf's column moves one hidden activation alone
+                z = torch.einsum("tkpd,td->tkp", m.gate_up_proj[index], x).requires_grad_()
+                slope, = torch.autograd.grad(m._apply_gate(z).sum(), z)
+                reach = m.down_proj[index].square().sum(2).repeat(1, 1, 2) * seen_weight[l][..., None] ** 2
+                squares = slope.square() * reach / stream[l].flatten(0, 1).square().mean(-1)[:, None, None]
             size = squares.sum((1, 2))
             squares = squares * (size.quantile(share) / size).clamp_max(1)[:, None, None]
             out["weighted"][l] = out["weighted"].get(l, 0) + (x.T * squares.sum((1, 2)) @ x).double() / windows.numel()
@@ -1689,15 +1696,15 @@ def slow_moments(model, windows: torch.Tensor, batch: int, share: float) -> dict
     return out
 
 
-@pytest.mark.parametrize("share, at_once", ((1.0, 2), (0.5, 4)))
+@pytest.mark.parametrize("share, at_once, fisher", ((1.0, 2, True), (0.5, 4, True), (0.5, 4, False)))
 @pytest.mark.parametrize("arch", ("qwen2_moe", "mixtral", "deepseek_v3"))
-def test_the_moments_are_those_of_the_whole_model_of_which_one_layer_is_in_memory(arch, share, at_once, checkpoints, monkeypatch):
+def test_the_moments_are_those_of_the_whole_model_of_which_one_layer_is_in_memory(arch, share, at_once, fisher, checkpoints, monkeypatch):
     monkeypatch.setattr(globe, "CLIP", share)
     windows, held = torch.cat([IDS, IDS.flip(0), IDS.roll(1, 1)]), []
-    want = slow_moments(stock(checkpoints[arch]).requires_grad_(False), windows, 2, share)
+    want = slow_moments(stock(checkpoints[arch]).requires_grad_(False), windows, 2, share, fisher)
     walk = globe.Walk(Checkpoint(checkpoints[arch]), torch.device("cpu"), torch.float32, 2)
-    got = globe.activation_moments(walk, windows, at_once, tick=lambda: held.append(sum(not w.is_meta for w in walk.layers.parameters())))
-    assert held == [0] * len(walk.layers) * 2 * -(-len(windows) // at_once)
+    got = globe.activation_moments(walk, windows, at_once, fisher, tick=lambda: held.append(sum(not w.is_meta for w in walk.layers.parameters())))
+    assert held == [0] * len(walk.layers) * (1 + fisher) * -(-len(windows) // at_once)
     for kind in want:
         assert want[kind].keys() == got[kind].keys() and len(want[kind])
         for l in want[kind]:
