@@ -12,8 +12,8 @@ Every expert's gate and up matrix (and, on request, its down matrix, transposed)
     phi               identity, silu or tanh
     B~_i     (r, d)   phi(sum_j alpha_ij B_j), the composed basis: built once per expert at run time, kept in
                       an LRU cache
-    L_l      (d, d)   Cholesky factor of layer l's input second moment; S_i: weights of an expert's rows by what
-                      they move in the layer's output; the fit minimises
+    L_l      (d, d)   Cholesky factor of layer l's input second moment, half of it weighted by how much a token counts;
+                      S_i: weights of an expert's rows by how far they move the model's predictions; the fit minimises
                       sum_i || S_i^T (W_i - W^_i) L_l ||_F^2  (fit.metric: data), or with S = L = I (weights)
 
 One flow, no way back:
@@ -656,7 +656,7 @@ def joined_ranks(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     except (ValueError, RuntimeError) as e:
         raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected to be started by torchrun, found {' '.join(str(e).split())[:200]}") from None
     try:
@@ -673,23 +673,26 @@ SHARED: list = []  # two sets of (ranks, n) float32 slots in memory that all ran
 
 
 def shared_slots(size: int = 2 ** 21) -> list:
-    """What SHARED holds: a nameless file in /dev/shm. Through it ranks sum three times as fast as over gloo's sockets."""
-    shm, path = Path("/dev/shm"), None
+    """What SHARED holds: a file in /dev/shm that loses its name once all have it. Ranks sum four times as fast through it as
+    over gloo's sockets; every rank reads what all wrote, so many ranks are better off with gloo's ring."""
+    shm, path, there = Path("/dev/shm"), None, None
     rank, world = ranks()
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and shm.is_dir():
-        if not rank:
-            with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=shm, delete=False) as f:  # containers may have little of it
-                path = f.name
-                os.posix_fallocate(f.fileno(), 0, 8 * size * world)
-        path = first_rank_says(path)
-    if not path:
-        return []
-    enough = os.path.getsize(path) == 8 * size * world
-    slots = torch.from_file(path, shared=True, size=2 * size * world).view(2, world, size) if enough else ()
-    any_rank(False)  # all have opened it
-    if not rank:
-        os.unlink(path)
-    return [*slots]
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and world <= 8 and shm.is_dir():
+        try:
+            if not rank:
+                with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=shm, prefix="globe-", delete=False) as f:
+                    path = f.name
+                    os.posix_fallocate(f.fileno(), 0, 8 * size * world)  # containers may have little of it
+                    there = path
+            there = first_rank_says(there)
+            if there:
+                slots = torch.from_file(there, shared=True, size=2 * size * world).view(2, world, size)
+                any_rank(False)  # all have opened it
+                return [*slots]
+        finally:
+            if path:
+                os.unlink(path)
+    return []
 
 
 def first_rank_says(value: Any) -> Any:
@@ -1667,25 +1670,26 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
     generator = torch.Generator(walk.device).manual_seed(seed)
 
     def add(kind: str, layer: int, value: Tensor) -> None:
-        sums[kind][layer] = sums[kind].get(layer, 0) + value.double().cpu()
+        sums[kind][layer] = sums[kind].get(layer, 0) + value.cpu().double()
 
     def collect(layer: int, module: nn.Module, y: Tensor) -> None:
         x, index, weight = (t.detach() for t in seen["experts"])
         x = x.reshape(-1, x.shape[-1])
         there = seen["block"].grad.reshape(x.shape).float() if fisher else y.reshape(x.shape).float().square().mean(-1).clamp_min(1e-12).rsqrt()
         add("inputs", layer, x.float().T @ x.float())
-        squares, reach = {}, torch.zeros(len(x), device=x.device)
+        squares, reach, hidden = {}, torch.zeros(len(x), device=x.device), 0
         for e in index.unique().tolist():
             if e >= module.num_experts:
                 continue  # expert parallelism marks tokens of other ranks so
             token, slot = (index == e).nonzero(as_tuple=True)
             h, slopes = gate_slopes(module, F.linear(x[token], module.gate_up_proj[e]))
-            add("hidden", layer, h.T @ h)
+            hidden = hidden + h.T @ h
             down = module.down_proj[e].float()
             s = there[token] @ down if fisher else there[token, None] * down.norm(dim=0)
             s *= weight[token, slot].float()[:, None]
             squares[e] = token, [(s * slope).square() for slope in slopes]
             reach.index_add_(0, token, sum(t.sum(1) for t in squares[e][1]))
+        add("hidden", layer, hidden)
         share = (reach.quantile(CLIP) / reach).nan_to_num(1).clamp_max(1)
         add("weighted", layer, (x.float() * (share * reach)[:, None]).T @ x.float())
         for i, kind in enumerate(("gate", "up")):
@@ -1699,25 +1703,24 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
         if fisher:
             seen["block"].retain_grad()
 
-    def visit(l: int, x: Tensor, grad: Tensor | None) -> None:
-        """Layer l on x (n, length, d); x becomes its output or, with grad at that, grad becomes the gradient at x."""
+    def visit(l: int, x: Tensor, to: Tensor, back: bool) -> None:
+        """Layer l on x (n, length, d): its output into `to`; or back, the gradient at its output, in `to`, becomes that at x."""
         walk.fill([l])
         block, _, module = places.get(l, (None,) * 3)
-        collects = block and fisher == (grad is not None)
-        handles = [module.register_forward_pre_hook(lambda _, args, kwargs: seen.update(experts=(*args, *kwargs.values())[:3]), with_kwargs=True),
-                   block.register_forward_hook(keep)] if collects else []
-        for k in range(0, len(x), walk.batch):
-            part, back = x[k:k + walk.batch], None if grad is None else grad[k:k + walk.batch]
-            with torch.set_grad_enabled(back is not None):
-                h = part.to(walk.device, copy=True).requires_grad_(back is not None)
-                y = walk.run([l], h)
-                if back is not None:
-                    y.backward(back.to(walk.device))
-            if collects:
-                collect(l, module, y)
-            (part if back is None else back).copy_(y if back is None else h.grad)
-        for handle in handles:
-            handle.remove()
+        with contextlib.ExitStack() as hooks:
+            if collects := block and fisher == back:
+                hooks.enter_context(module.register_forward_pre_hook(
+                    lambda _, args, kwargs: seen.update(experts=(*args, *kwargs.values())[:3]), with_kwargs=True))
+                hooks.enter_context(block.register_forward_hook(keep))
+            for part, there in zip(x.split(walk.batch), to.split(walk.batch)):
+                with torch.set_grad_enabled(back):
+                    h = part.to(walk.device, copy=True).requires_grad_(back)
+                    y = walk.run([l], h)
+                    if back:
+                        y.backward(there.to(walk.device))
+                if collects:
+                    collect(l, module, y)
+                there.copy_(h.grad if back else y)
         walk.empty([l])
         tick()
 
@@ -1726,19 +1729,23 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
         x = torch.empty(L + 1 if fisher else 1, *chunk.shape, walk.ckpt.dims.d, dtype=walk.dtype)
         walk.embed(chunk, x[0])
         for l in range(L):
-            here = x[l + 1].copy_(x[l]) if fisher else x[0]
-            visit(l, here, None)
+            here = x[(l + 1) * fisher]
+            visit(l, x[l * fisher], here, False)
             expect(torch.isfinite(here).all(), f"{walk.ckpt.dir}: expected finite activations in calibration, found NaN or Inf behind "
                                                f"layer {l}: do sums overflow in {walk.dtype}?")
         for part in x[L].split(walk.batch) if fisher else ():
-            with torch.enable_grad():
-                y = part.to(walk.device, copy=True).requires_grad_()
-                log_q = walk.logits(y).log_softmax(-1).flatten(0, 1)
-                v = torch.multinomial(log_q.detach().exp(), 1, generator=generator)
-                log_q.gather(1, v).sum().backward()
-            part.copy_(y.grad)
+            grads = []
+            for token in part.flatten(0, 1).split(256):  # logits of a batch can be gigabytes
+                with torch.enable_grad():
+                    y = token.to(walk.device, copy=True).requires_grad_()
+                    log_q = walk.logits(y).log_softmax(-1)
+                    expect(torch.isfinite(log_q).all(), f"{walk.ckpt.dir}: expected finite logits in calibration, found NaN or Inf: do sums overflow in {walk.dtype}?")
+                    v = torch.multinomial(log_q.detach().exp(), 1, generator=generator)
+                    log_q.gather(1, v).sum().backward()
+                grads.append(y.grad)
+            part.copy_(torch.cat(grads).view_as(part))
         for l in reversed(range(L)) if fisher else ():
-            visit(l, x[l], x[L])
+            visit(l, x[l], x[L], True)
     return {kind: {l: v / count for l, v in sorted(layers.items())} for kind, layers in sums.items()}
 
 
@@ -3363,10 +3370,10 @@ def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.de
     return _finish(model, ckpt.dir, device)
 
 
-def hollow(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, head: bool = True) -> nn.Module:
+def hollow(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The dense model with its decoder layers still on the meta device."""
     model = _skeleton(ckpt.config, dtype, ckpt.dir)
-    for name in [f"model.{n}" for n, _ in model.model.named_children() if n != "layers"] + ["lm_head"] * head:
+    for name in [f"model.{n}" for n, _ in model.model.named_children() if n != "layers"] + ["lm_head"]:
         fill(model, ckpt, device, dtype, name)
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -4648,15 +4655,18 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     if cfg.calib.load:
         return load_moments(Path(cfg.calib.load), ckpt)
     windows = calibration_windows(ckpt, cfg, device, cfg.calib.tokens)
-    walk = Walk(ckpt, device, ckpt.dtype, min(cfg.calib.batch, len(windows)))
-    layers, fisher = len(walk.layers), cfg.calib.fisher
-    states = windows[0].numel() * ckpt.dims.d * ckpt.dtype.itemsize * (layers * fisher + 1)
-    at_once = max(walk.batch, free_memory(torch.device("cpu")) // 8 // states)
-    with tqdm(total=-(-len(windows) // at_once) * (1 + fisher) * layers, desc="calibrate", file=sys.stderr, leave=False) as line:
-        moments = activation_moments(walk, windows, at_once, fisher, cfg.fit.seed, lambda: line.update())
+    fisher = cfg.calib.fisher
+    dtype = torch.float32 if fisher and ckpt.dtype == torch.float16 else ckpt.dtype  # gradients of half precision would need a loss scale
+    walk = Walk(ckpt, device, dtype, min(cfg.calib.batch, len(windows)))
+    layers = len(walk.layers)
+    states = windows[0].numel() * ckpt.dims.d * dtype.itemsize * (layers * fisher + 1)
+    at_once = max(1, free_memory(torch.device("cpu")) // 4 // states // walk.batch) * walk.batch  # whole batches: the same result whatever is free
+    with threads_for(ckpt.dims.p, ckpt.dims.d), tqdm(total=-(-len(windows) // at_once) * (1 + fisher) * layers, desc="calibrate",
+                                                     file=sys.stderr, leave=False) as line:
+        moments = activation_moments(walk, windows, at_once, fisher, cfg.fit.seed, line.update)
     for kind, parts in moments.items():
         for l, C in parts.items():
-            expect(torch.isfinite(C).all(), f"{ckpt.dir}: expected finite gradients in calibration, found NaN or Inf in layer {l} "
+            expect(torch.isfinite(C).all(), f"{ckpt.dir}: expected finite moments in calibration, found NaN or Inf in layer {l} "
                                             f"({kind}): do sums overflow in {ckpt.dtype}?")
     if cfg.calib.save:
         save_moments(Path(cfg.calib.save), moments, ckpt.fingerprint())

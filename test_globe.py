@@ -2837,6 +2837,8 @@ CALIBRATION_ROWS = {
                              ("model.layers.1.self_attn.q_proj.weight", "finite", "3")),
     "activations that overflow": (lambda src: [edit_tensors(lambda t: t["model.layers.1.mlp.experts.2.up_proj.weight"].fill_(3e38))(src),
                                                Path("t.txt").write_text("some words " * 20)], ("layer 1", "finite")),
+    "logits that overflow": (lambda src: [edit_tensors(lambda t: t["lm_head.weight"].fill_(3e38))(src),
+                                          Path("t.txt").write_text("some words " * 20)], ("logits", "finite")),
     "a calib.load of words": (lambda src: [Path("t.txt").write_text("some words"), Path("m").write_text("nonsense")], ("calib.load", "m")),
     "a calib.load without a layer": (lambda src: moments(src, lambda t: t.pop("inputs.1")), ("calib.load", "inputs.1", "(32, 32)", "none")),
     "a calib.load of another size": (lambda src: moments(src, lambda t: t.update({"gate.0": torch.ones(4, 3)})), ("calib.load", "gate.0", "(4, 16)", "(4, 3)")),
@@ -3513,7 +3515,7 @@ def test_ranks_of_one_host_sum_through_shared_memory(way, ranks, tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(tmp_path / "sums.py"), way],
                           env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert not {f for f in set(os.listdir("/dev/shm")) - before if f.startswith("tmp")}
+    assert not {f for f in set(os.listdir("/dev/shm")) - before if f.startswith("globe-")}
 
 
 @pytest.mark.parametrize("argv, word", ((("bank.m=3",), "torchrun"), (("bank.m=2,3",), "one process")))
