@@ -792,6 +792,11 @@ def as_dtype(name: str | None) -> torch.dtype | None:
     return table[name]
 
 
+def with_gradients(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute gradients in: float32 for float16, which would need a loss scale."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def train_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast dtype of training: "auto" is bfloat16 on a GPU that has it, else none; "off" is none."""
     if name == "auto":
@@ -1649,6 +1654,11 @@ def sample_windows(model: nn.Module, count: int, length: int, seed: int = 0) -> 
                               do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0).cpu()
 
 
+def moment_shapes(D: Dims) -> dict:
+    """{kind: shape} of a layer's moments (activation_moments)."""
+    return {"inputs": (D.d, D.d), "weighted": (D.d, D.d), "hidden": (D.p, D.p), "gate": (D.experts, D.p), "up": (D.experts, D.p)}
+
+
 @torch.no_grad()
 def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool = True, seed: int = 0, tick: Callable[[], Any] = lambda: None) -> dict:
     """What the fit's metric needs of the dense model at work on windows (N, length) of token ids, {kind: {layer: Tensor}} in
@@ -1665,7 +1675,7 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
     One decoder layer is in memory at a time, with the hidden states of `at_once` windows: forward through all layers and,
     for the gradients, back, each layer run again. tick() after each layer.
     """
-    sums: dict = {kind: {} for kind in ("inputs", "weighted", "hidden", "gate", "up")}
+    sums: dict = {kind: {} for kind in moment_shapes(walk.ckpt.dims)}
     places, count, L, seen = experts_modules(walk.model), 0, len(walk.layers), {}
     generator = torch.Generator(walk.device).manual_seed(seed)
 
@@ -1675,8 +1685,9 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
     def collect(layer: int, module: nn.Module, y: Tensor) -> None:
         x, index, weight = (t.detach() for t in seen["experts"])
         x = x.reshape(-1, x.shape[-1])
+        wide = x.float()
         there = seen["block"].grad.reshape(x.shape).float() if fisher else y.reshape(x.shape).float().square().mean(-1).clamp_min(1e-12).rsqrt()
-        add("inputs", layer, x.float().T @ x.float())
+        add("inputs", layer, wide.T @ wide)
         squares, reach, hidden = {}, torch.zeros(len(x), device=x.device), 0
         for e in index.unique().tolist():
             if e >= module.num_experts:
@@ -1691,7 +1702,7 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
             reach.index_add_(0, token, sum(t.sum(1) for t in squares[e][1]))
         add("hidden", layer, hidden)
         share = (reach.quantile(CLIP) / reach).nan_to_num(1).clamp_max(1)
-        add("weighted", layer, (x.float() * (share * reach)[:, None]).T @ x.float())
+        add("weighted", layer, (wide * (share * reach)[:, None]).T @ wide)
         for i, kind in enumerate(("gate", "up")):
             rows = torch.zeros(module.num_experts, module.intermediate_dim, device=x.device)
             for e, (token, parts) in squares.items():
@@ -1777,7 +1788,7 @@ def load_moments(path: Path, ckpt: Checkpoint, tag: str | None = None) -> dict:
     if found != (tag or ckpt.fingerprint()):
         raise UserError(f"calib.load: {path}: expected moments of the checkpoint with fingerprint {tag or ckpt.fingerprint()}, found {found}")
     D, out = ckpt.dims, {}
-    for kind, shape in {"inputs": (D.d, D.d), "weighted": (D.d, D.d), "hidden": (D.p, D.p), "gate": (D.experts, D.p), "up": (D.experts, D.p)}.items():
+    for kind, shape in moment_shapes(D).items():
         if tag and not any(name.startswith(kind) for name in tensors):
             continue
         out[kind] = {l: tensors.get(f"{kind}.{l}") for l in D.layers}
@@ -4656,7 +4667,7 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
         return load_moments(Path(cfg.calib.load), ckpt)
     windows = calibration_windows(ckpt, cfg, device, cfg.calib.tokens)
     fisher = cfg.calib.fisher
-    dtype = torch.float32 if fisher and ckpt.dtype == torch.float16 else ckpt.dtype  # gradients of half precision would need a loss scale
+    dtype = with_gradients(ckpt.dtype) if fisher else ckpt.dtype
     walk = Walk(ckpt, device, dtype, min(cfg.calib.batch, len(windows)))
     layers = len(walk.layers)
     states = windows[0].numel() * ckpt.dims.d * dtype.itemsize * (layers * fisher + 1)
@@ -5006,7 +5017,7 @@ def cmd_heal(args: argparse.Namespace) -> dict:
         cfg = run_config(out, args)
     if out.resolve() in (run.resolve(), *run.resolve().parents):
         raise UserError(f"--out {out}: expected another directory than --factors, and none that holds it")
-    dtype = torch.float32 if dtype is torch.float16 else dtype  # gradients of half precision would need a loss scale
+    dtype = with_gradients(dtype)
     if not resumed:
         fresh(out, args.overwrite, ckpt.dir, clear=True)
     with discarded_on_error(out):

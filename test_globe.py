@@ -2810,7 +2810,7 @@ def foreign_tokenizer(src: Path) -> None:
 
 def moments(src: Path, change) -> None:
     """Saved moments of `src` in the file m, changed."""
-    tensors = {f"{k}.{l}": torch.ones(s) for l in range(2) for k, s in {"inputs": (32, 32), "weighted": (32, 32), "hidden": (16, 16), "gate": (4, 16), "up": (4, 16)}.items()}
+    tensors = {f"{k}.{l}": torch.ones(s) for l in range(2) for k, s in globe.moment_shapes(Checkpoint(src).dims).items()}
     change(tensors)
     save_file(tensors, "m", metadata={"globe_moments": Checkpoint(src).fingerprint()})
 
