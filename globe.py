@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -188,6 +189,7 @@ class CalibConfig:
                                         # four forward passes' work); false: by what they move in the residual stream (one)
     sampled: int = 0                    # more tokens, sampled from the dense model itself (it must fit in memory): they
                                         # bring in domains that the text lacks
+    dtype: str | None = None            # that the dense model works in, in heal too; default: the checkpoint's
     save: str | None = None             # file to write the moments to
     load: str | None = None             # ... and to take them from, in place of a calibration
 
@@ -297,7 +299,7 @@ CHOICES = {
     "cache.mode": ("lru", "lfu", "all", "none"), "log.to": ("none", "trackio", "wandb"),
     "heal.bank": ("auto", "train", "freeze"),
     "fit.dtype": ("float64", "float32", "tf32", "bfloat16", "float16"),
-    "export.dtype": (None, "float32", "bfloat16", "float16"), "cache.dtype": (None, "float32", "bfloat16", "float16"),
+    **dict.fromkeys(("calib.dtype", "cache.dtype", "export.dtype"), (None, "float32", "bfloat16", "float16")),
 }
 POSITIVE = ("bank.m", "bank.r", "bank.ratio", "model.max_experts", "sparsity.support", "sparsity.T0", "fit.steps",
             "fit.lr", "fit.save_every", "fit.memory", "fit.budget", "fit.homotopy.every", "calib.tokens", "calib.length", "calib.batch",
@@ -606,6 +608,21 @@ def threads_for(p: int, d: int, dtype: str = "float32") -> Iterator[None]:
             undo.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
             backend.fp32_precision = value
         yield
+
+
+@contextlib.contextmanager
+def memory_kept() -> Iterator[None]:
+    """glibc keeps freed memory for the next tensor meanwhile. Else it goes back to the system and comes again, page fault by
+    page fault: two thirds of a training step's time where activations take gigabytes."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt = getattr(libc, "mallopt", lambda option, value: None)  # musl has none
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: 32 MiB is the most it takes
+    try:
+        mallopt(trim, -1), mallopt(mmap, 2 ** 25)
+        yield
+    finally:
+        mallopt(trim, 2 ** 17), mallopt(mmap, 2 ** 17)
+        getattr(libc, "malloc_trim", lambda pad: None)(0)
 
 
 def host_buffer(shape: tuple, device: torch.device) -> Tensor:
@@ -4187,6 +4204,8 @@ class Walk:
     def __init__(self, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, batch: int):
         self.ckpt, self.device, self.dtype, self.batch, self.calls = ckpt, device, dtype, batch, []
         self.model = hollow(ckpt, device, dtype)
+        if device.type == "cpu" and ckpt.dims.experts <= 16:  # measured: 3.0 s against grouped_mm's 4.9 for 1,024 tokens there and
+            self.model.set_experts_implementation("eager")    # back; but its gradient costs the square of the experts' number
         self.layers = self.model.model.layers
 
     @torch.no_grad()
@@ -4246,13 +4265,37 @@ def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
 
 
+class Divergence(torch.autograd.Function):
+    """Mean over tokens of KL(dense || healed) in nats, of hidden states y and t (N, d) behind the last layer; differentiable
+    in y. 128 tokens at a time, gradient included: the logits of a whole batch, four times over, would be gigabytes."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, t: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+        total, grads = torch.zeros((), device=y.device), []
+        for part, want in zip(y.detach().split(128), t.split(128)):
+            want, part = logits(want).log_softmax(-1), part.requires_grad_()
+            with torch.enable_grad():
+                z = logits(part)
+            got = z.detach().log_softmax(-1)
+            q = want.exp()
+            total += torch.linalg.vecdot(q, want.sub_(got)).sum()
+            z.backward(got.exp_().sub_(q).div_(len(y)))
+            grads.append(part.grad)
+        ctx.save_for_backward(torch.cat(grads))
+        return total / len(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return grad * ctx.saved_tensors[0], None, None
+
+
 def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int, held: int, cfg: Config, state: Path,
                progress: Callable[[dict], None], stop: Callable[[], bool]) -> tuple:
     """Train one stack; returns (its best tensors, {} where none beat the start; loss on the held-out windows before, after).
     loss(ids): mean loss of the windows ids, of which 0..held-1 are held out; it must be small enough for one backward pass.
     The state is saved every heal.save_every steps and when stop() asks; a state that is there is resumed."""
-    H, optimizer, best, step, bad, first, lowest = cfg.heal, student.optimizer(cfg.heal.lr), {}, 0, 0, None, math.inf
-    micro = cfg.calib.batch
+    H, optimizer, step, bad, rate, first, lowest = cfg.heal, student.optimizer(cfg.heal.lr), 0, 0, 1.0, None, math.inf
+    micro, best = cfg.calib.batch, {k: w.detach().clone() for k, w in student.params.items()}
 
     def held_out() -> float:
         student.write()
@@ -4260,40 +4303,44 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
             return sum(float(loss(part)) * len(part) for part in torch.arange(held).split(micro)) / held
     if state.is_file():
         with saved_state(state), safe_open(state, "pt") as f:
-            step, bad, first, lowest = map(float, json.loads(f.metadata()["heal"]))
-            step, bad, tensors = int(step), int(bad), load_training(state, "now", student.params, optimizer)
-        best = {k: tensors[f"best/{k}"] for k in student.params if f"best/{k}" in tensors}
+            step, bad, rate, first, lowest = json.loads(f.metadata()["heal"])
+            tensors = load_training(state, "now", student.params, optimizer)
+        best = {k: tensors[f"best/{k}"] for k in student.params}
     first = lowest = held_out() if first is None else first
     while step < H.steps and bad < H.patience:
         g = torch.Generator().manual_seed(cfg.fit.seed * 1_000_003 + student.span[0] * 10_007 + step)
         ids = held + torch.randperm(windows - held, generator=g)[:H.batch]
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * min(1.0, (step + 1) / max(1, H.warmup)) * (0.55 + 0.45 * math.cos(math.pi * step / H.steps))
+            group["lr"] = group["peak"] * rate * min(1.0, (step + 1) / max(1, H.warmup)) * (0.55 + 0.45 * math.cos(math.pi * step / H.steps))
         student.write()
         total = 0.0
         for part in ids.split(micro):
             value = loss(part) * (len(part) / len(ids))
             value.backward()
             total += float(value.detach())
-        if not math.isfinite(total):
-            break  # diverged: the best so far, or the start, is kept
         student.backward()
-        optimizer.step()
+        if math.isfinite(total):
+            optimizer.step()
         optimizer.zero_grad()
         step += 1
         row = {"family": "heal", "layer": student.span[0], "step": step, "loss": total}
-        if step % H.check_every == 0 or step == H.steps:
+        if step % H.check_every == 0 or step == H.steps or not math.isfinite(total):
             row["held_out"] = now = held_out()
-            bad = 0 if now < lowest else bad + 1
             if now < lowest:
-                lowest, best = now, {k: w.detach().clone() for k, w in student.params.items()}
+                bad, lowest, best = 0, now, {k: w.detach().clone() for k, w in student.params.items()}
+            else:  # back to the best, and on in smaller steps: which a model bears differs by ten times from one to the next
+                bad, rate = bad + 1, rate / 2
+                for k, w in student.params.items():
+                    w.data.copy_(best[k])
+                    for moment in optimizer.state[w].values():
+                        moment.zero_()
         progress(row)
         if stop() or step % H.save_every == 0:
-            save_training(state, "now", student.params, optimizer, {"heal": [step, bad, first, lowest]},
+            save_training(state, "now", student.params, optimizer, {"heal": [step, bad, rate, first, lowest]},
                           **{f"best/{k}": w for k, w in best.items()})
         if stop():
             raise KeyboardInterrupt(f"state saved at step {step} of the stack at layer {student.span[0]}")
-    return best, first, lowest
+    return best if lowest < first else {}, first, lowest
 
 
 def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state: Path, device: torch.device, dtype: torch.dtype,
@@ -4339,10 +4386,8 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
                         t = dense[ids].to(device).float()
                         loss = (1 - weight) * ((y.float() - t).square().sum(-1) / t.square().sum(-1)).mean()
                     if weight:
-                        with torch.no_grad():
-                            want = walk.logits(final[ids].to(device)).log_softmax(-1)
-                        got = walk.logits(walk.run(range(span[-1] + 1, L), y, H.grad_checkpoint)).log_softmax(-1)
-                        loss = loss + weight * F.kl_div(got.flatten(0, 1), want.flatten(0, 1), log_target=True, reduction="batchmean")
+                        y = walk.run(range(span[-1] + 1, L), y, H.grad_checkpoint)
+                        loss = loss + weight * Divergence.apply(y.flatten(0, 1), final[ids].to(device).flatten(0, 1), walk.logits)
                     return loss
                 best, before, after = heal_stack(student, loss, len(windows), held, cfg, state / "step.safetensors", progress, stop)
                 with written(done) as tmp:
@@ -4656,7 +4701,7 @@ def calibration_windows(ckpt: Checkpoint, cfg: Config, device: torch.device, tok
     if cfg.calib.sampled:
         say(f"sampling {cfg.calib.sampled} tokens from the dense model")
         length = windows.shape[1]
-        windows = torch.cat([windows, sample_windows(load_dense(ckpt.dir, device, None), max(1, cfg.calib.sampled // length),
+        windows = torch.cat([windows, sample_windows(load_dense(ckpt.dir, device, as_dtype(cfg.calib.dtype)), max(1, cfg.calib.sampled // length),
                                                      length, cfg.fit.seed)])
     return windows
 
@@ -4666,19 +4711,19 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     if cfg.calib.load:
         return load_moments(Path(cfg.calib.load), ckpt)
     windows = calibration_windows(ckpt, cfg, device, cfg.calib.tokens)
-    fisher = cfg.calib.fisher
-    dtype = with_gradients(ckpt.dtype) if fisher else ckpt.dtype
+    fisher, dtype = cfg.calib.fisher, as_dtype(cfg.calib.dtype) or ckpt.dtype
+    dtype = with_gradients(dtype) if fisher else dtype
     walk = Walk(ckpt, device, dtype, min(cfg.calib.batch, len(windows)))
     layers = len(walk.layers)
     states = windows[0].numel() * ckpt.dims.d * dtype.itemsize * (layers * fisher + 1)
     at_once = max(1, free_memory(torch.device("cpu")) // 4 // states // walk.batch) * walk.batch  # whole batches: the same result whatever is free
-    with threads_for(ckpt.dims.p, ckpt.dims.d), tqdm(total=-(-len(windows) // at_once) * (1 + fisher) * layers, desc="calibrate",
-                                                     file=sys.stderr, leave=False) as line:
+    with (threads_for(ckpt.dims.p, ckpt.dims.d), memory_kept(),
+          tqdm(total=-(-len(windows) // at_once) * (1 + fisher) * layers, desc="calibrate", file=sys.stderr, leave=False) as line):
         moments = activation_moments(walk, windows, at_once, fisher, cfg.fit.seed, line.update)
     for kind, parts in moments.items():
         for l, C in parts.items():
             expect(torch.isfinite(C).all(), f"{ckpt.dir}: expected finite moments in calibration, found NaN or Inf in layer {l} "
-                                            f"({kind}): do sums overflow in {ckpt.dtype}?")
+                                            f"({kind}): do sums overflow in {dtype}?")
     if cfg.calib.save:
         save_moments(Path(cfg.calib.save), moments, ckpt.fingerprint())
     return moments
@@ -5017,7 +5062,7 @@ def cmd_heal(args: argparse.Namespace) -> dict:
         cfg = run_config(out, args)
     if out.resolve() in (run.resolve(), *run.resolve().parents):
         raise UserError(f"--out {out}: expected another directory than --factors, and none that holds it")
-    dtype = with_gradients(dtype)
+    dtype = with_gradients(as_dtype(args.dtype or cfg.calib.dtype) or ckpt.dtype)
     if not resumed:
         fresh(out, args.overwrite, ckpt.dir, clear=True)
     with discarded_on_error(out):
@@ -5025,7 +5070,7 @@ def cmd_heal(args: argparse.Namespace) -> dict:
         write_text(out / "config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
         log = Log(out / "log.jsonl", cfg, out.name)
         L = ckpt.config["num_hidden_layers"]
-        with (held_interrupt() as stop, threads_for(ckpt.dims.p, ckpt.dims.d),
+        with (held_interrupt() as stop, threads_for(ckpt.dims.p, ckpt.dims.d), memory_kept(),
               tqdm(desc="heal", file=sys.stderr, dynamic_ncols=True, leave=False, delay=1) as line):
             def progress(row: dict) -> None:
                 log.row(row | {"seconds": round(time.perf_counter() - begin, 1)})

@@ -1617,6 +1617,27 @@ def test_the_logits_term_reaches_through_the_dense_rest_of_the_model(checkpoints
     assert len(rows) == 2 and all(r["after"] < r["before"] for r in rows)
 
 
+def test_the_divergence_of_logits_and_its_gradient_are_torchs():
+    head = torch.nn.Linear(8, 50).requires_grad_(False)
+    y, t = (torch.randn(300, 8, generator=gen(n)).requires_grad_() for n in (1, 2))  # more tokens than are worked on at a time
+    want = F.kl_div(head(y).log_softmax(-1), head(t).log_softmax(-1), log_target=True, reduction="batchmean")
+    got = globe.Divergence.apply(y, t, head)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(3 * got, y), torch.autograd.grad(3 * want, y))
+
+
+def test_calibration_and_heal_work_in_the_dtype_that_the_config_names(small, run, monkeypatch, capsys):
+    seen, walk = [], globe.Walk
+    monkeypatch.setattr(globe, "Walk", lambda ckpt, device, dtype, batch: seen.append(dtype) or walk(ckpt, device, dtype, batch))
+    ckpt = Checkpoint(small)
+    for name, fisher, want in ((None, True, torch.float32), ("bfloat16", True, torch.bfloat16), ("float16", False, torch.float16), ("float16", True, torch.float32)):
+        cfg = globe.load_config(None, ["calib.tokens=256", "calib.length=64", f"calib.fisher={fisher}", f"calib.dtype={name or 'null'}"])
+        moments = globe.calibrate(ckpt, cfg, torch.device("cpu"))
+        assert seen.pop() == want and moments["inputs"][0].dtype == torch.float64
+    answer("heal", "--factors", run, "--out", "healed", "heal.steps=2", "heal.tokens=512", "calib.length=64", "calib.dtype=bfloat16", capsys=capsys)
+    assert seen == [torch.bfloat16]
+
+
 def test_heal_from_the_command_line(run, small, capsys, tmp_path):
     settings = ["heal.steps=12", "heal.check_every=4", "heal.tokens=512", "calib.length=64", "heal.lr=0.005"]
     got = answer("heal", "--factors", run, "--out", "healed", *settings, capsys=capsys)
