@@ -271,6 +271,7 @@ class HealConfig:
     logits_weight: float | None = None  # of KL(dense || healed) of the logits, against the error of the stack's output;
                                         # default: 1 where the stack is the whole model, else 0
     bank: str = "auto"                  # train | freeze | auto: train the banks all of whose layers are in the stack
+    norms: bool = True                  # train the weights of the layers' norms too; they take the source's place, one for one
     save_every: int = 50
     grad_checkpoint: bool = False       # compute a layer's activations again on the way back, in less memory
 
@@ -2612,6 +2613,7 @@ class Factors:
     model_type: str
     fingerprint: str
     config: dict = field(default_factory=dict)
+    norms: dict = field(default_factory=dict)  # {parameter: (n,) float32} in place of the source's, where heal trained them
 
     def ratio(self) -> float:
         """Stored / dense numbers of what is compressed."""
@@ -2646,6 +2648,8 @@ def save_factors(factors: Factors, path: Path) -> None:
             make[f"layers.{l}.{name}.A"] = lambda f=f, l=l: f.A[l]
         shapes |= {k: (t.dtype, t.shape) for k, t in small.items()}
         make |= {k: lambda t=t: t for k, t in small.items()}
+    norms = {f"norm.{name}": t for name, t in factors.norms.items()}
+    shapes, make = shapes | {k: (t.dtype, t.shape) for k, t in norms.items()}, make | {k: lambda t=t: t for k, t in norms.items()}
     write_tensors(path, shapes, LazyDict(make), {"globe": json.dumps(factors.meta(), sort_keys=True)})
 
 
@@ -2723,10 +2727,13 @@ def load_factors(path: Path | str) -> Factors:
                                        f["shift"], f["scale"], None if f["bank"] == name else f["bank"])
     for f in families.values():
         f.bank = families[f.owner].bank if f.owner else f.bank
+    norms = {name.removeprefix("norm."): finite(tensors.pop(name), name, path) for name in sorted(tensors) if name.startswith("norm.")}
+    for name, t in norms.items():
+        expect(t.ndim == 1 and t.dtype == torch.float32, f"{path}: norm.{name}: expected float32 (n,), found {t.dtype} {tuple(t.shape)}")
     if tensors:
         raise UserError(f"{path}: {sorted(tensors)[0]}: not expected (and {len(tensors) - 1} more)")
     return Factors(families, {int(l): e for l, e in meta["experts"].items()}, dims, meta["model_type"],
-                   meta["fingerprint"], meta.get("config", {}))
+                   meta["fingerprint"], meta.get("config", {}), norms)
 
 
 def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
@@ -3170,6 +3177,16 @@ def _assign_factors(model: nn.Module, factors: Factors, device: torch.device, dt
         _assign(model, name, t.to(device=device, dtype=t.dtype if keep else dtype))
 
 
+def put_norms(model: nn.Module, factors: Factors) -> dict:
+    """Put healed norms in place; returns {name: the tensor that was there}."""
+    weights, old = dict(model.named_parameters()), {}
+    for name, t in factors.norms.items():
+        expect(name in weights, f"factors: norm.{name}: the model has no such parameter")
+        old[name] = weights[name].detach()
+        _assign(model, name, t.to(old[name]))
+    return old
+
+
 def patch(model: nn.Module, factors: Factors | str | Path, cache: CacheConfig | None = None, keep_dense: bool = True):
     """Swap the experts of every fitted MoE layer of a loaded transformers model for GlobeExperts, in place.
 
@@ -3188,15 +3205,19 @@ def patch(model: nn.Module, factors: Factors | str | Path, cache: CacheConfig | 
                 if hasattr(new, f"{f}_proj"):
                     _assign(new, f"{f}_proj", (w[rows] if f in new.families else w).contiguous())
     _assign_factors(model, factors, device, dtype)
-    model._globe_dense = old if keep_dense else None
+    norms = put_norms(model, factors)
+    model._globe_dense = (old, norms) if keep_dense else None
     return model
 
 
 def unpatch(model: nn.Module):
     """Put the dense experts back that patch(keep_dense=True) replaced; returns the model."""
     expect(getattr(model, "_globe_dense", None), "model: nothing to unpatch (not patched, or patched with keep_dense=False)")
-    for (_, attr), (parent, module) in model._globe_dense.items():
+    experts, norms = model._globe_dense
+    for (_, attr), (parent, module) in experts.items():
         setattr(parent, attr, module)
+    for name, t in norms.items():
+        _assign(model, name, t)
     del model.globe_bank, model._globe_dense, model.save_pretrained
     for m in model.modules():
         if getattr(vars(m).get("forward"), "func", None) is native_mlp:
@@ -3395,6 +3416,7 @@ def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.de
     model = _skeleton(ckpt.config, dtype, ckpt.dir, factors.meta(), cache)
     _assign_factors(model, factors, device, dtype)
     fill(model, ckpt, device, dtype)
+    put_norms(model, factors)
     return _finish(model, ckpt.dir, device)
 
 
@@ -3586,7 +3608,7 @@ def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = 
 def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callable = lambda it: it) -> None:
     """The source checkpoint rewritten in place: the shards' bytes are copied and only the experts' are replaced.
 
-    Names, order, dtypes and every other byte stay, so that whatever read the source reads this."""
+    Healed norms too. Names, order, dtypes and every other byte stay, so that whatever read the source reads this."""
     check_fingerprint(factors, ckpt)
     copy_side_files(ckpt.dir, to)
     config = {k: v for k, v in ckpt.config.items() if k not in ("quantization_config", "auto_map")}
@@ -3600,17 +3622,23 @@ def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callabl
         with open(to / shard, "rb") as f:
             size = int.from_bytes(f.read(8), "little")
             headers[shard] = 8 + size, json.loads(f.read(size))
+
+    def overwrite(tensor: str, part: Any, W: Tensor) -> None:
+        shard = ckpt.shard_of[tensor]
+        start, header = headers[shard]
+        raw = np.memmap(to / shard, np.uint8, "r+", offset=start + header[tensor]["data_offsets"][0],
+                        shape=(*ckpt.shape(tensor), W.itemsize))  # bytes: no alignment needed
+        raw[part] = W.contiguous().view(torch.uint8).numpy().reshape(*W.shape, -1)
+        raw.flush()
+
     for layer, row, e in progress([(l, i, e) for l, es in factors.experts.items() for i, e in enumerate(es)]):
         for name, fam in factors.families.items():
             slot = ckpt.slot(name, layer, e)
-            shard = ckpt.shard_of[slot.tensor]
-            start, header = headers[shard]
             W = fam.weight(layer, row).to(ckpt.expert(name, layer, e).dtype)
-            W = W.T if slot.transposed else W
-            raw = np.memmap(to / shard, np.uint8, "r+", offset=start + header[slot.tensor]["data_offsets"][0],
-                            shape=(*ckpt.shape(slot.tensor), W.itemsize))  # bytes: no alignment needed
-            raw[slot.part] = W.contiguous().view(torch.uint8).numpy().reshape(*W.shape, -1)
-            raw.flush()
+            overwrite(slot.tensor, slot.part, W.T if slot.transposed else W)
+    for name, t in factors.norms.items():
+        expect(name in ckpt.shard_of, f"factors: norm.{name}: {ckpt.dir} has no such tensor")
+        overwrite(name, ..., t.to(ckpt.tensor(name).dtype))
 
 
 def weight_bytes(directory: Path) -> int:
@@ -4121,12 +4149,13 @@ def train(cfg: TrainConfig, to: Path, device: torch.device, resume: bool = False
 
 
 class Student:
-    """The factors of the layers `span` as trainable float32 tensors, over the stock model's matrices that they stand for.
+    """The factors of the layers `span` as trainable float32 tensors, over the stock model's matrices that they stand for; with
+    norms=True the weights of the layers' norms too.
     write() puts W^ (p, d) of every fitted expert in the dense one's place; backward() turns the gradients that the model
     left there into those of A, of the mixtures on their fixed supports and, where they train, of the banks. The model
     itself stays the stock one, so that every architecture and experts implementation serves."""
 
-    def __init__(self, model: nn.Module, factors: Factors, span: range, bank: str, device: torch.device):
+    def __init__(self, model: nn.Module, factors: Factors, span: range, bank: str, device: torch.device, norms: bool = False):
         self.factors, self.span, self.device, self.frozen = factors, span, device, {}
         self.at = {l: v for l, v in experts_modules(model).items() if l in span and l in factors.experts}
         start = {}
@@ -4140,6 +4169,13 @@ class Student:
                                     f"without layer {outside[0]}; raise heal.stack, or take heal.bank=auto or freeze")
                 if not outside:
                     start[f"bank.{name}.{g}"] = f.bank[g]
+        self.norms = {name: (w, w.detach().clone()) for name, w in model.named_parameters()
+                      if (place := re.fullmatch(r"model\.layers\.(\d+)\..*norm\.weight", name)) and int(place[1]) in self.at}
+        for name, (w, dense) in self.norms.items():
+            w.data = dense.clone()  # it may be the checkpoint's own memory
+            if norms:
+                start[f"norm.{name}"] = factors.norms.get(name, dense)
+                w.requires_grad_()
         self.params = {k: nn.Parameter(t.to(device, torch.float32, copy=True)) for k, t in start.items()}
         for matrix, _ in self._places():
             matrix.requires_grad_()
@@ -4172,18 +4208,23 @@ class Student:
         for l, name in itertools.product(self.at, self.factors.families):
             for W, (matrix, cut) in zip(self.weights(l, name), self._places(l, name)):
                 cut(matrix.data).copy_(W)
+        for name, (w, dense) in self.norms.items():
+            w.data.copy_(self.params.get(f"norm.{name}", self.factors.norms.get(name, dense)))
 
     def backward(self) -> None:
         for l, name in itertools.product(self.at, self.factors.families):
             self.weights(l, name).backward(torch.stack([cut(matrix.grad).float() for matrix, cut in self._places(l, name)]))
         for matrix, _ in self._places():
             matrix.grad = None
+        for name, (w, _) in self.norms.items():
+            if f"norm.{name}" in self.params:
+                self.params[f"norm.{name}"].grad, w.grad = w.grad.float(), None
 
     def optimizer(self, lr: float) -> Muon:
-        """Muon for adapters and banks, AdamW for mixtures; a step moves a tensor by lr times its own root mean square."""
+        """Muon for adapters and banks, AdamW for mixtures and norms; a step moves a tensor by lr times its own root mean square."""
         groups = []
         for name, w in self.params.items():
-            rate, matrix = lr * (float(w.detach().square().mean().sqrt()) or 1.0), not name.endswith("val")
+            rate, matrix = lr * (float(w.detach().square().mean().sqrt()) or 1.0), w.ndim > 1 and not name.endswith("val")
             groups.append({"params": [w], "parts": int(matrix), "weight_decay": 0.0, "peak": rate / 0.2 if matrix else rate})
         return Muon(groups, betas=(0.9, 0.95))
 
@@ -4196,6 +4237,11 @@ class Student:
                     where[i] = tensors[key].to(where[i].dtype).cpu()
                 if key in self.params:
                     self.params[key].data.copy_(where[i])
+        for name, (_, dense) in self.norms.items():
+            if (key := f"norm.{name}") in tensors:
+                self.factors.norms[name] = tensors[key].cpu()
+            if key in self.params:
+                self.params[key].data.copy_(self.factors.norms.get(name, dense))
 
 
 class Walk:
@@ -4372,7 +4418,7 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
     for i in range(0, L, size):
         span = range(i, min(i + size, L))
         walk.fill(span)
-        student = Student(walk.model, factors, span, H.bank, device)
+        student = Student(walk.model, factors, span, H.bank, device, H.norms)
         if weight < 1:
             walk.advance(span, dense)
         if student.params:

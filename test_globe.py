@@ -1575,14 +1575,47 @@ def test_one_stack_overfits_a_small_batch(checkpoints, tmp_path):
 
 def test_what_healing_does_not_train_stays_bit_identical(checkpoints, tmp_path):
     ckpt = Checkpoint(checkpoints["qwen2_moe"])
-    for setting, changes in (("heal.bank=freeze", {"A", "val"}), ("heal.bank=train", {"A", "val", "bank"})):
+    for bank, norms, changes in (("freeze", "false", {"A", "val"}), ("train", "false", {"A", "val", "bank"}), ("freeze", "true", {"A", "val", "norms"})):
         factors = random_factors(ckpt)
         old = tensors_of(factors)
-        healed(ckpt, factors, tmp_path / setting, "heal.stack=2", "heal.steps=10", "heal.lr=0.01", setting)
+        healed(ckpt, factors, tmp_path / f"{bank}-{norms}", "heal.stack=2", "heal.steps=10", "heal.lr=0.01", f"heal.bank={bank}", f"heal.norms={norms}")
         moved = {"bank" if "bank" in name else name.rpartition("_")[2] for name, t in tensors_of(factors).items() if not torch.equal(t, old[name])}
-        assert moved == changes
+        assert moved | ({"norms"} if factors.norms else set()) == changes
     with pytest.raises(UserError, match="heal.bank: train needs all layers"):
         healed(ckpt, random_factors(ckpt), tmp_path / "x", "heal.stack=1", "heal.bank=train")
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_healed_norms_go_wherever_the_factors_go(kind, checkpoints, tmp_path):
+    ckpt = Checkpoint(checkpoints[kind])
+    factors = random_factors(ckpt)
+    for step in (1, 2):  # the second heal goes on from the first's
+        healed(ckpt, factors, tmp_path / f"heal{step}", "heal.stack=1", "heal.steps=10", "heal.lr=0.01")
+        assert len(factors.norms) == len(ckpt.dims.layers) * (4 if kind == "qwen3_moe" else 2)
+        assert not [name for name, t in factors.norms.items() if torch.equal(t, ckpt.tensor(name).float())]
+    globe.save_factors(factors, tmp_path / "factors.safetensors")
+    again = globe.load_factors(tmp_path)
+    assert again.norms.keys() == factors.norms.keys() and again.ratio() == factors.ratio()
+    want = logits(globe.assemble(ckpt, factors))
+    dense = stock(checkpoints[kind])
+    before = logits(dense)
+    assert gap(logits(globe.patch(dense, again)), want) < 1e-4 and gap(before, want) > 1e-3
+    assert torch.equal(logits(globe.unpatch(dense)), before)
+    (tmp_path / "dense").mkdir()
+    globe.export_dense(ckpt, again, tmp_path / "dense")
+    assert gap(logits(stock(tmp_path / "dense")), want) < 1e-4
+    (tmp_path / "globe").mkdir()
+    globe.export_globe(ckpt, again, tmp_path / "globe")
+    assert gap(logits(globe.load(tmp_path / "globe")), want) < 1e-4
+    healed(ckpt, again, tmp_path / "off", "heal.stack=1", "heal.steps=5", "heal.lr=0.01", "heal.norms=false")
+    assert all(torch.equal(t, factors.norms[name]) for name, t in again.norms.items())
+    again.norms["model.layers.0.nothing_norm.weight"] = torch.ones(4)
+    with pytest.raises(UserError, match="no such parameter"):
+        globe.assemble(ckpt, again)
+    for bad in (torch.ones(4, 4), torch.ones(4, dtype=torch.int32), torch.full((4,), float("nan"))):
+        globe.save_factors(dataclasses.replace(factors, norms={"x": bad}), tmp_path / "factors.safetensors")
+        with pytest.raises(UserError, match="norm.x"):
+            globe.load_factors(tmp_path)
 
 
 def test_a_stack_that_would_get_worse_keeps_its_factors(checkpoints, tmp_path):
