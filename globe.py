@@ -614,7 +614,7 @@ def threads_for(p: int, d: int, dtype: str = "float32") -> Iterator[None]:
 @contextlib.contextmanager
 def memory_kept() -> Iterator[None]:
     """glibc keeps freed memory for the next tensor meanwhile. Else it goes back to the system and comes again, page fault by
-    page fault: two thirds of a training step's time where activations take gigabytes."""
+    page fault: a third of a training step's time where activations take gigabytes."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     mallopt = getattr(libc, "mallopt", lambda option, value: None)  # musl has none
     trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: 32 MiB is the most it takes
@@ -622,7 +622,7 @@ def memory_kept() -> Iterator[None]:
         mallopt(trim, -1), mallopt(mmap, 2 ** 25)
         yield
     finally:
-        mallopt(trim, 2 ** 17), mallopt(mmap, 2 ** 17)
+        mallopt(trim, 2 ** 26)  # where glibc's own adjustment ends; the start values would stay, and slow down what follows
         getattr(libc, "malloc_trim", lambda pad: None)(0)
 
 
@@ -1665,7 +1665,7 @@ def token_windows(tokenizer, text: str, tokens: int, length: int, stride: int | 
 def sample_windows(model: nn.Module, count: int, length: int, seed: int = 0) -> Tensor:
     """(count, length) token ids that the model itself writes at temperature 1, each after one random token."""
     device = next(model.parameters()).device
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), memory_kept():
         torch.manual_seed(seed)
         start = torch.randint(model.config.vocab_size, (count, 1), device=device)
         return model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=length - 1, min_new_tokens=length - 1,
@@ -4286,7 +4286,7 @@ class Walk:
     @torch.no_grad()
     def advance(self, span: Sequence[int], x: Tensor) -> None:
         """Every window of x (N, T, d) through the layers of span, in place."""
-        for part in x.split(self.batch):
+        for part in tqdm(x.split(self.batch), desc=f"layers {span[0]} to {span[-1]}", file=sys.stderr, leave=False, delay=5):
             part.copy_(self.run(span, part))
 
     def logits(self, x: Tensor) -> Tensor:
@@ -4320,14 +4320,15 @@ class Divergence(torch.autograd.Function):
         total, grads = torch.zeros((), device=y.device), []
         for part, want in zip(y.detach().split(128), t.split(128)):
             want, part = logits(want).log_softmax(-1), part.requires_grad_()
-            with torch.enable_grad():
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 z = logits(part)
             got = z.detach().log_softmax(-1)
             q = want.exp()
             total += torch.linalg.vecdot(q, want.sub_(got)).sum()
-            z.backward(got.exp_().sub_(q).div_(len(y)))
-            grads.append(part.grad)
-        ctx.save_for_backward(torch.cat(grads))
+            if z.requires_grad:
+                z.backward(got.exp_().sub_(q).div_(len(y)))
+                grads.append(part.grad)
+        ctx.save_for_backward(torch.cat(grads) if grads else None)
         return total / len(y)
 
     @staticmethod
@@ -4339,14 +4340,20 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
                progress: Callable[[dict], None], stop: Callable[[], bool]) -> tuple:
     """Train one stack; returns (its best tensors, {} where none beat the start; loss on the held-out windows before, after).
     loss(ids): mean loss of the windows ids, of which 0..held-1 are held out; it must be small enough for one backward pass.
-    The state is saved every heal.save_every steps and when stop() asks; a state that is there is resumed."""
+    The state is saved every heal.save_every steps and when stop() asks; a state that is there is resumed. Processes of one
+    job share the windows of each step."""
+    (rank, world), size = ranks(), min(cfg.heal.batch, windows - held)
+    expect(size >= world, f"heal.batch: expected a window or more for each of {world} processes, found {size}")
     H, optimizer, step, bad, rate, first, lowest = cfg.heal, student.optimizer(cfg.heal.lr), 0, 0, 1.0, None, math.inf
     micro, best = cfg.calib.batch, {k: w.detach().clone() for k, w in student.params.items()}
 
     def held_out() -> float:
         student.write()
         with torch.no_grad():
-            return sum(float(loss(part)) * len(part) for part in torch.arange(held).split(micro)) / held
+            mine = torch.arange(held)[rank::world]  # with few of them, some ranks have none
+            total = torch.tensor([sum(float(loss(part)) * len(part) for part in mine.split(micro) if len(part))], dtype=torch.float64)
+        all_sum(total)
+        return float(total) / held
     if state.is_file():
         with saved_state(state), safe_open(state, "pt") as f:
             step, bad, rate, first, lowest = json.loads(f.metadata()["heal"])
@@ -4355,16 +4362,18 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
     first = lowest = held_out() if first is None else first
     while step < H.steps and bad < H.patience:
         g = torch.Generator().manual_seed(cfg.fit.seed * 1_000_003 + student.span[0] * 10_007 + step)
-        ids = held + torch.randperm(windows - held, generator=g)[:H.batch]
+        ids = held + torch.randperm(windows - held, generator=g)[rank:size:world]
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate * min(1.0, (step + 1) / max(1, H.warmup)) * (0.55 + 0.45 * math.cos(math.pi * step / H.steps))
         student.write()
-        total = 0.0
+        total = torch.zeros(1, dtype=torch.float64)
         for part in ids.split(micro):
-            value = loss(part) * (len(part) / len(ids))
+            value = loss(part) * (len(part) / size)
             value.backward()
             total += float(value.detach())
         student.backward()
+        all_sum(total, *(w.grad for w in student.params.values()))
+        total = float(total)
         if math.isfinite(total):
             optimizer.step()
         optimizer.zero_grad()
@@ -4381,10 +4390,11 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
                     for moment in optimizer.state[w].values():
                         moment.zero_()
         progress(row)
-        if stop() or step % H.save_every == 0:
+        stopped = stop()
+        if not rank and (stopped or step % H.save_every == 0):
             save_training(state, "now", student.params, optimizer, {"heal": [step, bad, rate, first, lowest]},
                           **{f"best/{k}": w for k, w in best.items()})
-        if stop():
+        if stopped:
             raise KeyboardInterrupt(f"state saved at step {step} of the stack at layer {student.span[0]}")
     return best if lowest < first else {}, first, lowest
 
@@ -4408,11 +4418,11 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
     expect(len(windows) >= 2, f"heal: expected text for 2 windows of calib.length = {cfg.calib.length} tokens or more, found 1")
     walk = Walk(ckpt, device, dtype, min(cfg.calib.batch, len(windows)))
     shape = (*windows.shape, ckpt.dims.d)
-    x, dense = (on_disk(state / f"{name}.bin", shape, dtype) for name in ("healed", "dense"))
+    x, dense = (on_disk(state / f"{name}-{ranks()[0]}.bin", shape, dtype) for name in ("healed", "dense"))
     walk.embed(windows, x)
     dense.copy_(x)
     if weight:  # the logits need the dense model's last hidden states, and the way to them
-        final = on_disk(state / "final.bin", shape, dtype)
+        final = on_disk(state / f"final-{ranks()[0]}.bin", shape, dtype)
         walk.fill(range(L))
         walk.advance(range(L), final.copy_(x))
     for i in range(0, L, size):
@@ -4423,7 +4433,7 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
             walk.advance(span, dense)
         if student.params:
             done = state / f"stack-{i:03d}.safetensors"
-            if not done.is_file():
+            if not first_rank_says(done.is_file()):
                 def loss(ids: Tensor) -> Tensor:
                     """(1 - weight) * mean over tokens of |y - t|^2 / |t|^2 + weight * KL(dense || healed) in nats per token.
                     Per token, since a few tokens of a sequence are hundreds of times longer than the others."""
@@ -4436,9 +4446,11 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
                         loss = loss + weight * Divergence.apply(y.flatten(0, 1), final[ids].to(device).flatten(0, 1), walk.logits)
                     return loss
                 best, before, after = heal_stack(student, loss, len(windows), held, cfg, state / "step.safetensors", progress, stop)
-                with written(done) as tmp:
-                    save_file(best, tmp, metadata={"heal": json.dumps([before, after])})
-                (state / "step.safetensors").unlink(missing_ok=True)
+                with first_rank_first():
+                    if not ranks()[0]:
+                        with written(done) as tmp:
+                            save_file(best, tmp, metadata={"heal": json.dumps([before, after])})
+                        (state / "step.safetensors").unlink(missing_ok=True)
             with saved_state(done), safe_open(done, "pt") as f:
                 before, after = map(float, json.loads(f.metadata()["heal"]))
                 student.store(load_file(done))
@@ -5101,35 +5113,45 @@ def cmd_info(args: argparse.Namespace) -> dict:
 
 
 def cmd_heal(args: argparse.Namespace) -> dict:
+    with joined_ranks(pick_device(args.device)):
+        return heal_joined(args)
+
+
+def heal_joined(args: argparse.Namespace) -> dict:
+    """What every rank does of `heal`."""
     begin, out = time.perf_counter(), Path(args.out)
-    resumed = args.resume and (out / "config.yaml").is_file()
-    run, cfg, factors, ckpt, device, dtype = open_run(args)
+    resumed = first_rank_says(args.resume and (out / "config.yaml").is_file())
+    run, cfg, factors, ckpt, device, _ = open_run(args)
     if resumed:
         cfg = run_config(out, args)
     if out.resolve() in (run.resolve(), *run.resolve().parents):
         raise UserError(f"--out {out}: expected another directory than --factors, and none that holds it")
     dtype = with_gradients(as_dtype(args.dtype or cfg.calib.dtype) or ckpt.dtype)
-    if not resumed:
-        fresh(out, args.overwrite, ckpt.dir, clear=True)
+    with first_rank_first():
+        if not resumed and not ranks()[0]:
+            fresh(out, args.overwrite, ckpt.dir, clear=True)
     with discarded_on_error(out):
         windows = calibration_windows(ckpt, cfg, device, cfg.heal.tokens)
-        write_text(out / "config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
+        if not ranks()[0]:
+            write_text(out / "config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
         log = Log(out / "log.jsonl", cfg, out.name)
         L = ckpt.config["num_hidden_layers"]
         with (held_interrupt() as stop, threads_for(ckpt.dims.p, ckpt.dims.d), memory_kept(),
-              tqdm(desc="heal", file=sys.stderr, dynamic_ncols=True, leave=False, delay=1) as line):
+              tqdm(desc="heal", file=sys.stderr, dynamic_ncols=True, leave=False, delay=1, disable=ranks()[0] > 0) as line):
             def progress(row: dict) -> None:
                 log.row(row | {"seconds": round(time.perf_counter() - begin, 1)})
                 line.update(1)
                 line.set_postfix_str(f"layer {row['layer']} of {L}, step {row['step']}, loss {row['loss']:.4f}")
             try:
-                rows = heal(ckpt, factors, windows, cfg, out / "state", device, dtype, progress, stop.is_set)
-            except KeyboardInterrupt as e:
-                raise KeyboardInterrupt(f"{e}; go on with: python globe.py heal --resume --factors {run} --out {out}") from None
+                rows = heal(ckpt, factors, windows, cfg, out / "state", device, dtype, progress, lambda: any_rank(stop.is_set()))
+            except (KeyboardInterrupt, Lost) as e:
+                raise type(e)(f"{e}; go on with: python globe.py heal --resume --factors {run} --out {out}") from None
         log.close()
-        save_factors(factors, out / "factors.safetensors")
-        for file in (out / "state").glob("*.bin"):
+        for file in (out / "state").glob(f"*-{ranks()[0]}.bin"):
             file.unlink()
+    if ranks()[0]:
+        return {}
+    save_factors(factors, out / "factors.safetensors")
     say(text_table(("layers", "held-out loss before", "after"), [(f"{a}..{b}", r["before"], r["after"]) for r in rows for a, b in [r["layers"]]]))
     return {"factors": str(out), "ratio": factors.ratio(), "model_ratio": factors.model_ratio(ckpt.num_parameters()), "stacks": rows,
             "healed": sum(r["after"] < r["before"] for r in rows), "seconds": round(time.perf_counter() - begin, 1),

@@ -1636,7 +1636,7 @@ def test_a_stopped_heal_goes_on_to_the_same_bits(checkpoints, tmp_path):
     for stop_after in (7, 21, 3):
         calls = itertools.count()
         with pytest.raises(KeyboardInterrupt, match="state saved at step"):
-            healed(ckpt, random_factors(ckpt), tmp_path / "parts", *settings, stop=lambda: next(calls) >= 2 * stop_after)
+            healed(ckpt, random_factors(ckpt), tmp_path / "parts", *settings, stop=lambda: next(calls) >= stop_after)
     healed(ckpt, parts, tmp_path / "parts", *settings)
     for name, t in tensors_of(parts).items():
         assert torch.equal(t, tensors_of(whole)[name]), name
@@ -3630,6 +3630,27 @@ def test_two_ranks_fit_what_one_process_fits_and_a_killed_rank_ends_the_job_resu
     for family in {r["family"] for r in rows}:
         assert [r["step"] for r in rows if r["family"] == family] == list(range(1, step + 10))
     assert set(tensors_in("cut")) == set(tensors_in("long"))
+
+
+@slow
+def test_two_ranks_heal_what_one_process_heals(small, run, capsys):
+    base = ["heal", "--factors", run, "heal.steps=8", "heal.check_every=4", "heal.tokens=1024", "calib.length=64", "heal.batch=3", "heal.lr=0.002"]
+    answer(*base, "--out", "one", capsys=capsys)
+    two = launch(*base, "--out", "two", ranks=2)
+    out, err = two.communicate()
+    assert two.returncode == 0, err
+    result, = (json.loads(line) for line in out.splitlines() if line.startswith("{"))
+    assert result["factors"] == "two" and result["healed"] == 1 and not list(Path("two/state").glob("*.bin"))
+    one, both = (globe.read_rows(Path(f"{name}/log.jsonl")) for name in ("one", "two"))
+    assert [r["step"] for r in both] == list(range(1, 9))
+    for a, b in zip(one, both):
+        for key in {"loss", "held_out"} & set(a):
+            assert b[key] == pytest.approx(a[key], rel=1e-3)
+    for name, t in tensors_in("one").items():
+        torch.testing.assert_close(tensors_in("two")[name], t, atol=2e-3 * float(t.abs().max()), rtol=2e-3)
+    few = launch(*base, "--out", "few", "heal.batch=1", ranks=2)
+    _, err = few.communicate()
+    assert few.returncode != 0 and "heal.batch: expected a window or more for each of 2 processes, found 1" in err and 'globe.py", line' not in err
 
 
 # ======================================================================================================
