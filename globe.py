@@ -267,6 +267,7 @@ class HealConfig:
     tokens: int = 262144
     held_out: float = 0.05              # fraction of the windows that is never trained on, and decides
     check_every: int = 25               # steps between two looks at the held-out windows
+    mean: float = 0.05                  # weight of a step in the running mean of the parameters, which is what is kept; 1: the last
     patience: int = 4                   # looks in a row without a gain after which a stack is done
     logits_weight: float | None = None  # of KL(dense || healed) of the logits, against the error of the stack's output;
                                         # default: 1 where the stack is the whole model, else 0
@@ -314,7 +315,7 @@ NON_NEGATIVE = ("model.single_layer", "sparsity.l1", "sparsity.eps_prune", "fit.
                 *(f"train.{k}" for k in ("shared_expert_intermediate_size", "upcycle_noise", "dense_steps", "moe_steps", "warmup",
                                          "weight_decay", "aux_coef", "save_every", "seed")))
 FRACTIONS = ("sparsity.eta", "sparsity.freeze", "fit.adam.beta1", "fit.adam.beta2", "fit.homotopy.lam_start",
-             "fit.homotopy.lam_end", "fit.homotopy.beta_start", "fit.homotopy.beta_end", "heal.held_out", "heal.logits_weight")
+             "fit.homotopy.lam_end", "fit.homotopy.beta_start", "fit.homotopy.beta_end", "heal.held_out", "heal.logits_weight", "heal.mean")
 
 
 def _coerce(value: Any, kind: str, where: str) -> Any:
@@ -4193,23 +4194,25 @@ class Student:
                 else:
                     yield (module.gate_up_proj, module.gate_up_proj, module.down_proj)[i], lambda w, i=i, e=e: w[e].T if i == 2 else w[e].chunk(2)[i]
 
-    def weights(self, l: int, name: str) -> Tensor:
-        """W^ (E_l, p, d) float32, differentiable."""
+    def weights(self, l: int, name: str, params: Mapping | None = None) -> Tensor:
+        """W^ (E_l, p, d) float32, differentiable; of `params` in place of the student's own."""
+        params = params or self.params
         f = self.factors.families[name]
         key = f"bank.{f.owner or name}.{f.group[l]}"
         if key not in self.params and key not in self.frozen:
             self.frozen[key] = f.bank[f.group[l]].to(self.device, torch.float32)
-        bank = self.params[key] if key in self.params else self.frozen[key]
-        X = compose(bank, f.idx[l].to(self.device), self.params[f"layers.{l}.{name}.val"], f.activation)
-        return f.shift + f.scale * (self.params[f"layers.{l}.{name}.A"] @ X)
+        bank = params[key] if key in params else self.frozen[key]
+        X = compose(bank, f.idx[l].to(self.device), params[f"layers.{l}.{name}.val"], f.activation)
+        return f.shift + f.scale * (params[f"layers.{l}.{name}.A"] @ X)
 
     @torch.no_grad()
-    def write(self) -> None:
+    def write(self, params: Mapping | None = None) -> None:
+        params = params or self.params
         for l, name in itertools.product(self.at, self.factors.families):
-            for W, (matrix, cut) in zip(self.weights(l, name), self._places(l, name)):
+            for W, (matrix, cut) in zip(self.weights(l, name, params), self._places(l, name)):
                 cut(matrix.data).copy_(W)
         for name, (w, dense) in self.norms.items():
-            w.data.copy_(self.params.get(f"norm.{name}", self.factors.norms.get(name, dense)))
+            w.data.copy_(params.get(f"norm.{name}", self.factors.norms.get(name, dense)))
 
     def backward(self) -> None:
         for l, name in itertools.product(self.at, self.factors.families):
@@ -4345,10 +4348,12 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
     (rank, world), size = ranks(), min(cfg.heal.batch, windows - held)
     expect(size >= world, f"heal.batch: expected a window or more for each of {world} processes, found {size}")
     H, optimizer, step, bad, rate, first, lowest = cfg.heal, student.optimizer(cfg.heal.lr), 0, 0, 1.0, None, math.inf
-    micro, best = cfg.calib.batch, {k: w.detach().clone() for k, w in student.params.items()}
+    micro, now = cfg.calib.batch, {k: w.data for k, w in student.params.items()}
+    best, mean = ({k: w.clone() for k, w in now.items()} for _ in range(2))
 
     def held_out() -> float:
-        student.write()
+        """The loss with the running mean of the parameters in place, which is what a stack ends with: the steps are noisy."""
+        student.write(mean)
         with torch.no_grad():
             mine = torch.arange(held)[rank::world]  # with few of them, some ranks have none
             total = torch.tensor([sum(float(loss(part)) * len(part) for part in mine.split(micro) if len(part))], dtype=torch.float64)
@@ -4358,7 +4363,7 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
         with saved_state(state), safe_open(state, "pt") as f:
             step, bad, rate, first, lowest = json.loads(f.metadata()["heal"])
             tensors = load_training(state, "now", student.params, optimizer)
-        best = {k: tensors[f"best/{k}"] for k in student.params}
+        best, mean = ({k: tensors[f"{kind}/{k}"].to(w.device) for k, w in now.items()} for kind in ("best", "mean"))
     first = lowest = held_out() if first is None else first
     while step < H.steps and bad < H.patience:
         g = torch.Generator().manual_seed(cfg.fit.seed * 1_000_003 + student.span[0] * 10_007 + step)
@@ -4378,22 +4383,25 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
             optimizer.step()
         optimizer.zero_grad()
         step += 1
+        for k, w in now.items():
+            mean[k].lerp_(w, max(H.mean, 1 / (step + 1)))
         row = {"family": "heal", "layer": student.span[0], "step": step, "loss": total}
         if step % H.check_every == 0 or step == H.steps or not math.isfinite(total):
-            row["held_out"] = now = held_out()
-            if now < lowest:
-                bad, lowest, best = 0, now, {k: w.detach().clone() for k, w in student.params.items()}
+            row["held_out"] = value = held_out()
+            if value < lowest:
+                bad, lowest, best = 0, value, {k: w.clone() for k, w in mean.items()}
             else:  # back to the best, and on in smaller steps: which a model bears differs by ten times from one to the next
                 bad, rate = bad + 1, rate / 2
                 for k, w in student.params.items():
-                    w.data.copy_(best[k])
+                    now[k].copy_(best[k])
+                    mean[k].copy_(best[k])
                     for moment in optimizer.state[w].values():
                         moment.zero_()
         progress(row)
         stopped = stop()
         if not rank and (stopped or step % H.save_every == 0):
             save_training(state, "now", student.params, optimizer, {"heal": [step, bad, rate, first, lowest]},
-                          **{f"best/{k}": w for k, w in best.items()})
+                          **{f"{kind}/{k}": w for kind, kept in (("best", best), ("mean", mean)) for k, w in kept.items()})
         if stopped:
             raise KeyboardInterrupt(f"state saved at step {step} of the stack at layer {student.span[0]}")
     return best if lowest < first else {}, first, lowest
