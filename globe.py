@@ -4464,7 +4464,8 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
                 student.store(load_file(done))
             student.write()
             rows.append({"layers": [span[0], span[-1]], "before": before, "after": after})
-        walk.advance(span, x)
+        if span[-1] + 1 < L:
+            walk.advance(span, x)
         walk.empty(span if not weight else ())
     return rows
 
