@@ -326,7 +326,7 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
                 factors.config["bank"]["scope"], result["support"], metric=factors.config["fit"]["metric"])
         measure(variant, factors, result["rel_frob"], seconds)
         if args.heal and variant == "globe":
-            healed = quiet(["heal", "--factors", result["factors"], "--out", f"{scratch}/healed-{ratio}", f"calib.text={text}",
+            healed = quiet(["heal", "--factors", result["factors"], "--out", f"{scratch}/healed-{ratio}", f"calib.text={text}", "calib.sampled=0",
                             *(s for s in args.set if s.startswith("heal."))])
             factors = globe.load_factors(healed["factors"])
             errors = {f: e["all"] for f, e in globe.reconstruction(ckpt, factors).items()}
