@@ -190,6 +190,7 @@ class CalibConfig:
     sampled: int = 0                    # more tokens, sampled from the dense model itself (it must fit in memory): they
                                         # bring in domains that the text lacks
     dtype: str | None = None            # that the dense model works in, in heal too; default: the checkpoint's
+    shrink: str | None = None           # auto: fit.ridge is chosen so that either half of the windows serves the other best
     save: str | None = None             # file to write the moments to
     load: str | None = None             # ... and to take them from, in place of a calibration
 
@@ -299,7 +300,7 @@ CHOICES = {
     "bank.init": ("auto", "experts", "svd", "dictionary", "random"), "sparsity.map": ("auto", "sparsemax", "entmax", "softmax", "signed"),
     "sparsity.alpha": (1.0, 1.5, 2.0), "fit.method": ("varpro", "am", "adam"), "fit.metric": ("data", "weights"),
     "cache.mode": ("lru", "lfu", "all", "none"), "log.to": ("none", "trackio", "wandb"),
-    "heal.bank": ("auto", "train", "freeze"),
+    "heal.bank": ("auto", "train", "freeze"), "calib.shrink": (None, "auto"),
     "fit.dtype": ("float64", "float32", "tf32", "bfloat16", "float16"),
     **dict.fromkeys(("calib.dtype", "cache.dtype", "export.dtype"), (None, "float32", "bfloat16", "float16")),
 }
@@ -1556,6 +1557,7 @@ class Experts:
 # ======================================================================================================
 # 4. Calibration: text, tokens, input statistics per layer
 # ======================================================================================================
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)  # to choose from
 CLIP = 0.99  # quantile of the tokens' weights in a batch above which they are cut down to it
 ROW_FLOOR = 0.01  # of a layer's mean row weight, added to every row: an expert that calibration never met still counts
 # Never trained or calibrated on: benchmarks use them as unseen domains.
@@ -1674,8 +1676,8 @@ def sample_windows(model: nn.Module, count: int, length: int, seed: int = 0) -> 
 
 
 def moment_shapes(D: Dims) -> dict:
-    """{kind: shape} of a layer's moments (activation_moments)."""
-    return {"inputs": (D.d, D.d), "weighted": (D.d, D.d), "hidden": (D.p, D.p), "gate": (D.experts, D.p), "up": (D.experts, D.p)}
+    """{kind: shape} of a layer's moments (activation_moments), and of its ridge, where that was chosen (chosen_ridge)."""
+    return {"inputs": (D.d, D.d), "weighted": (D.d, D.d), "hidden": (D.p, D.p), "gate": (D.experts, D.p), "up": (D.experts, D.p), "ridge": ()}
 
 
 @torch.no_grad()
@@ -1694,7 +1696,7 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
     One decoder layer is in memory at a time, with the hidden states of `at_once` windows: forward through all layers and,
     for the gradients, back, each layer run again. tick() after each layer.
     """
-    sums: dict = {kind: {} for kind in moment_shapes(walk.ckpt.dims)}
+    sums: dict = {kind: {} for kind in ("inputs", "weighted", "hidden", "gate", "up")}
     places, count, L, seen = experts_modules(walk.model), 0, len(walk.layers), {}
     generator = torch.Generator(walk.device).manual_seed(seed)
 
@@ -1768,10 +1770,11 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
             for token in part.flatten(0, 1).split(256):  # logits of a batch can be gigabytes
                 with torch.enable_grad():
                     y = token.to(walk.device, copy=True).requires_grad_()
-                    log_q = walk.logits(y).log_softmax(-1)
-                    expect(torch.isfinite(log_q).all(), f"{walk.ckpt.dir}: expected finite logits in calibration, found NaN or Inf: do sums overflow in {walk.dtype}?")
-                    v = torch.multinomial(log_q.detach().exp(), 1, generator=generator)
-                    log_q.gather(1, v).sum().backward()
+                    z = walk.logits(y)
+                q = z.detach().softmax(-1)
+                expect(torch.isfinite(q.amax(-1)).all(), f"{walk.ckpt.dir}: expected finite logits in calibration, found NaN or Inf: do sums overflow in {walk.dtype}?")
+                v = torch.multinomial(q, 1, replacement=True, generator=generator)  # without, torch draws a number for every word
+                z.backward(q.neg_().scatter_add_(1, v, torch.ones_like(v, dtype=q.dtype)))  # of log q(v)
                 grads.append(y.grad)
             part.copy_(torch.cat(grads).view_as(part))
         for l in reversed(range(L)) if fisher else ():
@@ -1808,7 +1811,7 @@ def load_moments(path: Path, ckpt: Checkpoint, tag: str | None = None) -> dict:
         raise UserError(f"calib.load: {path}: expected moments of the checkpoint with fingerprint {tag or ckpt.fingerprint()}, found {found}")
     D, out = ckpt.dims, {}
     for kind, shape in moment_shapes(D).items():
-        if tag and not any(name.startswith(kind) for name in tensors):
+        if (tag or kind == "ridge") and not any(name.startswith(kind) for name in tensors):
             continue
         out[kind] = {l: tensors.get(f"{kind}.{l}") for l in D.layers}
         for l, C in out[kind].items():
@@ -1838,9 +1841,36 @@ def metric_factor(C: Tensor, ridge: float) -> Tensor:
     return torch.linalg.cholesky((C + (ridge + 1e-9) * eye) / (1 + ridge)).float().contiguous()
 
 
+def inputs_moment(moments: dict, l: int) -> Tensor:
+    """(d, d): all tokens alike and the tokens as they count, in equal parts: either alone did worse (README)."""
+    return sum(moments[kind][l] / moments[kind][l].diagonal().mean().clamp_min(1e-30) for kind in ("inputs", "weighted"))
+
+
+@torch.no_grad()
+def chosen_ridge(ckpt: Checkpoint, halves: Sequence[dict], ratio: float, layers: int = 8) -> float:
+    """The one of RIDGES whose metric, made from one half of the calibration windows, leaves the least error in the metric of the
+    other half, both ways, when a layer's gate and up are cut in closed form to the rank that has `ratio` of their size.
+    halves: two activation_moments; the windows come in the order of the text, so the halves differ as domains do."""
+    D, errors = ckpt.dims, dict.fromkeys(RIDGES, 0.0)
+    rank = min(D.d - 1, round(ratio * 2 * D.experts * D.p * D.d / (2 * D.experts * D.p + D.d)))
+    for l in D.layers[::-(-len(D.layers) // layers)]:
+        G = torch.zeros(D.d, D.d)
+        for family in ("gate", "up"):
+            for e, rows in enumerate(sum(m[family][l] for m in halves).float()):
+                W = ckpt.expert(family, l, e).float()  # (p, d)
+                G.addmm_(W.T, rows[:, None] * W)
+        for here, there in (halves, halves[::-1]):
+            C = inputs_moment(there, l).float()
+            for ridge in RIDGES:
+                L = metric_factor(inputs_moment(here, l), ridge)
+                V = torch.linalg.eigh(L.T @ G @ L)[1][:, -rank:]
+                lost = torch.eye(D.d) - L @ V @ torch.linalg.solve_triangular(L.T, V, upper=True).T
+                errors[ridge] += float((G @ lost @ C).mul(lost).sum() / (G * C).sum())
+    return min(errors, key=errors.__getitem__)
+
+
 def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, device: torch.device) -> dict:
-    """{"right": {layer: L}, made when asked for, "left": {(layer, expert): S}} of a family, for Experts. On the right, all
-    tokens alike and the tokens as they count share in equal parts: either alone did worse (README). A row of a shared
+    """{"right": {layer: L}, made when asked for, "left": {(layer, expert): S}} of a family, for Experts. A row of a shared
     expert, which sees every token, weighs as much as all routed experts' rows together."""
     if family == "down":
         S = {l: metric_factor(C, ridge).to(device) for l, C in moments["hidden"].items()}
@@ -1853,8 +1883,7 @@ def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, d
         left[l, e] = (rows * moments["inputs"][l].diagonal().mean()).sqrt().float().to(device)
 
     def right(l: int) -> Tensor:
-        C = sum(moments[kind][l] / moments[kind][l].diagonal().mean().clamp_min(1e-30) for kind in ("inputs", "weighted"))
-        return metric_factor(C, ridge).to(device)
+        return metric_factor(inputs_moment(moments, l), float(moments.get("ridge", {}).get(l, ridge))).to(device)
     return {"right": LazyDict({l: functools.partial(right, l) for l in layers}), "left": left}
 
 
@@ -4784,13 +4813,21 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     layers = len(walk.layers)
     states = windows[0].numel() * ckpt.dims.d * dtype.itemsize * (layers * fisher + 1)
     at_once = max(1, free_memory(torch.device("cpu")) // 4 // states // walk.batch) * walk.batch  # whole batches: the same result whatever is free
+    expect(len(windows) >= 2 or not cfg.calib.shrink, f"calib.shrink: expected text for 2 windows of calib.length = {cfg.calib.length} tokens or more, found 1")
+    halves = windows.tensor_split(2 if cfg.calib.shrink else 1)
     with (threads_for(ckpt.dims.p, ckpt.dims.d), memory_kept(),
-          tqdm(total=-(-len(windows) // at_once) * (1 + fisher) * layers, desc="calibrate", file=sys.stderr, leave=False) as line):
-        moments = activation_moments(walk, windows, at_once, fisher, cfg.fit.seed, line.update)
+          tqdm(total=sum(-(-len(half) // at_once) for half in halves) * (1 + fisher) * layers, desc="calibrate", file=sys.stderr, leave=False) as line):
+        found = [activation_moments(walk, half, at_once, fisher, cfg.fit.seed + i, line.update) for i, half in enumerate(halves)]
+    share = [len(half) / len(windows) for half in halves]
+    moments = {kind: {l: sum(m[kind][l] * n for m, n in zip(found, share)) for l in layers} for kind, layers in found[0].items()}
     for kind, parts in moments.items():
         for l, C in parts.items():
             expect(torch.isfinite(C).all(), f"{ckpt.dir}: expected finite moments in calibration, found NaN or Inf in layer {l} "
                                             f"({kind}): do sums overflow in {dtype}?")
+    if cfg.calib.shrink:
+        ridge = chosen_ridge(ckpt, found, cfg.bank.ratio or 0.6)
+        say(f"shrinkage of the covariances: {ridge} of their mean diagonal (calib.shrink)")
+        moments["ridge"] = {l: torch.tensor(ridge, dtype=torch.float64) for l in moments["inputs"]}
     if cfg.calib.save:
         save_moments(Path(cfg.calib.save), moments, ckpt.fingerprint())
     return moments

@@ -1728,7 +1728,7 @@ def slow_moments(model, windows: torch.Tensor, batch: int, share: float, fisher:
         model.model.layers[l].register_forward_hook(lambda _, args, out, l=l: stream.update({l: (out if isinstance(out, torch.Tensor) else out[0]).detach()}))
     for part in windows.split(batch):
         log_q = model(part).logits.float().log_softmax(-1).flatten(0, 1)
-        v = torch.multinomial(log_q.detach().exp(), 1, generator=generator)
+        v = torch.multinomial(log_q.detach().softmax(-1), 1, replacement=True, generator=generator)
         log_q.gather(1, v).sum().backward()
         for l, (x, index, h) in seen.items():
             m = globe.experts_modules(model)[l][2]
@@ -1772,6 +1772,35 @@ def test_the_metric_is_the_second_moment_and_a_ridge():
     L = globe.metric_factor(C, 0.1).double()
     C /= C.diagonal().mean()
     torch.testing.assert_close(L @ L.T, (C + 0.1 * torch.eye(32)) / 1.1, atol=1e-5, rtol=1e-4)
+
+
+def test_the_ridge_is_larger_where_the_halves_of_the_text_differ(small):
+    ckpt = Checkpoint(small)
+    D = ckpt.dims
+    scale = torch.logspace(0, -3, D.d, dtype=torch.float64)
+
+    def half(order) -> dict:
+        C = dict.fromkeys(D.layers, torch.diag(scale[order]))
+        rows = dict.fromkeys(D.layers, torch.ones(D.experts, D.p, dtype=torch.float64))
+        return {"inputs": C, "weighted": C, "gate": rows, "up": rows}
+    same, other = half(torch.arange(D.d)), half(torch.arange(D.d).flip(0))
+    assert globe.chosen_ridge(ckpt, (same, same), 0.5) == globe.RIDGES[0]
+    assert globe.chosen_ridge(ckpt, (same, other), 0.5) == globe.RIDGES[-1]
+
+
+def test_a_chosen_ridge_is_kept_with_the_moments_and_used(small, tmp_path, capsys):
+    ckpt, settings = Checkpoint(small), ["calib.tokens=512", "calib.length=64"]
+    cfg = globe.load_config(None, [*settings, "calib.shrink=auto", f"calib.save={tmp_path / 'm.st'}"])
+    moments = globe.calibrate(ckpt, cfg, torch.device("cpu"))
+    ridge = float(moments["ridge"][0])
+    assert ridge in globe.RIDGES and f"{ridge} of" in capsys.readouterr().err
+    back = globe.load_moments(tmp_path / "m.st", ckpt)
+    keys = [(0, 0)]
+    got, want = (globe.metric_of(m, "gate", keys, x, torch.device("cpu"))["right"][0] for m, x in ((back, 7.0), ({**back, "ridge": {}}, ridge)))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    plain = globe.calibrate(ckpt, globe.load_config(None, settings), torch.device("cpu"))
+    assert "ridge" not in plain
+    torch.testing.assert_close(moments["inputs"][1], plain["inputs"][1], rtol=1e-5, atol=1e-8)
 
 
 # ======================================================================================================
@@ -2893,6 +2922,8 @@ CALIBRATION_ROWS = {
                                                Path("t.txt").write_text("some words " * 20)], ("layer 1", "finite")),
     "logits that overflow": (lambda src: [edit_tensors(lambda t: t["lm_head.weight"].fill_(3e38))(src),
                                           Path("t.txt").write_text("some words " * 20)], ("logits", "finite")),
+    "a shrinkage chosen on one window": (lambda src: [Path("t.txt").write_text("words"), Path("c.yaml").write_text("calib: {text: t.txt, shrink: auto}")],
+                                         ("calib.shrink", "2 windows", "found 1")),
     "a calib.load of words": (lambda src: [Path("t.txt").write_text("some words"), Path("m").write_text("nonsense")], ("calib.load", "m")),
     "a calib.load without a layer": (lambda src: moments(src, lambda t: t.pop("inputs.1")), ("calib.load", "inputs.1", "(32, 32)", "none")),
     "a calib.load of another size": (lambda src: moments(src, lambda t: t.update({"gate.0": torch.ones(4, 3)})), ("calib.load", "gate.0", "(4, 16)", "(4, 3)")),
