@@ -190,7 +190,7 @@ class CalibConfig:
     sampled: int = 0                    # more tokens, sampled from the dense model itself (it must fit in memory): they
                                         # bring in domains that the text lacks
     dtype: str | None = None            # that the dense model works in, in heal too; default: the checkpoint's
-    shrink: str | None = None           # auto: fit.ridge is chosen so that either half of the windows serves the other best
+    shrink: str | None = None           # auto: in place of fit.ridge, the one with which either half of the windows serves the other best
     save: str | None = None             # file to write the moments to
     load: str | None = None             # ... and to take them from, in place of a calibration
 
@@ -626,6 +626,12 @@ def memory_kept() -> Iterator[None]:
     finally:
         mallopt(trim, 2 ** 26)  # where glibc's own adjustment ends; the start values would stay, and slow down what follows
         getattr(libc, "malloc_trim", lambda pad: None)(0)
+
+
+def fit_budget(cfg: Config, device: torch.device) -> float:
+    """Bytes that a rank may plan on."""
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    return cfg.fit.budget * 2 ** 30 if cfg.fit.budget else free_memory(device) / shared
 
 
 def host_buffer(shape: tuple, device: torch.device) -> Tensor:
@@ -1850,7 +1856,7 @@ def inputs_moment(moments: dict, l: int) -> Tensor:
 def chosen_ridge(ckpt: Checkpoint, halves: Sequence[dict], ratio: float, layers: int = 8) -> float:
     """The one of RIDGES whose metric, made from one half of the calibration windows, leaves the least error in the metric of the
     other half, both ways, when a layer's gate and up are cut in closed form to the rank that has `ratio` of their size.
-    halves: two activation_moments; the windows come in the order of the text, so the halves differ as domains do."""
+    halves: two activation_moments, which differ as domains do where the text comes in their order, or half of it is sampled."""
     D, errors = ckpt.dims, dict.fromkeys(RIDGES, 0.0)
     rank = min(D.d - 1, round(ratio * 2 * D.experts * D.p * D.d / (2 * D.experts * D.p + D.d)))
     for l in D.layers[::-(-len(D.layers) // layers)]:
@@ -3211,6 +3217,7 @@ def put_norms(model: nn.Module, factors: Factors) -> dict:
     """Put healed norms in place; returns {name: the tensor that was there}."""
     weights, old = dict(model.named_parameters()), {}
     for name, t in factors.norms.items():
+        name = name if name in weights else name.removeprefix("model.")  # of a model without its head
         expect(name in weights, f"factors: norm.{name}: the model has no such parameter")
         old[name] = weights[name].detach()
         _assign(model, name, t.to(old[name]))
@@ -4199,7 +4206,7 @@ class Student:
                                     f"without layer {outside[0]}; raise heal.stack, or take heal.bank=auto or freeze")
                 if not outside:
                     start[f"bank.{name}.{g}"] = f.bank[g]
-        self.norms = {name: (w, w.detach().clone()) for name, w in model.named_parameters()
+        self.norms = {name: (w, w.detach()) for name, w in model.named_parameters()
                       if (place := re.fullmatch(r"model\.layers\.(\d+)\..*norm\.weight", name)) and int(place[1]) in self.at}
         for name, (w, dense) in self.norms.items():
             w.data = dense.clone()  # it may be the checkpoint's own memory
@@ -4318,7 +4325,7 @@ class Walk:
     @torch.no_grad()
     def advance(self, span: Sequence[int], x: Tensor) -> None:
         """Every window of x (N, T, d) through the layers of span, in place."""
-        for part in tqdm(x.split(self.batch), desc=f"layers {span[0]} to {span[-1]}", file=sys.stderr, leave=False, delay=5):
+        for part in tqdm(x.split(self.batch), desc=f"layers {span[0]} to {span[-1]}", file=sys.stderr, leave=False, delay=5, disable=ranks()[0] > 0):
             part.copy_(self.run(span, part))
 
     def logits(self, x: Tensor) -> Tensor:
@@ -4393,7 +4400,8 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
             step, bad, rate, first, lowest = json.loads(f.metadata()["heal"])
             tensors = load_training(state, "now", student.params, optimizer)
         best, mean = ({k: tensors[f"{kind}/{k}"].to(w.device) for k, w in now.items()} for kind in ("best", "mean"))
-    first = lowest = held_out() if first is None else first
+    if first is None:
+        first = lowest = held_out()
     while step < H.steps and bad < H.patience:
         g = torch.Generator().manual_seed(cfg.fit.seed * 1_000_003 + student.span[0] * 10_007 + step)
         ids = held + torch.randperm(windows - held, generator=g)[rank:size:world]
@@ -4436,6 +4444,15 @@ def heal_stack(student: Student, loss: Callable[[Tensor], Tensor], windows: int,
     return best if lowest < first else {}, first, lowest
 
 
+def stack_size(cfg: Config, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype) -> int:
+    """Decoder layers that heal trains together. auto: all, where memory holds the weights with their gradients and, in float32,
+    the factors with gradients, momentum, running mean and the best so far; else one."""
+    L = ckpt.config["num_hidden_layers"]
+    if cfg.heal.stack != "auto":
+        return min(L, cfg.heal.stack)
+    return L if first_rank_says((2 * dtype.itemsize + 20) * ckpt.num_parameters() < fit_budget(cfg, device)) else 1
+
+
 def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state: Path, device: torch.device, dtype: torch.dtype,
          progress: Callable[[dict], None] = lambda row: None, stop: Callable[[], bool] = lambda: False) -> list:
     """Layer-wise recovery: train `factors` (in place) stack by stack against the dense model on windows (N, T) of token ids.
@@ -4447,8 +4464,7 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, state
     keeps its old factors where the held-out windows gained nothing. Returns a row {"layers", "before", "after"} per stack.
     Finished stacks are saved below `state` and are not trained again; KeyboardInterrupt after stop(), with the state saved."""
     H, L, rows = cfg.heal, ckpt.config["num_hidden_layers"], []
-    whole = 6 * ckpt.num_parameters() * dtype.itemsize < free_memory(device)  # weights, gradients, float32 factors and moments
-    size = min(L, (L if whole else 1) if H.stack == "auto" else H.stack)
+    size = stack_size(cfg, ckpt, device, dtype)
     weight = float(size == L) if H.logits_weight is None else H.logits_weight
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(cfg.fit.seed))
     windows, held = windows[order], max(1, round(H.held_out * len(windows)))
@@ -4708,12 +4724,6 @@ def check_state(t: dict, shape: tuple, experts: Experts) -> None:
         raise ValueError("a step below 0")
 
 
-def fit_budget(cfg: Config, device: torch.device) -> float:
-    """Bytes that a rank may plan on."""
-    shared = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
-    return cfg.fit.budget * 2 ** 30 if cfg.fit.budget else free_memory(device) / shared
-
-
 def fit_family(names: tuple, shape: tuple, ckpt: Checkpoint, keys: list, cfg: Config, moments: dict, device: torch.device, run: Path,
                log: Log, stop: Callable[[], bool]) -> dict | None:
     """Fit the families `names` on one bank, with progress, log rows and saved state; {family: factors}, None if stopped."""
@@ -4805,7 +4815,9 @@ def calibration_windows(ckpt: Checkpoint, cfg: Config, device: torch.device, tok
 def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     """Moments of the dense model's activations on the calibration text, layer by layer; from calib.load where given."""
     if cfg.calib.load:
-        return load_moments(Path(cfg.calib.load), ckpt)
+        moments = load_moments(Path(cfg.calib.load), ckpt)
+        expect("ridge" in moments or not cfg.calib.shrink, f"calib.load: {cfg.calib.load}: expected moments saved with calib.shrink={cfg.calib.shrink}, found no ridge")
+        return moments if cfg.calib.shrink else {kind: layers for kind, layers in moments.items() if kind != "ridge"}
     windows = calibration_windows(ckpt, cfg, device, cfg.calib.tokens)
     fisher, dtype = cfg.calib.fisher, as_dtype(cfg.calib.dtype) or ckpt.dtype
     dtype = with_gradients(dtype) if fisher else dtype
@@ -4818,8 +4830,9 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     with (threads_for(ckpt.dims.p, ckpt.dims.d), memory_kept(),
           tqdm(total=sum(-(-len(half) // at_once) for half in halves) * (1 + fisher) * layers, desc="calibrate", file=sys.stderr, leave=False) as line):
         found = [activation_moments(walk, half, at_once, fisher, cfg.fit.seed + i, line.update) for i, half in enumerate(halves)]
-    share = [len(half) / len(windows) for half in halves]
-    moments = {kind: {l: sum(m[kind][l] * n for m, n in zip(found, share)) for l in layers} for kind, layers in found[0].items()}
+    moments, share = found[0], [len(half) / len(windows) for half in halves]
+    if cfg.calib.shrink:
+        moments = {kind: {l: sum(m[kind][l] * n for m, n in zip(found, share)) for l in layers} for kind, layers in moments.items()}
     for kind, parts in moments.items():
         for l, C in parts.items():
             expect(torch.isfinite(C).all(), f"{ckpt.dir}: expected finite moments in calibration, found NaN or Inf in layer {l} "
@@ -5167,15 +5180,20 @@ def heal_joined(args: argparse.Namespace) -> dict:
     """What every rank does of `heal`."""
     begin, out = time.perf_counter(), Path(args.out)
     resumed = first_rank_says(args.resume and (out / "config.yaml").is_file())
-    run, cfg, factors, ckpt, device, _ = open_run(args)
+    with first_rank_first():  # which trains the tiny model where it is not there
+        run, cfg, factors, ckpt, device, _ = open_run(args)
     if resumed:
         cfg = run_config(out, args)
     if out.resolve() in (run.resolve(), *run.resolve().parents):
         raise UserError(f"--out {out}: expected another directory than --factors, and none that holds it")
     dtype = with_gradients(as_dtype(args.dtype or cfg.calib.dtype) or ckpt.dtype)
     with first_rank_first():
-        if not resumed and not ranks()[0]:
-            fresh(out, args.overwrite, ckpt.dir, clear=True)
+        if not ranks()[0]:
+            for left in (out / "state").glob("*.bin") if resumed else ():  # of ranks that may be no more
+                left.unlink()
+            if not resumed:
+                fresh(out, args.overwrite, ckpt.dir, clear=True)
+    cfg.heal.stack = stack_size(cfg, ckpt, device, dtype)  # kept in config.yaml: a resumed run may find other memory
     with discarded_on_error(out):
         windows = calibration_windows(ckpt, cfg, device, cfg.heal.tokens)
         if not ranks()[0]:
@@ -5285,7 +5303,7 @@ OPTIONS = (  # (commands, option, what argparse is told of it)
     (ANY, "overrides", dict(nargs="*", metavar="section.key=value", help="config values; they win over --config")),
     (ANY, "--config", dict(metavar="YAML", help="config file; see configs/")),
     (ANY, "--device", dict(help="auto (default), cpu, cuda, cuda:N or mps")),
-    (ANY, "--dtype", dict(help="float32, bfloat16 or float16; default: the checkpoint's (fit: fit.dtype)")),
+    (ANY, "--dtype", dict(help="float32, bfloat16 or float16; default: the checkpoint's (fit: fit.dtype; heal: calib.dtype)")),
     (("fit", "train", "heal"), "--resume", dict(action="store_true", help="go on from the saved state; starts afresh where there is none")),
     (("fit", "train"), "--print-config", dict(action="store_true", help="show the resolved config and stop")),
     (("fit", "train", "heal", "export"), "--overwrite", dict(action="store_true", help="replace an output that exists")),

@@ -1633,7 +1633,7 @@ def test_a_stopped_heal_goes_on_to_the_same_bits(checkpoints, tmp_path):
     settings = ("heal.stack=1", "heal.steps=20", "heal.lr=0.02")
     whole, parts = random_factors(ckpt), random_factors(ckpt)
     healed(ckpt, whole, tmp_path / "whole", *settings)
-    for stop_after in (7, 21, 3):
+    for stop_after in (7, 11, 9, 3):  # 7 + 1 + 11 + 1 = 20: the first stack's last step
         calls = itertools.count()
         with pytest.raises(KeyboardInterrupt, match="state saved at step"):
             healed(ckpt, random_factors(ckpt), tmp_path / "parts", *settings, stop=lambda: next(calls) >= stop_after)
@@ -1798,8 +1798,12 @@ def test_a_chosen_ridge_is_kept_with_the_moments_and_used(small, tmp_path, capsy
     keys = [(0, 0)]
     got, want = (globe.metric_of(m, "gate", keys, x, torch.device("cpu"))["right"][0] for m, x in ((back, 7.0), ({**back, "ridge": {}}, ridge)))
     torch.testing.assert_close(got, want, rtol=0, atol=0)
-    plain = globe.calibrate(ckpt, globe.load_config(None, settings), torch.device("cpu"))
-    assert "ridge" not in plain
+    plain = globe.calibrate(ckpt, globe.load_config(None, [*settings, f"calib.save={tmp_path / 'plain.st'}"]), torch.device("cpu"))
+    loaded = lambda name, *more: globe.calibrate(ckpt, globe.load_config(None, [f"calib.load={tmp_path / name}", *more]), torch.device("cpu"))  # noqa: E731
+    assert "ridge" not in plain and "ridge" not in loaded("m.st")  # where fit.ridge is asked for, it counts
+    assert loaded("m.st", "calib.shrink=auto")["ridge"][1] == ridge
+    with pytest.raises(UserError, match="found no ridge"):
+        loaded("plain.st", "calib.shrink=auto")
     torch.testing.assert_close(moments["inputs"][1], plain["inputs"][1], rtol=1e-5, atol=1e-8)
 
 
