@@ -384,9 +384,9 @@ def plot_quality(rows: list, path: Path) -> None:
             mine = sorted((r["ratio"], r["delta_nats"]) for r in rows if (r["text"], r["variant"]) == (text, variant))
             ours = variant.startswith("globe")
             ax.plot(*zip(*mine), marker=marker, linestyle="-" if variant == "globe" else line, color="black" if ours else "0.5", label=variant)
-        ax.set(title=text, xlabel="stored / dense size of gate and up", yscale="log")
+        ax.set(title=text, xlabel="stored / dense size of gate and up", yscale="log", xticks=sorted({round(r["ratio"], 2) for r in rows}))
     axes[0][0].set_ylabel("increase of the loss (nats per token)")
-    axes[0][0].legend(fontsize=8)
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
     fig.tight_layout()
     with globe.written(path) as tmp:
         fig.savefig(tmp, dpi=120, format="png")
