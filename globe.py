@@ -1673,12 +1673,17 @@ def token_windows(tokenizer, text: str, tokens: int, length: int, stride: int | 
 @torch.no_grad()
 def sample_windows(model: nn.Module, count: int, length: int, seed: int = 0) -> Tensor:
     """(count, length) token ids that the model itself writes at temperature 1, each after one random token."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(), memory_kept():
-        torch.manual_seed(seed)
-        start = torch.randint(model.config.vocab_size, (count, 1), device=device)
-        return model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=length - 1, min_new_tokens=length - 1,
-                              do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0).cpu()
+    device, end = next(model.parameters()).device, model.generation_config.eos_token_id
+    generator = torch.Generator(device).manual_seed(seed)
+    ids, past = torch.randint(model.config.vocab_size, (count, 1), device=device, generator=generator), None
+    with memory_kept():  # transformers' generate() draws with torch.multinomial, which takes longer than the model here
+        for _ in tqdm(range(length - 1), desc="sample", file=sys.stderr, leave=False, delay=1):
+            out = model(ids[:, -1:], past_key_values=past, use_cache=True)
+            logits, past = out.logits[:, -1].float(), out.past_key_values
+            if end is not None:
+                logits[:, end] = -math.inf  # a window is one text
+            ids = torch.cat([ids, drawn(logits.softmax(-1), generator)], 1)
+    return ids.cpu()
 
 
 def moment_shapes(D: Dims) -> dict:
@@ -1779,13 +1784,20 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
                     z = walk.logits(y)
                 q = z.detach().softmax(-1)
                 expect(torch.isfinite(q.amax(-1)).all(), f"{walk.ckpt.dir}: expected finite logits in calibration, found NaN or Inf: do sums overflow in {walk.dtype}?")
-                v = torch.multinomial(q, 1, replacement=True, generator=generator)  # without, torch draws a number for every word
+                v = drawn(q, generator)
                 z.backward(q.neg_().scatter_add_(1, v, torch.ones_like(v, dtype=q.dtype)))  # of log q(v)
                 grads.append(y.grad)
             part.copy_(torch.cat(grads).view_as(part))
         for l in reversed(range(L)) if fisher else ():
             visit(l, x[l], x[L], True)
     return {kind: {l: v / count for l, v in sorted(layers.items())} for kind, layers in sums.items()}
+
+
+def drawn(q: Tensor, generator: torch.Generator) -> Tensor:
+    """(n, 1): an index drawn from each row of probabilities q (n, V). torch.multinomial works on one core."""
+    below = q.cumsum(-1)
+    u = torch.rand(len(q), 1, device=q.device, generator=generator) * below[:, -1:]
+    return torch.searchsorted(below, u).clamp_max(q.shape[1] - 1)
 
 
 def gate_slopes(module: nn.Module, z: Tensor) -> tuple:

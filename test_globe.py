@@ -1728,7 +1728,7 @@ def slow_moments(model, windows: torch.Tensor, batch: int, share: float, fisher:
         model.model.layers[l].register_forward_hook(lambda _, args, out, l=l: stream.update({l: (out if isinstance(out, torch.Tensor) else out[0]).detach()}))
     for part in windows.split(batch):
         log_q = model(part).logits.float().log_softmax(-1).flatten(0, 1)
-        v = torch.multinomial(log_q.detach().softmax(-1), 1, replacement=True, generator=generator)
+        v = globe.drawn(log_q.detach().exp(), generator)
         log_q.gather(1, v).sum().backward()
         for l, (x, index, h) in seen.items():
             m = globe.experts_modules(model)[l][2]
@@ -1764,6 +1764,27 @@ def test_the_moments_are_those_of_the_whole_model_of_which_one_layer_is_in_memor
         for l in want[kind]:
             assert want[kind][l].abs().max() > 0
             torch.testing.assert_close(got[kind][l], want[kind][l], atol=1e-7, rtol=2e-4)
+
+
+def test_labels_are_drawn_from_the_models_distribution():
+    q = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    v = globe.drawn(q.expand(100_000, 4), gen())
+    torch.testing.assert_close(torch.bincount(v.flatten(), minlength=4) / len(v), q, atol=0.01, rtol=0)
+
+
+@torch.no_grad()
+def test_windows_are_sampled_from_the_model_and_never_end_early(checkpoints):
+    model = stock(checkpoints["qwen2_moe"])
+    got = globe.sample_windows(model, 3, 9, seed=1)
+    assert got.shape == (3, 9) and torch.equal(got, globe.sample_windows(model, 3, 9, seed=1)) and not torch.equal(got, globe.sample_windows(model, 3, 9, seed=2))
+    model.lm_head.weight.mul_(1e4)  # so sure of itself that to sample is to be greedy
+    model.generation_config.eos_token_id = None
+    got = globe.sample_windows(model, 3, 9)
+    greedy = lambda: torch.equal(got[:, 1:], model(got).logits[:, :-1].argmax(-1))  # noqa: E731
+    assert greedy()
+    model.generation_config.eos_token_id = [int(got[0, 4])]
+    got = globe.sample_windows(model, 3, 9)
+    assert not greedy() and int(model.generation_config.eos_token_id[0]) not in got[:, 1:]
 
 
 def test_the_metric_is_the_second_moment_and_a_ridge():
