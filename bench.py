@@ -1040,9 +1040,10 @@ def bench_fit(preset: str, args: argparse.Namespace) -> list:
                  "value": round(time.perf_counter() - begin, 2), "passes": 1, "rel_frob": error})
     mobe = globe.load_config(str(Path(globe.__file__).parent / "configs/mobe.yaml"), ["bank.r=null", f"bank.ratio={ratio}", f"fit.steps={args.mobe_steps}"])
     trace = fit("mobe", mobe)
-    flat, error = next(point for point in trace if point[1] <= 1.01 * trace[-1][1])  # the rest of its steps gains it a hundredth
-    fit("varpro, to where mobe is flat", config("varpro", 5 * steps), error)
-    for row, seconds, goal in ((rows[0], next((t for t, e in trace if e <= rows[0]["rel_frob"]), None), rows[0]["rel_frob"]), (rows[-1], flat, error)):
+    flat = next(e for _, e in trace if e <= 1.01 * trace[-1][1])  # the rest of its steps gains it a hundredth
+    fit("varpro, to where mobe is flat", config("varpro", 5 * steps), flat)
+    for row, goal in ((rows[0], rows[0]["rel_frob"]), (rows[-1], flat)):
+        seconds = next((t for t, e in trace if e <= goal), None)
         if seconds and row["rel_frob"] <= goal:
             row.update(ratio=round(seconds / row["value"], 1), mobe_seconds=round(seconds, 2))
     say(globe.text_table(("method", "steps", "seconds", "passes", "relative error", "times faster than mobe"),

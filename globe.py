@@ -4255,12 +4255,11 @@ class Student:
 
     @torch.no_grad()
     def write(self, params: Mapping | None = None) -> None:
-        params = params or self.params
         for l, name in itertools.product(self.at, self.factors.families):
             for W, (matrix, cut) in zip(self.weights(l, name, params), self._places(l, name)):
                 cut(matrix.data).copy_(W)
         for name, (w, dense) in self.norms.items():
-            w.data.copy_(params.get(f"norm.{name}", self.factors.norms.get(name, dense)))
+            w.data.copy_((params or self.params).get(f"norm.{name}", self.factors.norms.get(name, dense)))
 
     def backward(self) -> None:
         for l, name in itertools.product(self.at, self.factors.families):
@@ -4831,19 +4830,20 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
         expect("ridge" in moments or not cfg.calib.shrink, f"calib.load: {cfg.calib.load}: expected moments saved with calib.shrink={cfg.calib.shrink}, found no ridge")
         return moments if cfg.calib.shrink else {kind: layers for kind, layers in moments.items() if kind != "ridge"}
     windows = calibration_windows(ckpt, cfg, device, cfg.calib.tokens)
+    expect(len(windows) >= 2 or not cfg.calib.shrink, f"calib.shrink: expected text for 2 windows of calib.length = {cfg.calib.length} tokens or more, found 1")
+    halves = windows.tensor_split(2 if cfg.calib.shrink else 1)
     fisher, dtype = cfg.calib.fisher, as_dtype(cfg.calib.dtype) or ckpt.dtype
     dtype = with_gradients(dtype) if fisher else dtype
     walk = Walk(ckpt, device, dtype, min(cfg.calib.batch, len(windows)))
     layers = len(walk.layers)
     states = windows[0].numel() * ckpt.dims.d * dtype.itemsize * (layers * fisher + 1)
     at_once = max(1, free_memory(torch.device("cpu")) // 4 // states // walk.batch) * walk.batch  # whole batches: the same result whatever is free
-    expect(len(windows) >= 2 or not cfg.calib.shrink, f"calib.shrink: expected text for 2 windows of calib.length = {cfg.calib.length} tokens or more, found 1")
-    halves = windows.tensor_split(2 if cfg.calib.shrink else 1)
     with (threads_for(ckpt.dims.p, ckpt.dims.d), memory_kept(),
           tqdm(total=sum(-(-len(half) // at_once) for half in halves) * (1 + fisher) * layers, desc="calibrate", file=sys.stderr, leave=False) as line):
         found = [activation_moments(walk, half, at_once, fisher, cfg.fit.seed + i, line.update) for i, half in enumerate(halves)]
-    moments, share = found[0], [len(half) / len(windows) for half in halves]
+    moments = found[0]
     if cfg.calib.shrink:
+        share = [len(half) / len(windows) for half in halves]
         moments = {kind: {l: sum(m[kind][l] * n for m, n in zip(found, share)) for l in layers} for kind, layers in moments.items()}
     for kind, parts in moments.items():
         for l, C in parts.items():
