@@ -708,7 +708,7 @@ def bench_decode(preset: str, args: argparse.Namespace) -> list:
             return model
         make = {("dense", how): lambda how=how: dense_model(how) for how in DENSE if preset == "tiny" or how != "batched_mm"}
         make |= {("globe", "all"): lambda: globe_model(mode="all"), ("globe", "warm"): lambda: globe_model(per_layer=held),
-                 ("globe", "cold"): lambda: globe_model(per_layer=held)}
+                 ("globe", "cold"): lambda: globe_model(per_layer=held), ("globe", "direct"): lambda: globe_model(mode="direct")}
         rows += measure(make, text, args, device, preset, {"dense": lambda: globe.load_dense(scratch / "dense", device, dtype),
                                                            "globe": lambda: globe.load(scratch / "globe", device, dtype)})
         if args.sweep:
@@ -864,11 +864,16 @@ def write_qwen15_globe(dense: Path, to: Path, cfg: globe.Config, consume: bool =
     """
     to.mkdir(parents=True)
     ckpt, g = globe.Checkpoint(dense), torch.Generator().manual_seed(1)
-    m, r, s, layers = cfg.bank.m, cfg.bank.r, cfg.sparsity.support, ckpt.dims.layers
-    family = {"m": m, "r": r, "s": s, "groups": 1, "group": {str(l): 0 for l in layers}, "activation": cfg.bank.activation, "shift": 0.0, "scale": 1.0}
+    layers = ckpt.dims.layers
+    group = globe.Experts.groups_of([(l, 0) for l in layers], cfg.bank.scope)
+    m = cfg.bank.m if isinstance(cfg.bank.m, dict) else dict.fromkeys(globe.FAMILIES, cfg.bank.m)
+    owner = {f: "gate" if cfg.bank.share and f == "up" else f for f in globe.FAMILIES}
+    families = {f: {"m": m[o], "r": cfg.bank.r, "s": min(cfg.sparsity.support, m[o]), "groups": len(set(group.values())), "bank": o,
+                    "group": {str(l): g for l, g in group.items()}, "activation": cfg.bank.activation, "shift": 0.0, "scale": 1.0}
+                for f, o in owner.items()}
     meta = {"format_version": globe.FORMAT_VERSION, "globe_version": globe.__version__, "model_type": "qwen2_moe", "fingerprint": "random",
-            "dims": dataclasses.asdict(ckpt.dims), "families": {f: family | {"bank": f} for f in globe.FAMILIES},
-            "experts": {str(l): list(range(E)) for l in layers}, "config": {}}
+            "dims": dataclasses.asdict(ckpt.dims), "families": families,
+            "experts": {str(l): list(range(E)) for l in layers}, "config": {"cache": dataclasses.asdict(cfg.cache)}}
     (to / "config.json").write_text(json.dumps(ckpt.config | {"quantization_config": {"quant_method": "globe"} | meta}))
     state, block = globe._skeleton(ckpt.config, torch.bfloat16, to, meta).state_dict(), torch.randn(BLOCK, generator=g).bfloat16()
     part = lambda name: re.search(r"layers\.(\d+)\.", name)[1] if ".layers." in name else "rest"  # noqa: E731
@@ -882,9 +887,9 @@ def write_qwen15_globe(dense: Path, to: Path, cfg: globe.Config, consume: bool =
             elif name in ckpt.shard_of:
                 shard.add(name, ckpt.tensor(name))
             elif name.endswith("_idx"):
-                shard.add(name, torch.stack([torch.randperm(m, generator=g)[:s] for _ in range(E)]).int())
+                shard.add(name, torch.stack([torch.randperm(m[owner[name.split(".")[-1][:-4]]], generator=g)[:shape[1]] for _ in range(E)]).int())
             elif name.endswith("_val"):
-                shard.add(name, torch.full(shape, 1 / s))
+                shard.add(name, torch.full(shape, 1 / shape[1]))
             else:
                 shard.noise(name, shape, block, 0.004 if name.endswith("_A") else 1.0)
         shard.close()
@@ -908,10 +913,10 @@ def mapped(directory: Path) -> torch.nn.Module:
 def run_one(args: argparse.Namespace) -> list:
     """One contender of the 24-GiB case, in a process of its own: 8 tokens of prompt, then args.tokens more, after a run to warm up."""
     from transformers import AutoModelForCausalLM
-    device, begin, where = torch.device("cpu"), time.perf_counter(), Path(args.dir)
+    device, begin, where, cfg = torch.device("cpu"), time.perf_counter(), Path(args.dir), qwen15_config(args)
     text = as_words("heldout", 8 + 4 * args.tokens, 151936)
     if args.only == "globe":
-        model = globe.load(where / "globe", cache=qwen15_config(args).cache)
+        model = globe.load(where / "globe", cache=cfg.cache)
         globe.warm(model, as_words("calibration", 128, 151936))
     elif args.only == "mapped":
         model = mapped(where / "dense")
@@ -935,7 +940,7 @@ def run_one(args: argparse.Namespace) -> list:
     st, timed_turns = globe.cache_stats(model), speeds[1:] or speeds
     value = statistics.median(timed_turns)
     return [{"suite": "decode", "preset": "qwen15", "test": f"tg{args.tokens}", "variant": "globe" if args.only == "globe" else "dense",
-             "implementation": args.only, "cache": "warm" if args.only == "globe" else None, "value": round(value, 4), "unit": "tokens/s",
+             "implementation": args.only, "cache": cfg.cache.mode if args.only == "globe" else None, "value": round(value, 4), "unit": "tokens/s",
              "spread": round(max(timed_turns) - min(timed_turns), 4), "peak_gib": round(globe.peak_gib(device), 2), "load_s": round(load, 2),
              "ttft_ms": round(1e3 * first, 1), "cache_mib": round(st["cache_mib"], 1),
              "hit_rate": round(st["hit_rate"], 4) if args.only == "globe" else None, "compose_share": round(st["compose_seconds"] * value / args.tokens, 3)}]

@@ -198,7 +198,8 @@ class CalibConfig:
 @dataclass
 class CacheConfig:
     mode: str = "lru"                   # lru | lfu (keeps the most used, not the most recent) | all (every expert composed
-                                        # once and held) | none
+                                        # once and held) | none | direct (nothing is composed: the bases act on the tokens
+                                        # and their results are mixed; for banks of a few bases, activation identity)
     per_layer: int | None = None        # slots per layer; default: half of the experts
     budget: float | None = None         # MiB for all layers together, in place of per_layer, shared out by what each asks for
     dtype: str | None = None            # of what is held; default: the model's
@@ -299,7 +300,7 @@ CHOICES = {
     "model.normalize": ("none", "scale", "zscore"), "bank.activation": ("identity", "silu", "tanh"),
     "bank.init": ("auto", "experts", "svd", "dictionary", "random"), "sparsity.map": ("auto", "sparsemax", "entmax", "softmax", "signed"),
     "sparsity.alpha": (1.0, 1.5, 2.0), "fit.method": ("varpro", "am", "adam"), "fit.metric": ("data", "weights"),
-    "cache.mode": ("lru", "lfu", "all", "none"), "log.to": ("none", "trackio", "wandb"),
+    "cache.mode": ("lru", "lfu", "all", "none", "direct"), "log.to": ("none", "trackio", "wandb"),
     "heal.bank": ("auto", "train", "freeze"), "calib.shrink": (None, "auto"),
     "fit.dtype": ("float64", "float32", "tf32", "bfloat16", "float16"),
     **dict.fromkeys(("calib.dtype", "cache.dtype", "export.dtype"), (None, "float32", "bfloat16", "float16")),
@@ -833,7 +834,7 @@ def train_dtype(name: str, device: torch.device) -> torch.dtype | None:
 # ======================================================================================================
 # 2. Operators: one entry point each; the torch form is the fallback and the oracle of the native one in csrc/
 # ======================================================================================================
-KERNELS_VERSION = 2  # of the schemas in csrc/; a library of another version is refused
+KERNELS_VERSION = 3  # of the schemas in csrc/; a library of another version is refused
 
 
 @functools.cache
@@ -901,6 +902,8 @@ def _register_kernels() -> None:
         "simplex": lambda x, alpha: (like(x), x.new_empty(x.shape[:-1], dtype=torch.int64)),
         "simplex_backward": lambda grad, p, alpha: like(p),
         "experts_decode": lambda x, *rest: like(x),
+        "experts_mixed": lambda x, *rest: like(x),
+        "linear": lambda x, W, bias: x.new_empty(len(x), len(W)),
     }.items():
         torch.library.register_fake(f"globe::{name}", fake)
 
@@ -2870,6 +2873,8 @@ class GlobeBank(nn.Module):
 NATIVE_ACTS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "ReLU": "relu"}  # of experts_decode
 DECODE_TOKENS = 8   # up to so many, experts_decode beats grouped products on an accelerator; on a CPU it serves any number
 MLP_TOKENS = 64     # up to so many, it beats torch on one dense expert, which packs weights (34 tokens 1.2 times, 512 0.6 times)
+MIXED_TOKENS = 32   # up to so many, experts_mixed beats large products
+LINEAR_TOKENS = 8   # the same of a linear layer
 CHUNK_TOKENS = 2048  # of a prefill; bounds what its intermediate results take
 FLOPS_PER_NUMBER = 40  # that a CPU core computes while it reads one bfloat16 number: weighs a product against a read
 
@@ -3076,6 +3081,60 @@ class GlobeExperts(nn.Module):
         y = torch.where((flat < E)[:, None], y * weights.reshape(-1)[order, None], 0)  # expert E: of another rank
         return torch.zeros(x.shape, dtype=torch.float32, device=x.device).index_add_(0, token, y.float()).to(x.dtype)
 
+    def directly(self, tokens: int) -> bool:
+        """Whether so many tokens meet the bases themselves (cache.mode=direct). There all the bases that the layer mixes act on
+        each token; composed, top_k do, but each expert's is written and read first."""
+        if self._bank[0].cache.mode != "direct" or self.dense_row:
+            return False
+        experts = min(len(self.fitted), tokens * self.top_k)
+        return all(tokens * (min(F_["m"], experts * F_["s"]) - self.top_k) <= 2 * FLOPS_PER_NUMBER * experts for F_ in self.families.values())
+
+    def _mixed(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The layer with nothing composed: A (sum_j alpha_j (B_j x)) for gate and up, sum_j B_j^T (alpha_j (A^T h)) for down."""
+        P, mixture = self._parameters, {}
+        for f in self.families:
+            A, idx = P[f"{f}_A"], self._buffers[f"{f}_idx"]
+            mixture[f] = self._bank_of(f).to(A.device), A, idx, P[f"{f}_val"].float()
+        row = self._table(self.cache)[1]
+        args = [t for f in FAMILIES for t in mixture.get(f, (P.get(f"{f}_proj"), None, None, None))]
+        if (self.native_act and len(x) <= MIXED_TOKENS and all(t is None or t.is_contiguous() for t in args)
+                and all(t is None or t.dtype == x.dtype for i in (0, 4, 8) for t in args[i:i + 2]) and x.dtype != torch.float64 and _native("experts_mixed", x.device.type)):
+            weights = weights if weights.dtype == torch.float32 else weights.to(x.dtype)
+            return torch.ops.globe.experts_mixed.default(x.contiguous(), index.long().contiguous(), weights.contiguous(), row, *args, *self.constants[1:])
+        return self._mixed_torch(x, index, weights, mixture)
+
+    def _mixed_torch(self, x: Tensor, index: Tensor, weights: Tensor, mixture: dict) -> Tensor:
+        """The twin of experts_mixed; for many tokens its large products are the faster ones."""
+        flat, order = index.reshape(-1).sort(stable=True)
+        order = order[:int((flat < self.num_experts).sum())]  # those beyond are of another rank
+        flat, token, wide = flat[:len(order)], order // index.shape[-1], torch.promote_types(x.dtype, torch.float32)
+        experts, counts = (t.tolist() for t in flat.unique_consecutive(return_counts=True))
+        w, row, out = weights.reshape(-1)[order, None].to(wide), self._table(self.cache)[1][flat], x.new_zeros(x.shape, dtype=wide)
+        if not experts:
+            return out.to(x.dtype)
+
+        def each(x: Tensor, f: str) -> Tensor:  # A, or the dense weight, of the expert that each row of x (P, .) goes to
+            M = mixture[f][1] if f in mixture else self._parameters[f"{f}_proj"]
+            M = M if f == "down" and f in mixture else M.mT
+            return torch.cat([part @ M[self.fitted[e] if f in mixture else e] for part, e in zip(x.split(counts), experts)])
+
+        def project(f: str) -> Tensor:
+            if f not in mixture:
+                return each(x[token], f)
+            (bank, _, idx, val), F_ = mixture[f], self.families[f]
+            seen = F.linear(x, bank.flatten(0, 1)).unflatten(-1, bank.shape[:2])[token[:, None], idx[row].long()]  # (P, s, r)
+            y = each(torch.bmm(val[row][:, None].to(wide), seen.to(wide))[:, 0].to(x.dtype), f) * F_["scale"]
+            return y + F_["shift"] * x.sum(-1, keepdim=True)[token] if F_["shift"] else y
+        h = self._gate(torch.cat([project("gate"), project("up")], -1))
+        if "down" not in mixture:
+            return out.index_add_(0, token, each(h, "down") * w).to(x.dtype)
+        (bank, _, idx, val), F_ = mixture["down"], self.families["down"]
+        back = out.new_zeros(len(x) * len(bank), bank.shape[1])  # what each base gets of each token
+        places, u = token[:, None] * len(bank) + idx[row], each(h, "down") * w * F_["scale"]
+        back.index_add_(0, places.flatten(), (val[row].to(wide)[..., None] * u[:, None]).flatten(0, 1))
+        out += back.to(x.dtype).view(len(x), -1) @ bank.flatten(0, 1)
+        return out.index_add_(0, token, (F_["shift"] * h.sum(-1, keepdim=True) * w).expand(-1, x.shape[-1])).to(x.dtype)
+
     def _by_expert(self, x: Tensor, index: Tensor, weights: Tensor, fresh: bool = False) -> Tensor:
         """One expert after the other: differentiable, and for layers of which a part is dense."""
         k, weights = index.shape[-1], weights.reshape(-1)
@@ -3101,6 +3160,8 @@ class GlobeExperts(nn.Module):
             if not torch.compiler.is_compiling():
                 self.cache.hits += top_k_index.numel()
             return self._run(*args, self.cache)
+        if self.directly(len(hidden_states)):
+            return self._mixed(*args)
         cache = self._slots()
         with cache.lock:
             return self._in_parts(*args, cache)
@@ -3168,10 +3229,24 @@ def native_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
                                                   [0, 0, 0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0], act).view(x.shape)
 
 
-def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
+def native_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Forward of a linear layer outside the experts, for a few tokens on a CPU: the native product reads half precision faster."""
+    if (x.itemsize != 2 or not 0 < x.numel() // x.shape[-1] <= LINEAR_TOKENS or x.device.type != "cpu" or torch.is_grad_enabled()
+            or torch.compiler.is_compiling() or linear.weight.dtype != x.dtype or not _native("linear", "cpu")):
+        return F.linear(x, linear.weight, linear.bias)
+    return torch.ops.globe.linear.default(x.reshape(-1, x.shape[-1]).contiguous(), linear.weight, linear.bias).view(*x.shape[:-1], -1)
+
+
+def own_cache(meta: dict) -> CacheConfig:
+    """The cache settings of the run that made the factors. UserError where they are none."""
+    own = meta.get("config", {}).get("cache")
+    return load_config(base={"cache": own}).cache if own else CacheConfig()
+
+
+def install(model: nn.Module, meta: dict, cache: CacheConfig | None = None) -> dict:
     """Put empty (meta-device) GlobeExperts, GlobeShared and the bank into a model; returns the old modules by name.
-    UserError where the model's experts are not those that the factors describe."""
-    D, found = _meta_dims(meta), experts_modules(model)
+    cache: default: as the factors were made with. UserError where the model's experts are not those that the factors describe."""
+    D, found, cache = _meta_dims(meta), experts_modules(model), cache or own_cache(meta)
     expect(model.config.model_type == meta["model_type"], f"model: expected {meta['model_type']}, found {model.config.model_type}")
     bank, old_modules = GlobeBank(meta), {}
     for layer in map(int, meta["experts"]):
@@ -3191,6 +3266,9 @@ def install(model: nn.Module, meta: dict, cache: CacheConfig) -> dict:
         for mlp in (m for n, m in parent.named_children() if n in ("shared_expert", "shared_experts")):
             if all(hasattr(mlp, f"{f}_proj") for f in FAMILIES) and hasattr(mlp, "act_fn"):
                 mlp.forward = functools.partial(native_mlp, mlp)
+    for m in model.modules():
+        if type(m) is nn.Linear:
+            m.forward = functools.partial(native_linear, m)
     model._modules = {"globe_bank": bank, **model._modules}  # first: device_map="auto" offloads what comes last
     model.save_pretrained = functools.partial(save_pretrained, model, meta)
     set_cache(model, cache)
@@ -3242,7 +3320,6 @@ def patch(model: nn.Module, factors: Factors | str | Path, cache: CacheConfig | 
     factors: Factors, or a run directory. keep_dense=False lets go of the dense experts (unpatch is then impossible).
     Returns the model. UserError where model and factors do not belong together."""
     factors = factors if isinstance(factors, Factors) else load_factors(factors)
-    cache = cache or CacheConfig()
     old = install(model, factors.meta(), cache)
     for (layer, attr), (parent, module) in old.items():
         new = getattr(parent, attr)
@@ -3269,7 +3346,7 @@ def unpatch(model: nn.Module):
         _assign(model, name, t)
     del model.globe_bank, model._globe_dense, model.save_pretrained
     for m in model.modules():
-        if getattr(vars(m).get("forward"), "func", None) is native_mlp:
+        if getattr(vars(m).get("forward"), "func", None) in (native_mlp, native_linear):
             del m.forward
     for owner, key in ((model, "_weight_conversions"), (model.config, "quantization_config"), (model.config, "auto_map")):
         vars(owner).pop(key, None)  # save_pretrained left them
@@ -3329,22 +3406,25 @@ def set_cache(model: nn.Module, cache: CacheConfig, demand: dict | None = None) 
     modules = globe_modules(model)
     expect(modules, "model: expected GlobeExperts, found none (not patched, nor a globe export)")
     bank, plans = modules[0]._bank[0], []
+    direct = cache.mode == "direct"
+    for f, F_ in modules[0].families.items() if direct else ():
+        expect(F_["activation"] == "identity", f"cache.mode=direct: expected bases without an activation, found {F_['activation']} in {f}")
     hits_of = top_hits if cache.mode == "lfu" else lru_hits
     curves = [hits_of(demand[m.layer], len(m.fitted)) for m in modules] if demand else [[0] * (len(m.fitted) + 1) for m in modules]
-    for weights in (False, True):
+    for weights in (False,) if direct else (False, True):
         item, use, miss = modules[0].costs(modules[0].held(weights))
         total = int((cache.budget or 0) * 2 ** 20 // item)
         if cache.mode in ("lru", "lfu") and cache.budget:
             slots = share_slots(total, curves) if total >= len(modules) else [int(i < total - 1) for i in range(len(modules))]
         else:
-            slots = [{"none": 0, "all": len(m.fitted)}.get(cache.mode, min(len(m.fitted), cache.per_layer or (len(m.fitted) + 1) // 2))
+            slots = [{"none": 0, "direct": 0, "all": len(m.fitted)}.get(cache.mode, min(len(m.fitted), cache.per_layer or (len(m.fitted) + 1) // 2))
                      for m in modules]
         uses = sum(len(step) for steps in demand.values() for step in steps) if demand else 2
         misses = 0 if cache.mode == "all" else uses - sum(c[s] for c, s in zip(curves, slots)) if demand else 1
         plans.append((uses * use + misses * miss, weights, slots))
     _, weights, slots = min(plans)
     bank.cache, bank.scratch = cache, {}
-    bank.scratch_slots = min(modules[0].top_k, len(modules[0].fitted)) if cache.mode == "none" else 1
+    bank.scratch_slots = min(modules[0].top_k, len(modules[0].fitted)) if cache.mode in ("none", "direct") else 1
     for m, n in zip(modules, slots):
         m.hold, m.cache = m.held(weights), ExpertCache(n, cache.mode == "lfu")
 
@@ -3408,7 +3488,7 @@ def _skeleton(config: dict, dtype: torch.dtype, where: Path, meta: dict | None =
     finally:
         nn.Module.register_parameter = register
     if meta:
-        install(model, meta, cache or CacheConfig())
+        install(model, meta, cache)
     return model.eval()
 
 
@@ -3573,7 +3653,7 @@ def register_loader() -> None:
         def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_) -> None:
             meta = self.quantization_config.to_dict()
             where = str(getattr(model.config, "name_or_path", None) or "config.json")
-            install(model, check_meta(meta, where), CacheConfig())
+            install(model, check_meta(meta, where))
             stored = set(model.all_tied_weights_keys)
             for file in checkpoint_files or ():
                 with safe_open(file, "pt") as f:

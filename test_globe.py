@@ -1060,18 +1060,20 @@ def test_a_gradient_passes_through_a_cache_that_is_refilled(checkpoints):
         torch.testing.assert_close(g, grads[0], atol=1e-4, rtol=1e-4)
 
 
-def test_shared_experts_run_natively_and_unpatching_gives_them_back(checkpoints):
+def test_shared_experts_and_linear_layers_run_natively_and_unpatching_gives_them_back(checkpoints):
     for kind in ("qwen2_moe", "deepseek_v3"):
         ckpt, model = Checkpoint(checkpoints[kind]), stock(checkpoints[kind])
         globe.patch(model, random_factors(ckpt))
-        mlps = [m for m in model.modules() if "forward" in vars(m)]
-        assert len(mlps) == len(ckpt.dims.layers)
+        ours = [m for m in model.modules() if "forward" in vars(m)]
+        mlps, linears = [[m for m in ours if (type(m) is torch.nn.Linear) == linear] for linear in (False, True)]
+        assert len(mlps) == len(ckpt.dims.layers) and model.lm_head in linears
         for dtype, tol in ((torch.float32, 0), (torch.bfloat16, 1e-2)):
-            mlp, x = mlps[0].to(dtype), torch.randn(2, 3, 32, generator=gen()).to(dtype)
-            with torch.no_grad():
-                torch.testing.assert_close(mlp(x), type(mlp).forward(mlp, x), atol=tol, rtol=tol)
-            x.requires_grad_()
-            assert torch.autograd.grad(mlp(x).sum(), x)[0].isfinite().all()
+            for module in (mlps[0], model.lm_head):
+                m, x = module.to(dtype), torch.randn(2, 3, 32, generator=gen()).to(dtype)
+                with torch.no_grad():
+                    torch.testing.assert_close(m(x), type(m).forward(m, x), atol=tol, rtol=tol)
+                x.requires_grad_()
+                assert torch.autograd.grad(m(x).sum(), x)[0].isfinite().all()
         globe.unpatch(model)
         assert not any("forward" in vars(m) for m in model.modules())
 
@@ -1953,6 +1955,8 @@ def test_opcheck_passes_for_every_native_operator():
     check(ops.simplex.default, (x.requires_grad_(), 1.5))
     check(ops.simplex_backward.default, (torch.randn(4, 9), x.detach().softmax(-1), 2.0))
     check(ops.experts_decode.default, decode_case(torch.float32, "basis", "dense")[0])
+    check(ops.experts_mixed.default, mixed_case(torch.float32, ("gate", "up", "down"))[0])
+    check(ops.linear.default, (torch.randn(3, 7), torch.randn(5, 7), torch.randn(5)))
 
 
 @native
@@ -2034,6 +2038,101 @@ def test_experts_decode_is_its_equation_for_every_way_to_hold_the_weights():
             assert torch.ops.globe.experts_decode(*args).isfinite().all()
 
 
+def mixed_case(dtype: torch.dtype, families: tuple, T: int = 3, share: bool = False) -> tuple:
+    """Arguments of experts_mixed on small odd shapes, and the result of experts_decode's equation on composed bases in float64."""
+    g, E, k, d, p, r, m, s = gen(4), 5, 2, 37, 19, 11, 6, 3
+    new = lambda *shape: (torch.randn(shape, generator=g) / shape[-1] ** 0.5).to(dtype)  # noqa: E731
+    x, weights, row = new(T, d) * d ** 0.5, torch.rand(T, k, generator=g), torch.randperm(E, generator=g)
+    index = torch.stack([torch.randperm(E, generator=g)[:k] for _ in range(T)])
+    scale, shift, parts, W = [1.5, 0.5, 2.0], [0.01, -0.02, 0.03], [], {}
+    for i, f in enumerate(("gate", "up", "down")):
+        if f not in families:
+            W[f] = new(E, d, p) if f == "down" else new(E, p, d)
+            parts += [W[f], None, None, None]
+            continue
+        bank, A, val = parts[0] if share and f == "up" else new(m, r, d), new(E, p, r), torch.randn(E, s, generator=g)
+        idx = torch.stack([torch.randperm(m, generator=g)[:s] for _ in range(E)]).int()
+        val[0, 1] = 0  # a support of fewer
+        parts += [bank, A, idx, val]
+        W[f] = (shift[i] + scale[i] * (A.double() @ globe.compose(bank.double(), idx.long(), val.double())))[row]
+        W[f] = W[f].mT if f == "down" else W[f]
+    out, W = torch.zeros(T, d, dtype=torch.float64), {f: w.double() for f, w in W.items()}
+    for t in range(T):
+        for e, w in zip(index[t].tolist(), weights[t].double()):
+            out[t] += w * (W["down"][e] @ (F.silu(W["gate"][e] @ x[t].double()) * (W["up"][e] @ x[t].double())))
+    return (x, index, weights, row, *parts, scale, shift, "silu"), out
+
+
+@native
+def test_experts_mixed_is_its_equation_for_every_set_of_families():
+    for dtype, tol in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 8e-3)):
+        for families, T in itertools.product((("gate", "up", "down"), ("gate", "up"), ("down",), ("up",), ()), (1, 2, 7, 40)):
+            args, want = mixed_case(dtype, families, T, share=len(families) == 2)
+            torch.testing.assert_close(torch.ops.globe.experts_mixed(*args).double(), want, atol=tol, rtol=tol)
+            args[1][0, 0] = 5  # another rank's expert is left out
+            assert torch.ops.globe.experts_mixed(*args).isfinite().all()
+    args, _ = mixed_case(torch.float32, ("gate", "up", "down"))
+    for place, value, match in ((1, args[1] + 90, "expert in"), (3, args[3] + 90, "adapter in"), (6, args[6] + 6, "idx in"), (6, None, "together"),
+                                (7, args[7][:, :1], "val"), (5, None, "together|expected shape"), (6, args[6].long(), "dtype")):
+        with pytest.raises(RuntimeError, match=match):
+            torch.ops.globe.experts_mixed(*args[:place], value, *args[place + 1:])
+
+
+@native
+def test_native_linear_is_torchs():
+    for dtype, tol in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+        for T, n, rows, bias in itertools.product((1, 3, 9), (5, 64, 515), (1, 7, 33), (False, True)):
+            x, W, b = (torch.randn(shape, generator=gen(i)).to(dtype) for i, shape in enumerate(((T, n), (rows, n), (rows,))))
+            W, b = W / n ** 0.5, b if bias else None
+            want = F.linear(x.double(), W.double(), b.double() if bias else None)
+            torch.testing.assert_close(torch.ops.globe.linear(x, W, b).double(), want, atol=tol, rtol=tol)
+    for bad, match in (((x, W[:, 1:], b), "shape"), ((x, W, b[1:]), "bias"), ((x.double(), W.double(), None), "float64"), ((x, W.T.contiguous().T, b), "contiguous")):
+        with pytest.raises(RuntimeError, match=match):
+            torch.ops.globe.linear(*bad)
+
+
+def test_bases_that_act_directly_give_what_composing_gives(checkpoints, twin, device):
+    for kind, families in (("qwen2_moe", "both"), ("qwen2_moe", "all"), ("mixtral", "all"), ("deepseek_v2", "all")):
+        ckpt = Checkpoint(checkpoints[kind])
+        factors = random_factors(ckpt, families, m=3)  # few bases, as direct has them for any number of tokens
+        for f in factors.families.values():
+            f.activation = "identity"
+        want, m = (globe.patch(stock(ckpt.dir).to(device), factors, globe.CacheConfig(mode=mode)) for mode in ("none", "direct"))
+        torch.testing.assert_close(logits(m), logits(want), atol=2e-5, rtol=2e-5)
+        m, want = globe.globe_modules(m)[0], globe.globe_modules(want)[0]
+        x, weights = torch.randn(40, m.hidden_dim, generator=gen()).to(device), torch.rand(40, 2, generator=gen(1)).to(device)
+        index = torch.stack([torch.randperm(4, generator=gen(i))[:2] for i in range(40)]).to(device)
+        index[3, 1] = m.num_experts  # of another rank
+        with torch.no_grad():
+            for n in (1, 2, 40):
+                args = x[:n], index[:n], weights[:n]
+                assert m.directly(n) and not want.directly(n)
+                torch.testing.assert_close(m(*args), want(*args), atol=2e-5, rtol=2e-5)
+                torch.testing.assert_close(twin(m, *args), want(*args), atol=2e-5, rtol=2e-5)
+        assert not m.cache.slabs and not m._bank[0].scratch or ckpt.dims.shared  # nothing was composed
+        assert m.to(torch.bfloat16)._bank[0].to(torch.bfloat16) is not None
+        with torch.no_grad():
+            assert m(x.bfloat16(), index, weights).dtype is torch.bfloat16
+
+
+def test_direct_composes_where_many_tokens_meet_many_bases_and_refuses_activations(checkpoints):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    factors = random_factors(ckpt, m=8)
+    with pytest.raises(UserError, match="cache.mode=direct: expected bases without an activation, found silu in gate"):
+        globe.patch(stock(ckpt.dir), factors, globe.CacheConfig(mode="direct"))
+    for f in factors.families.values():
+        f.activation = "identity"
+    want, model = (globe.patch(stock(ckpt.dir), factors, globe.CacheConfig(mode=mode)) for mode in ("none", "direct"))
+    m = globe.globe_modules(model)[0]
+    assert m.directly(1) and not m.directly(60)
+    torch.testing.assert_close(logits(model), logits(want), atol=2e-5, rtol=2e-5)
+    x, index, weights = torch.randn(60, m.hidden_dim), torch.tensor([[0, 1]] * 60), torch.ones(60, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(m(x, index, weights), globe.globe_modules(want)[0](x, index, weights), atol=2e-5, rtol=2e-5)
+    m(x.requires_grad_(), index, weights).sum().backward()  # with a gradient, experts are composed
+    assert x.grad.isfinite().all() and x.grad.any()
+
+
 @native
 def test_the_native_path_and_the_grouped_one_equal_expert_by_expert(checkpoints, twin):
     for kind, families in (("qwen2_moe", "both"), ("mixtral", "both"), ("qwen2_moe", "all")):
@@ -2069,7 +2168,9 @@ def test_lesser_instruction_sets_give_the_same_results(isa):
             "t.test_native_compose_is_its_twin_for_a_hundred_random_shapes(off)\n"
             "t.test_native_simplex_maps_are_their_twins_for_a_hundred_random_shapes(off)\n"
             "t.test_native_gradients_are_their_twins(off)\n"
-            "t.test_experts_decode_is_its_equation_for_every_way_to_hold_the_weights()\n" % isa)
+            "t.test_experts_decode_is_its_equation_for_every_way_to_hold_the_weights()\n"
+            "t.test_experts_mixed_is_its_equation_for_every_set_of_families()\n"
+            "t.test_native_linear_is_torchs()\n" % isa)
     done = in_process(code, GLOBE_ISA=isa)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -726,12 +726,29 @@ template <class T> void decode_as(const Decode& a) {
   std::vector<const T*> W[2], A[2], D, DA;
   for (int64_t g = 0; g < G; ++g) {
     for (int f = 0; f < 2; ++f) {
-      W[f].push_back(weight(*in[f], g, in[f]->q * a.d));
+      W[f].push_back(in[f]->idx ? nullptr : weight(*in[f], g, in[f]->q * a.d));
       A[f].push_back(in[f]->A ? adapter(*in[f], g) : nullptr);
     }
-    D.push_back(weight(a.down, g, a.down.q * (a.down.A ? a.d : a.p)));
+    D.push_back(a.down.idx ? nullptr : weight(a.down, g, a.down.q * (a.down.A ? a.d : a.p)));
     DA.push_back(a.down.A ? adapter(a.down, g) : nullptr);
   }
+  // Of a bank: the bases in use, and each expert's (place among them, share) pairs
+  struct Mixed { std::vector<const T*> base; std::vector<std::vector<std::pair<int64_t, float>>> of; };
+  auto mixtures = [&](const Family& f, Mixed m = {}) {  // m: whose bases come first, of the same bank
+    std::vector<int64_t> at(f.idx ? f.W_n : 0, -1);
+    for (size_t b = 0; b < m.base.size(); ++b) at[(m.base[b] - (const T*)f.W) / (f.q * a.d)] = b;
+    m.of.clear();
+    for (int64_t g = 0; g < G && f.idx; ++g) {
+      const int64_t first = a.row[routed[group[g]].e] * f.s;
+      m.of.emplace_back();
+      for (int64_t i = first; i < first + f.s; ++i) {
+        if (f.val[i] == 0) continue;
+        if (at[f.idx[i]] < 0) at[f.idx[i]] = m.base.size(), m.base.push_back((const T*)f.W + f.idx[i] * f.q * a.d);
+        m.of.back().push_back({at[f.idx[i]], f.val[i]});
+      }
+    }
+    return m;
+  };
 
   // x as the products take it, and its sums where a shift needs them
   Grid<Kept<T>> wide(pairs<T> ? 0 : a.T, a.d, step<T>);
@@ -760,10 +777,39 @@ template <class T> void decode_as(const Decode& a) {
   std::vector<const Kept<T>*> hs[2] = {xs, xs};
   for (int f = 0; f < 2; ++f)
     for (int64_t i = 0; i < P && q[f]; ++i) hs[f][i] = h[f][i];
-  parallel(q[0] + q[1], work * a.d / 8, [&](int64_t begin, int64_t end) {
+  const bool one_bank = a.gate.idx && a.up.idx && a.gate.W == a.up.W;  // a base then acts once for both
+  Mixed mixed[2] = {mixtures(a.gate), {}};
+  mixed[1] = mixtures(a.up, one_bank ? mixed[0] : Mixed{});
+  if (one_bank) mixed[0].base = mixed[1].base;
+  const int64_t bases = std::max(mixed[0].base.size(), mixed[1].base.size());
+  parallel(q[0] + (one_bank ? 0 : q[1]), std::max(work, bases) * a.d / 8, [&](int64_t begin, int64_t end) {
+    auto part = [&](int f) { return std::pair{std::max<int64_t>(begin - f * q[0], 0), std::min(end - f * q[0], q[f])}; };
+    for (int f = 0; f < (one_bank ? 1 : 2); ++f)
+      if (in[f]->idx) {  // rows of every base for all tokens, then each expert's mixture of them
+        const auto [from, to] = part(f);
+        const auto& base = mixed[f].base;
+        const int64_t block = std::max<int64_t>(std::min<int64_t>(a.T > 1 ? 48 : to - from, to - from), 0);
+        std::vector<float> y(base.size() * a.T * block), sums(block);
+        for (int64_t row = from; row < to; row += block) {
+          const int64_t n = std::min(block, to - row);
+          for (size_t b = 0; b < base.size(); ++b)
+            dots(base[b], a.d, row, row + n, row_of.data(), a.T, [&](int64_t r, int64_t t, float v) { y[(b * a.T + t) * block + r - row] = v; });
+          for (int of = f; of < (one_bank ? 2 : f + 1); ++of)
+            for (int64_t g = 0; g < G; ++g)
+              for (int64_t i = group[g]; i < group[g + 1]; ++i) {
+                std::fill(sums.begin(), sums.end(), 0.0f);
+                for (const auto& [b, share] : mixed[of].of[g]) {
+                  const float* seen = &y[(b * a.T + routed[i].token) * block];
+                  for (int64_t r = 0; r < n; ++r) sums[r] += share * seen[r];
+                }
+                for (int64_t r = 0; r < n; ++r) keep<T>(h[of][i], row + r, sums[r]);
+              }
+        }
+      }
     for (int64_t g = 0; g < G; ++g)
       for (int f = 0; f < 2; ++f) {
-        const int64_t from = std::max<int64_t>(begin - f * q[0], 0), to = std::min(end - f * q[0], q[f]);
+        if (in[f]->idx) continue;
+        const auto [from, to] = part(f);
         dots(W[f][g], a.d, from, to, &xs[group[g]], count(g), [&](int64_t r, int64_t t, float y) { keep<T>(h[f][group[g] + t], r, y); });
       }
   });
@@ -812,45 +858,68 @@ template <class T> void decode_as(const Decode& a) {
   }
   // down's basis lies transposed: sums of its rows. Few tokens: each thread has a chunk of the rows, with sums of its own that
   // are added up in order afterwards. Many: each has its columns, in tiles of columns x tokens.
+  // With a bank, one such sum for every base in use: its coefficients are the tokens' mixtures of the first product.
+  struct Runs { std::vector<const T*> M; std::vector<int64_t> first; };  // matrices, and the first coefficients of each
+  const Runs adapters{DA, group};
+  Runs last{D, group};
+  const Mixed mix = mixtures(a.down);
+  if (a.down.idx) {
+    last = {mix.base, {}};
+    for (size_t b = 0; b <= mix.base.size(); ++b) last.first.push_back(b * a.T);
+  }
   const bool many = P > 4 * G;
   const int64_t chunks = many ? 1 : threads(), tile = 2 * step<T>;
-  auto rows_sum = [&](int64_t rows, Grid<float>& parts, int64_t each, auto&& body) {
+  auto rows_sum = [&](const Runs& runs, int64_t rows, Grid<float>& parts, int64_t each, auto&& body) {
+    const int64_t all = runs.M.size() * rows;
     parallel(chunks, 1 << 20, [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin)
-        for (int64_t i = G * rows * begin / chunks; i < G * rows * (begin + 1) / chunks; ++i) body(i / rows, i % rows, begin * each);
+        for (int64_t i = all * begin / chunks; i < all * (begin + 1) / chunks; ++i) body(i / rows, i % rows, begin * each);
     });
     for (int64_t k = 1; k < chunks; ++k)
       for (int64_t i = 0; i < each * parts.cols; ++i) parts[0][i] += parts[k * each][i];
   };
-  auto columns_sum = [&](const std::vector<const T*>& M, int64_t K, int64_t n, Grid<float>& coefficients, auto&& target, auto&& factor) {
+  auto columns_sum = [&](const Runs& runs, int64_t K, int64_t n, Grid<float>& coefficients, auto&& target, auto&& factor) {
     constexpr int N = LEVEL >= 2 ? 6 : 2;
-    parallel((n + tile - 1) / tile, P * K * 4, [&](int64_t begin, int64_t end) {
-      for (int64_t g = 0; g < G; ++g)
+    parallel((n + tile - 1) / tile, runs.first.back() * K * 4, [&](int64_t begin, int64_t end) {
+      for (size_t g = 0; g < runs.M.size(); ++g)
         for (int64_t col = begin * tile; col < std::min(end * tile, n); col += tile)
-          for (int64_t t = group[g]; t < group[g + 1];) {
+          for (int64_t t = runs.first[g]; t < runs.first[g + 1];) {
             const float* from[N];
             float factors[N], *to[N];
-            const int64_t tokens = group[g + 1] - t >= N ? N : 1;
+            const int64_t tokens = runs.first[g + 1] - t >= N ? N : 1;
             for (int64_t i = 0; i < tokens; ++i) from[i] = coefficients[t + i], factors[i] = factor(t + i), to[i] = target(t + i);
-            tokens == N ? columns<T, N>(M[g], n, K, col, from, factors, to) : columns<T, 1>(M[g], n, K, col, from, factors, to);
+            tokens == N ? columns<T, N>(runs.M[g], n, K, col, from, factors, to) : columns<T, 1>(runs.M[g], n, K, col, from, factors, to);
             t += tokens;
           }
     });
   };
   Grid<float> u(chunks * P, a.down.q, step<T>), total_(chunks * a.T, a.d, step<T>);
-  auto factor = [&](int64_t i) { return routed[i].weight * a.down.scale; };
+  auto one = [](int64_t) { return 1.0f; };
   if (many) {
-    columns_sum(DA, a.p, a.down.q, c, [&](int64_t i) { return u[i]; }, [](int64_t) { return 1.0f; });
-    columns_sum(D, a.down.q, a.d, u, [&](int64_t i) { return total_[routed[i].token]; }, factor);
+    columns_sum(adapters, a.p, a.down.q, c, [&](int64_t i) { return u[i]; }, one);
   } else {
-    rows_sum(a.p, u, P, [&](int64_t g, int64_t r, int64_t first) {
+    rows_sum(adapters, a.p, u, P, [&](int64_t g, int64_t r, int64_t first) {
       for (int64_t i = group[g]; i < group[g + 1]; ++i) axpy(u[first + i], c[i][place<T>(r)], DA[g] + r * a.down.q, a.down.q);
     });
-    rows_sum(a.down.q, total_, a.T, [&](int64_t g, int64_t r, int64_t first) {
-      for (int64_t i = group[g]; i < group[g + 1]; ++i)
-        axpy(total_[first + routed[i].token], factor(i) * u[i][place<T>(r)], D[g] + r * a.d, a.d);
-    });
   }
+  auto factor = [&](int64_t i) { return routed[i].weight * a.down.scale; };
+  Grid<float> shares(last.M.size() * (a.down.idx ? a.T : 0), a.down.q, step<T>);
+  for (int64_t g = 0; g < G && a.down.idx; ++g)
+    for (int64_t i = group[g]; i < group[g + 1]; ++i)
+      for (const auto& [b, share] : mix.of[g]) {
+        float* to = shares[b * a.T + routed[i].token];
+        for (int64_t r = 0; r < u.cols; ++r) to[r] += factor(i) * share * u[i][r];
+      }
+  Grid<float>& coefficients = a.down.idx ? shares : u;
+  auto token = [&](int64_t i) { return a.down.idx ? i % a.T : routed[i].token; };
+  auto by = [&](int64_t i) { return a.down.idx ? 1.0f : factor(i); };
+  if (many)
+    columns_sum(last, a.down.q, a.d, coefficients, [&](int64_t i) { return total_[token(i)]; }, by);
+  else
+    rows_sum(last, a.down.q, total_, a.T, [&](int64_t g, int64_t r, int64_t first) {
+      for (int64_t i = last.first[g]; i < last.first[g + 1]; ++i)
+        axpy(total_[first + token(i)], by(i) * coefficients[i][place<T>(r)], last.M[g] + r * a.d, a.d);
+    });
   std::vector<float> shift(a.T);
   if (a.down.shift != 0)
     for (int64_t i = 0; i < P; ++i)
@@ -864,6 +933,32 @@ void decode(const Decode& a) {
     case Type::bf16: return decode_as<BFloat16>(a);
     case Type::f16: return decode_as<Half>(a);
     default: return decode_as<float>(a);
+  }
+}
+
+template <class T> void linear_as(const void* x_, const void* W, const void* bias, void* out_, int64_t T_, int64_t rows, int64_t n) {
+  Grid<Kept<T>> wide(pairs<T> ? 0 : T_, n, step<T>);
+  std::vector<const Kept<T>*> x(T_);
+  T* out = (T*)out_;
+  for (int64_t t = 0; t < T_; ++t) {
+    const T* p = (const T*)x_ + t * n;
+    if constexpr (pairs<T>) x[t] = p;
+    else {
+      for (int64_t i = 0; i < n; i += step<T>) store(wide[t] + i, i + step<T> <= n ? load(p + i) : load_part(p + i, n - i));
+      x[t] = wide[t];
+    }
+  }
+  parallel(rows, T_ * n / 8, [&](int64_t begin, int64_t end) {
+    dots((const T*)W, n, begin, end, x.data(), T_,
+         [&](int64_t r, int64_t t, float v) { out[t * rows + r] = T(bias ? v + float(((const T*)bias)[r]) : v); });
+  });
+}
+
+void linear(Type type, const void* x, const void* W, const void* bias, void* out, int64_t tokens, int64_t rows, int64_t n) {
+  switch (type) {
+    case Type::bf16: return linear_as<BFloat16>(x, W, bias, out, tokens, rows, n);
+    case Type::f16: return linear_as<Half>(x, W, bias, out, tokens, rows, n);
+    default: return linear_as<float>(x, W, bias, out, tokens, rows, n);
   }
 }
 

@@ -161,6 +161,36 @@ static Tensor experts_decode(Tensor x, Tensor index, Tensor weights, Tensor slot
   return out;
 }
 
+// The same straight from the banks, with nothing composed: the bases act on x, and their results are mixed.
+static Tensor experts_mixed(Tensor x, Tensor index, Tensor weights, Tensor row, Tensor gate, std::optional<Tensor> gate_A,
+                            std::optional<Tensor> gate_idx, std::optional<Tensor> gate_val, Tensor up, std::optional<Tensor> up_A,
+                            std::optional<Tensor> up_idx, std::optional<Tensor> up_val, Tensor down, std::optional<Tensor> down_A,
+                            std::optional<Tensor> down_idx, std::optional<Tensor> down_val, std::vector<double> scale,
+                            std::vector<double> shift, std::string act) {
+  Decode a = decode_args(x, index, weights, row, row, gate, gate_A, up, up_A, down, down_A, {bool(gate_A), bool(up_A), bool(down_A)}, scale,
+                         shift, act);
+  mixture(a.gate, "gate", gate_idx, gate_val, x);
+  mixture(a.up, "up", up_idx, up_val, x);
+  mixture(a.down, "down", down_idx, down_val, x);
+  Tensor out = torch::stable::empty_like(x);
+  a.out = out.mutable_data_ptr();
+  RUN(decode, a);
+  return out;
+}
+
+static Tensor linear(Tensor x, Tensor W, std::optional<Tensor> bias) {
+  const char* op = "globe::linear";
+  const Type type = type_of(op, "x", x);
+  check(type != Type::f64, op, ": x: expected float32, bfloat16 or float16, found float64");
+  expect(op, "x", x, x.scalar_type(), x, {-1, -1});
+  expect(op, "W", W, x.scalar_type(), x, {-1, x.size(1)});
+  if (bias) expect(op, "bias", *bias, x.scalar_type(), x, {W.size(0)});
+  Tensor out = torch::stable::new_empty(x, {x.size(0), W.size(0)});
+  RUN(linear, type, x.const_data_ptr(), W.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, out.mutable_data_ptr(), x.size(0), W.size(0),
+      x.size(1));
+  return out;
+}
+
 }  // namespace globe
 
 STABLE_TORCH_LIBRARY(globe, m) {
@@ -172,6 +202,10 @@ STABLE_TORCH_LIBRARY(globe, m) {
   m.def("simplex_backward(Tensor grad, Tensor p, float alpha) -> Tensor");
   m.def("experts_decode(Tensor x, Tensor index, Tensor weights, Tensor slot, Tensor row, Tensor gate, Tensor? gate_A, Tensor up, "
         "Tensor? up_A, Tensor down, Tensor? down_A, int[] cached, float[] scale, float[] shift, str activation) -> Tensor");
+  m.def("experts_mixed(Tensor x, Tensor index, Tensor weights, Tensor row, Tensor gate, Tensor? gate_A, Tensor? gate_idx, Tensor? gate_val, "
+        "Tensor up, Tensor? up_A, Tensor? up_idx, Tensor? up_val, Tensor down, Tensor? down_A, Tensor? down_idx, Tensor? down_val, "
+        "float[] scale, float[] shift, str activation) -> Tensor");
+  m.def("linear(Tensor x, Tensor W, Tensor? bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(globe, CompositeExplicitAutograd, m) { m.impl("about", TORCH_BOX(&globe::about)); }
@@ -183,4 +217,6 @@ STABLE_TORCH_LIBRARY_IMPL(globe, CPU, m) {
   m.impl("simplex", TORCH_BOX(&globe::simplex));
   m.impl("simplex_backward", TORCH_BOX(&globe::simplex_backward));
   m.impl("experts_decode", TORCH_BOX(&globe::experts_decode));
+  m.impl("experts_mixed", TORCH_BOX(&globe::experts_mixed));
+  m.impl("linear", TORCH_BOX(&globe::linear));
 }

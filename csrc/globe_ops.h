@@ -18,7 +18,7 @@ namespace globe {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kVersion = 2;  // of the operators' schemas; globe.py refuses a library of another one
+constexpr int64_t kVersion = 3;  // of the operators' schemas; globe.py refuses a library of another one
 
 enum class Type { f32, bf16, f16, f64 };
 enum class Act { identity, silu, tanh, gelu_tanh, relu };
@@ -127,11 +127,15 @@ inline std::vector<int64_t> support_shape(const Tensor& x) { return {x.sizes().b
 
 // One family of experts_decode. W: indexed by cache slot (cached) or by expert; A: (n, p, q) the adapters, absent where W is
 // the whole weight. gate and up: W (n, q, d), q = p without A. down: W (n, d, p), or, with A, a basis (n, q, d).
+// experts_mixed: W (m, q, d) is the bank, and adapter i belongs to the basis sum_j val[i, j] W[idx[i, j]]; idx is null elsewhere.
 struct Family {
   const void *W, *A;
   int64_t W_n, A_n, q;
   bool cached;
   float scale, shift;
+  const int32_t* idx;
+  const float* val;
+  int64_t s;
 };
 
 struct Decode {
@@ -153,7 +157,20 @@ inline Family family(const char* name, const Tensor& W, const std::optional<Tens
   if (A) expect(op, name, *A, x.scalar_type(), x, {-1, p, W.size(1)});
   check(cached || !A, op, ": ", name, ": adapters belong to a cached basis");
   check(!A || A->numel() > 0, op, ": ", name, ": expected adapters, found an empty tensor");  // its null pointer would read as none
-  return {W.const_data_ptr(), A ? A->const_data_ptr() : nullptr, W.size(0), A ? A->size(0) : 0, W.size(1), cached, float(scale), float(shift)};
+  return {W.const_data_ptr(), A ? A->const_data_ptr() : nullptr, W.size(0), A ? A->size(0) : 0, W.size(1), cached, float(scale), float(shift), nullptr, nullptr, 0};
+}
+
+inline void mixture(Family& f, const char* name, const std::optional<Tensor>& idx, const std::optional<Tensor>& val, const Tensor& x) {
+  const char* op = "globe::experts_mixed";
+  check(bool(f.A) == bool(idx) && bool(idx) == bool(val), op, ": ", name, ": expected adapters, idx and val together, or none of them");
+  if (!idx) return;
+  expect(op, "idx", *idx, ScalarType::Int, x, {f.A_n, -1});
+  expect(op, "val", *val, ScalarType::Float, x, {f.A_n, idx->size(1)});
+  f.idx = static_cast<const int32_t*>(idx->const_data_ptr());
+  f.val = static_cast<const float*>(val->const_data_ptr());
+  f.s = idx->size(1);
+  for (int64_t i = 0; i < f.A_n * f.s; ++i)
+    check(0 <= f.idx[i] && f.idx[i] < f.W_n, op, ": ", name, ": idx in [0, ", f.W_n, ") expected, found ", f.idx[i]);
 }
 
 inline Decode decode_args(const Tensor& x, const Tensor& index, const Tensor& weights, const Tensor& slot, const Tensor& row,
