@@ -2873,7 +2873,7 @@ class GlobeBank(nn.Module):
 NATIVE_ACTS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "ReLU": "relu"}  # of experts_decode
 DECODE_TOKENS = 8   # up to so many, experts_decode beats grouped products on an accelerator; on a CPU it serves any number
 MLP_TOKENS = 64     # up to so many, it beats torch on one dense expert, which packs weights (34 tokens 1.2 times, 512 0.6 times)
-MIXED_TOKENS = 32   # up to so many, experts_mixed beats large products
+MIXED_TOKENS = 128  # up to so many, experts_mixed beats large products
 LINEAR_TOKENS = 8   # the same of a linear layer
 CHUNK_TOKENS = 2048  # of a prefill; bounds what its intermediate results take
 FLOPS_PER_NUMBER = 40  # that a CPU core computes while it reads one bfloat16 number: weighs a product against a read
@@ -3105,35 +3105,41 @@ class GlobeExperts(nn.Module):
 
     def _mixed_torch(self, x: Tensor, index: Tensor, weights: Tensor, mixture: dict) -> Tensor:
         """The twin of experts_mixed; for many tokens its large products are the faster ones."""
-        flat, order = index.reshape(-1).sort(stable=True)
-        order = order[:int((flat < self.num_experts).sum())]  # those beyond are of another rank
-        flat, token, wide = flat[:len(order)], order // index.shape[-1], torch.promote_types(x.dtype, torch.float32)
-        experts, counts = (t.tolist() for t in flat.unique_consecutive(return_counts=True))
-        w, row, out = weights.reshape(-1)[order, None].to(wide), self._table(self.cache)[1][flat], x.new_zeros(x.shape, dtype=wide)
+        (T, k), wide, mine = index.shape, torch.promote_types(x.dtype, torch.float32), index < self.num_experts  # others: of another rank
+        flat, order = index.flatten().sort(stable=True)
+        order = order[:int(mine.sum())]
+        experts, counts = (t.tolist() for t in flat[:len(order)].unique_consecutive(return_counts=True))
         if not experts:
-            return out.to(x.dtype)
+            return torch.zeros_like(x)
+        row, w, seen = self._table(self.cache)[1][index.where(mine, 0)], (weights * mine).to(wide), {}  # what a bank makes of x
 
-        def each(x: Tensor, f: str) -> Tensor:  # A, or the dense weight, of the expert that each row of x (P, .) goes to
+        def shares(f: str) -> Tensor:  # of the bases in each token's experts, (T, k, m)
+            bank, _, idx, val = mixture[f]
+            return x.new_zeros(T, k, len(bank), dtype=wide).scatter_add_(2, idx[row].long(), val[row].to(wide))
+
+        def each(y: Tensor, f: str) -> Tensor:  # y (T * k, .) times A, or the dense weight, of the expert that each row is for
             M = mixture[f][1] if f in mixture else self._parameters[f"{f}_proj"]
             M = M if f == "down" and f in mixture else M.mT
-            return torch.cat([part @ M[self.fitted[e] if f in mixture else e] for part, e in zip(x.split(counts), experts)])
+            out = y.new_zeros(T * k, M.shape[-1])
+            out[order] = torch.cat([part @ M[self.fitted[e] if f in mixture else e] for part, e in zip(y[order].split(counts), experts)])
+            return out
 
         def project(f: str) -> Tensor:
             if f not in mixture:
-                return each(x[token], f)
-            (bank, _, idx, val), F_ = mixture[f], self.families[f]
-            seen = F.linear(x, bank.flatten(0, 1)).unflatten(-1, bank.shape[:2])[token[:, None], idx[row].long()]  # (P, s, r)
-            y = each(torch.bmm(val[row][:, None].to(wide), seen.to(wide))[:, 0].to(x.dtype), f) * F_["scale"]
-            return y + F_["shift"] * x.sum(-1, keepdim=True)[token] if F_["shift"] else y
+                return each(x.repeat_interleave(k, 0), f)
+            bank, F_ = mixture[f][0], self.families[f]
+            if bank not in seen:
+                seen[bank] = F.linear(x, bank.flatten(0, 1)).view(T, *bank.shape[:2]).to(wide)
+            y = each((shares(f) @ seen[bank]).to(x.dtype).flatten(0, 1), f) * F_["scale"]
+            return y + F_["shift"] * x.sum(-1, keepdim=True).repeat_interleave(k, 0) if F_["shift"] else y
         h = self._gate(torch.cat([project("gate"), project("up")], -1))
+        u = each(h, "down").view(T, k, -1).to(wide) * w[..., None]
         if "down" not in mixture:
-            return out.index_add_(0, token, each(h, "down") * w).to(x.dtype)
-        (bank, _, idx, val), F_ = mixture["down"], self.families["down"]
-        back = out.new_zeros(len(x) * len(bank), bank.shape[1])  # what each base gets of each token
-        places, u = token[:, None] * len(bank) + idx[row], each(h, "down") * w * F_["scale"]
-        back.index_add_(0, places.flatten(), (val[row].to(wide)[..., None] * u[:, None]).flatten(0, 1))
-        out += back.to(x.dtype).view(len(x), -1) @ bank.flatten(0, 1)
-        return out.index_add_(0, token, (F_["shift"] * h.sum(-1, keepdim=True) * w).expand(-1, x.shape[-1])).to(x.dtype)
+            return u.sum(1).to(x.dtype)
+        bank, F_ = mixture["down"][0], self.families["down"]
+        back = F_["scale"] * (shares("down").mT @ u)  # what each base gets of each token, (T, m, r)
+        out = (back.to(x.dtype).flatten(1) @ bank.flatten(0, 1)).to(wide)
+        return (out + F_["shift"] * (h.view(T, k, -1).sum(-1) * w).sum(1, keepdim=True)).to(x.dtype)
 
     def _by_expert(self, x: Tensor, index: Tensor, weights: Tensor, fresh: bool = False) -> Tensor:
         """One expert after the other: differentiable, and for layers of which a part is dense."""

@@ -1035,8 +1035,11 @@ def test_weights_are_held_where_that_is_cheaper(checkpoints):
 
 def test_two_threads_generating_at_once_give_the_right_text(checkpoints):
     ckpt = Checkpoint(checkpoints["qwen2_moe"])
-    for cache in (dict(per_layer=2), dict(mode="none"), dict(mode="all")):
-        model = globe.patch(stock(ckpt.dir), random_factors(ckpt, "all"), globe.CacheConfig(**cache))
+    for cache in (dict(per_layer=2), dict(mode="none"), dict(mode="all"), dict(mode="direct")):
+        factors = random_factors(ckpt, "all")
+        for f in factors.families.values():
+            f.activation = "identity" if cache.get("mode") == "direct" else "silu"
+        model = globe.patch(stock(ckpt.dir), factors, globe.CacheConfig(**cache))
 
         def text(seed: int) -> list:
             ids = torch.randint(ckpt.config["vocab_size"], (1, 5), generator=gen(seed))
@@ -1086,7 +1089,7 @@ def test_64_greedy_tokens_equal_the_dense_exports(run, tmp_path):
     text = lambda model: model.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)[0].tolist()  # noqa: E731
     want = text(globe.load_dense(tmp_path / "dense", cpu, torch.float32))
     assert len(want) == ids.shape[1] + 64
-    for cache in (dict(mode="all"), dict(per_layer=1), dict(per_layer=3), dict(mode="none"), dict(budget=0.05)):
+    for cache in (dict(mode="all"), dict(per_layer=1), dict(per_layer=3), dict(mode="none"), dict(mode="direct"), dict(budget=0.05)):
         model = globe.patch(globe.load_dense(ckpt.dir, cpu, torch.float32), factors, globe.CacheConfig(**cache))
         globe.warm(model, ids)
         assert text(model) == want, cache
@@ -2113,6 +2116,23 @@ def test_bases_that_act_directly_give_what_composing_gives(checkpoints, twin, de
         assert m.to(torch.bfloat16)._bank[0].to(torch.bfloat16) is not None
         with torch.no_grad():
             assert m(x.bfloat16(), index, weights).dtype is torch.bfloat16
+
+
+def test_a_model_keeps_the_cache_settings_of_its_run(checkpoints, tmp_path):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    factors = random_factors(ckpt)
+    for f in factors.families.values():
+        f.activation = "identity"
+    for own, mode in (({"mode": "direct"}, "direct"), ({"per_layer": 1}, "lru"), (None, "lru")):
+        factors.config = {"cache": own} if own else {}
+        globe.export_globe(ckpt, factors, fresh_dir(tmp_path / "export"))
+        for model in (globe.patch(stock(ckpt.dir), factors), globe.load(tmp_path / "export"), stock(tmp_path / "export")):
+            m = globe.globe_modules(model)[0]
+            assert m._bank[0].cache.mode == mode and m.cache.slots == {"direct": 0}.get(mode, 1 if own else 2)
+        assert globe.globe_modules(globe.load(tmp_path / "export", cache=globe.CacheConfig(mode="all")))[0]._bank[0].cache.mode == "all"
+    factors.config = {"cache": {"mode": "everything"}}
+    with pytest.raises(UserError, match="cache.mode: expected .*direct.*found 'everything'"):
+        globe.patch(stock(ckpt.dir), factors)
 
 
 def test_direct_composes_where_many_tokens_meet_many_bases_and_refuses_activations(checkpoints):
