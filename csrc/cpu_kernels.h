@@ -234,6 +234,7 @@ template <class V> INLINE V slope(V z, Act act) {  // the activation's derivativ
 template <class W> struct Support {
   std::vector<int64_t> start, far, near, used;
   std::vector<W> a;
+  std::vector<uint32_t> two, two_start;  // LEVEL 3: coefficients in bfloat16, two in one number, for each expert its own
   std::vector<int64_t> at;  // base -> its place in `used`, or -1
 };
 
@@ -241,8 +242,31 @@ constexpr int R = 4;                                    // Pairs that one pass o
 template <class T> constexpr int64_t block = R * step<T>;
 constexpr int64_t K = 8;                                // blocks in a tile
 
-template <class T, int N> INLINE void mix(const T* base, const int64_t* offset, const typename Wide<T>::w* a, int64_t s, Pair<typename Wide<T>::w>* z) {  // z += a base
+// Bases meet two at a time where the CPU multiplies pairs of bfloat16: a third of the instructions. The coefficients are then
+// rounded like the bases, and a Pair's vectors hold elements 0..3 and 4..7 of each 8, as `pack_by_two` expects them.
+#if LEVEL == 3
+template <class T> constexpr bool by_two = std::is_same_v<T, BFloat16>;
+#else
+template <class T> constexpr bool by_two = false;
+#endif
+template <class T, int N> INLINE void mix(const T* base, const int64_t* offset, const typename Wide<T>::w* a, const uint32_t* two, int64_t s,
+                                          Pair<typename Wide<T>::w>* z) {  // z += a base
   typedef typename Wide<T>::w W;
+#if LEVEL == 3
+  if constexpr (by_two<T>) {
+    for (int64_t j = 0; j < s; j += 2) {
+      const T *p = base + offset[j], *q = base + offset[j + 1 < s ? j + 1 : j];
+      const __m512bh w = (__m512bh)_mm512_set1_epi32(two[j / 2]);
+#pragma GCC unroll 8
+      for (int u = 0; u < N; ++u) {
+        const __m512i b = _mm512_loadu_si512(p + u * step<T>), c = _mm512_loadu_si512(q + u * step<T>);
+        z[u].a = _mm512_dpbf16_ps(z[u].a, (__m512bh)_mm512_unpacklo_epi16(b, c), w);
+        z[u].b = _mm512_dpbf16_ps(z[u].b, (__m512bh)_mm512_unpackhi_epi16(b, c), w);
+      }
+    }
+    return;
+  }
+#endif
   for (int64_t j = 0; j < s; ++j) {
     const T* p = base + offset[j];
     auto w = splat<W>(a[j]);
@@ -253,6 +277,11 @@ template <class T, int N> INLINE void mix(const T* base, const int64_t* offset, 
     }
   }
 }
+#if LEVEL == 3
+INLINE vu pack_by_two(Pair<float> x) {
+  return (vu)_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), (__m512i)_mm512_cvtne2ps_pbh(x.b, x.a));
+}
+#endif
 template <class T> INLINE Pair<typename Wide<T>::w> mix_part(const T* base, const int64_t* offset, const typename Wide<T>::w* a, int64_t s, int64_t n) {
   Pair<typename Wide<T>::w> z{};
   for (int64_t j = 0; j < s; ++j) {
@@ -261,7 +290,7 @@ template <class T> INLINE Pair<typename Wide<T>::w> mix_part(const T* base, cons
   }
   return z;
 }
-template <class T> INLINE void put(T* out, const Pair<typename Wide<T>::w>* z, int64_t n, Act act, bool around) {
+template <class T, bool mixed> INLINE void put(T* out, const Pair<typename Wide<T>::w>* z, int64_t n, Act act, bool around) {
   Pair<typename Wide<T>::w> y[R];
 #pragma GCC unroll 8
   for (int u = 0; u < R; ++u)
@@ -270,6 +299,18 @@ template <class T> INLINE void put(T* out, const Pair<typename Wide<T>::w>* z, i
                               : Pair<float>{activate(z[u].a, act), activate(z[u].b, act)};
     else
       y[u] = {activate(z[u].a, act), activate(z[u].b, act)};
+#if LEVEL == 3
+  if constexpr (mixed && by_two<T>) {
+    vu v[R];
+#pragma GCC unroll 8
+    for (int u = 0; u < R; ++u) {
+      v[u] = pack_by_two(y[u]);
+      if (n == block<T>) around ? _mm512_stream_si512((__m512i*)(out + u * step<T>), (__m512i)v[u]) : _mm512_storeu_si512(out + u * step<T>, (__m512i)v[u]);
+    }
+    if (n != block<T>) std::memcpy(out, v, n * sizeof(T));
+    return;
+  }
+#endif
   if (n == block<T>) {
 #pragma GCC unroll 8
     for (int u = 0; u < R; ++u) around ? stream(out + u * step<T>, y[u]) : store(out + u * step<T>, y[u]);
@@ -283,11 +324,12 @@ template <class T> INLINE void put(T* out, const Pair<typename Wide<T>::w>* z, i
 // One expert, or experts that share nothing: each reads its bases straight from the bank, G at a time along a tile, while
 // the next G are fetched. Bases stand a large power of two apart: more of them at once would evict each other's lines.
 template <class T> void compose_each(const Compose& c, const Support<typename Wide<T>::w>& S, int64_t begin, int64_t end, bool around) {
-  constexpr int64_t B = block<T>, G = 4;
+  constexpr int64_t B = block<T>, G = 4, K = 16;
   for (int64_t e = 0; e < c.E; ++e) {
     const int64_t first = S.start[e], s = S.start[e + 1] - first;
     const int64_t* far = S.far.data() + first;
     const typename Wide<T>::w* a = S.a.data() + first;
+    const uint32_t* two = S.two.data() + S.two_start[e];
     T* out = (T*)c.out + (c.slot ? c.slot[e] : e) * c.n;
     for (int64_t lo = begin; lo < end; lo += K * B) {
       Pair<typename Wide<T>::w> acc[K][R] = {};
@@ -298,15 +340,15 @@ template <class T> void compose_each(const Compose& c, const Support<typename Wi
           for (int64_t i = after; i < std::min(after + G, s) && ahead < end; ++i)
             for (int64_t line = 0; line < B * int64_t(sizeof(T)); line += 64)
               __builtin_prefetch((const char*)((const T*)c.bank + far[i] + ahead + k * B) + line);
-          mix<T, R>((const T*)c.bank + lo + k * B, far + j, a + j, n, acc[k]);
+          mix<T, R>((const T*)c.bank + lo + k * B, far + j, a + j, two + j / 2, n, acc[k]);
         }
       }
-      for (int64_t k = 0; k < blocks; ++k) put(out + lo + k * B, acc[k], B, c.act, around);
+      for (int64_t k = 0; k < blocks; ++k) put<T, true>(out + lo + k * B, acc[k], B, c.act, around);
       const int64_t pos = lo + blocks * B;
       if (blocks < K && pos < end) {
         for (int64_t u = 0; pos + u * step<T> < end; ++u)
           acc[0][u] = mix_part((const T*)c.bank + pos + u * step<T>, far, a, s, std::min(step<T>, end - pos - u * step<T>));
-        put(out + pos, acc[0], end - pos, c.act, around);
+        put<T, false>(out + pos, acc[0], end - pos, c.act, around);
       }
     }
   }
@@ -317,34 +359,43 @@ template <class T> void compose_each(const Compose& c, const Support<typename Wi
 // all of them would fight for the same few places of a cache. The next tile is copied, a slice a step, meanwhile.
 template <class T> void compose_shared(const Compose& c, const Support<typename Wide<T>::w>& S, int64_t begin, int64_t end, bool around) {
   typedef typename Wide<T>::w W;
-  constexpr int64_t B = block<T>, ahead = 16;  // slices (of a block) to prefetch before they are copied
-  const int64_t U = S.used.size(), slices = U * K;
+  constexpr int64_t B = block<T>;
+  constexpr uint64_t ahead = 16;  // slices (of a block) to prefetch before they are copied
+  const int64_t U = S.used.size(), steps = K * c.E;
+  const uint64_t slices = U * K, share = (slices << 24) / steps + 1;  // slices to copy in a step, times 2^24
   std::vector<T> room(2 * slices * B + 64);
+  std::vector<const T*> bases(U + ahead / K + 1, (const T*)c.bank);
+  for (int64_t u = 0; u < U; ++u) bases[u] += S.used[u] * c.n;
   T* tile = (T*)(((uintptr_t)room.data() + 63) / 64 * 64);
   T* next = tile + slices * B;
-  auto copy = [&](T* to, int64_t lo, int64_t from, int64_t until) {  // slices in memory order: base by base
-    for (int64_t i = from; i < until; ++i) {
-      const int64_t u = i / K, k = i % K, n = std::min(B, end - lo - k * B);
-      if (i + ahead < slices) {
-        const char* p = (const char*)((const T*)c.bank + S.used[(i + ahead) / K] * c.n + lo + (i + ahead) % K * B);
-        for (int64_t line = 0; line < B * int64_t(sizeof(T)); line += 64) __builtin_prefetch(p + line);
-      }
-      const T* p = (const T*)c.bank + S.used[u] * c.n + lo + k * B;
-      T* q = to + (k * U + u) * B;
-      if (n >= B) std::memcpy(q, p, B * sizeof(T));
-      else if (n > 0) std::memcpy(q, p, n * sizeof(T));  // what follows is stale and never stored
+  auto copy = [&](T* to, int64_t lo, uint64_t from, uint64_t until) {  // slices in memory order: base by base
+    const bool whole = lo + K * B <= end;
+    for (uint64_t i = from; i < until; ++i) {
+      const char* soon = (const char*)(bases[(i + ahead) / K] + lo + (i + ahead) % K * B);
+      for (int64_t line = 0; line < B * int64_t(sizeof(T)); line += 64) __builtin_prefetch(soon + line);
+      const int64_t n = whole ? B : std::clamp<int64_t>(end - lo - int64_t(i % K) * B, 0, B);
+      const T* p = bases[i / K] + lo + i % K * B;
+      T* q = to + (i % K * U + i / K) * B;
+      if (n == B) std::memcpy(q, p, B * sizeof(T));
+      else std::memcpy(q, p, n * sizeof(T));  // what follows is stale and never stored
     }
   };
   copy(tile, begin, 0, slices);
   for (int64_t lo = begin; lo < end; lo += K * B) {
     const bool more = lo + K * B < end;
+    uint64_t done = 0, quota = 0;
     for (int64_t k = 0; k < K && lo + k * B < end; ++k)
       for (int64_t e = 0; e < c.E; ++e) {
-        const int64_t now = k * c.E + e, steps = K * c.E, pos = lo + k * B;
-        if (more) copy(next, lo + K * B, slices * now / steps, slices * (now + 1) / steps);
+        const int64_t pos = lo + k * B;
+        quota += share;
+        if (more) {
+          const uint64_t until = std::min(quota >> 24, slices);
+          copy(next, lo + K * B, done, until);
+          done = until;
+        }
         Pair<W> z[R] = {};
-        mix<T, R>(tile + k * U * B, S.near.data() + S.start[e], S.a.data() + S.start[e], S.start[e + 1] - S.start[e], z);
-        put((T*)c.out + (c.slot ? c.slot[e] : e) * c.n + pos, z, std::min(B, end - pos), c.act, around);
+        mix<T, R>(tile + k * U * B, S.near.data() + S.start[e], S.a.data() + S.start[e], S.two.data() + S.two_start[e], S.start[e + 1] - S.start[e], z);
+        put<T, true>((T*)c.out + (c.slot ? c.slot[e] : e) * c.n + pos, z, std::min(B, end - pos), c.act, around);
       }
     std::swap(tile, next);
   }
@@ -385,6 +436,8 @@ template <class T> void compose_backward_range(const Compose& c, const Support<t
   }
 }
 
+inline uint32_t bf16_bits(float a) { return BFloat16(a).x; }
+
 template <class T> Support<typename Wide<T>::w> support_of(const Compose& c) {
   typedef typename Wide<T>::w W;
   Support<W> S;
@@ -399,6 +452,9 @@ template <class T> Support<typename Wide<T>::w> support_of(const Compose& c) {
       if (S.at[j] < 0) S.at[j] = S.used.size(), S.used.push_back(j);
       S.far.push_back(j * c.n), S.near.push_back(S.at[j] * block<T>), S.a.push_back(a);
     }
+    S.two_start.push_back(S.two.size());
+    for (size_t i = S.start.back(); by_two<T> && i < S.a.size(); i += 2)
+      S.two.push_back(bf16_bits(S.a[i]) | (i + 1 < S.a.size() ? bf16_bits(S.a[i + 1]) << 16 : 0));
     S.start.push_back(S.a.size());
   }
   return S;
