@@ -388,6 +388,8 @@ def check_config(cfg: Config) -> Config:
     if cfg.heal.stack != "auto" and not (isinstance(cfg.heal.stack, int) and cfg.heal.stack > 0):
         raise UserError(f"heal.stack: expected auto or a number of layers, found {cfg.heal.stack!r}")
     expect(cfg.bank.r is not None or cfg.bank.ratio is not None, "bank: expected r or ratio, found neither")
+    if cfg.cache.mode == "direct":
+        expect(cfg.bank.activation == "identity", f"cache.mode=direct: expected bank.activation identity, found {cfg.bank.activation}")
     return cfg
 
 
@@ -414,13 +416,13 @@ def read_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(e).split())[:300]}") from None
 
 
-def load_config(path: str | None = None, overrides: Sequence[str] = (), base: dict | None = None) -> Config:
+def load_config(path: str | None = None, overrides: Sequence[str] = (), base: dict | None = None, where: str = "the run's config.yaml") -> Config:
     """Resolve a config: defaults < base (a run's own) < YAML file < section.key=value overrides.
 
     Raises UserError for an unreadable file, an unknown key (the nearest known one is named) or a wrong type."""
     cfg = Config()
     if base:
-        _merge(cfg, base, "", "the run's config.yaml")
+        _merge(cfg, base, "", where)
     if path:
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -849,8 +851,8 @@ def kernels() -> str:
         raise UserError(f"GLOBE_KERNELS: expected auto, jit or off, found {mode!r}")
     if mode == "off":
         return "torch, GLOBE_KERNELS=off"
-    how = "loaded by another copy of globe.py"
-    if not hasattr(ops, "about"):
+    how, first = "loaded by another copy of globe.py", not hasattr(ops, "about")
+    if first:
         wheel = importlib.util.find_spec("globe_ops") if mode == "auto" else None
         compiler = shutil.which(os.environ.get("CXX", "c++"))
         missing = "no csrc/ beside globe.py" if not csrc.is_dir() else None if compiler else "no C++ compiler"
@@ -862,11 +864,12 @@ def kernels() -> str:
         path = Path(wheel.origin) if wheel else build_kernels(csrc, compiler)
         torch.ops.load_library(path)
         how = f"{'installed' if wheel else 'built'}: {path}"
-        _register_kernels()
     version, isa = ops.about().split()
-    if int(version) != KERNELS_VERSION:
+    if int(version) < KERNELS_VERSION:  # later ones have the operators of this and more
         raise RuntimeError(f"native operators: expected version {KERNELS_VERSION}, found {version} ({how}); "
                            "reinstall, or set GLOBE_KERNELS=jit or off")
+    if first:
+        _register_kernels()
     return f"native {isa}, {how}"
 
 
@@ -903,7 +906,7 @@ def _register_kernels() -> None:
         "simplex_backward": lambda grad, p, alpha: like(p),
         "experts_decode": lambda x, *rest: like(x),
         "experts_mixed": lambda x, *rest: like(x),
-        "linear": lambda x, W, bias: x.new_empty(len(x), len(W)),
+        "linear": lambda x, W, bias: x.new_empty(x.shape[0], W.shape[0]),
     }.items():
         torch.library.register_fake(f"globe::{name}", fake)
 
@@ -3086,6 +3089,8 @@ class GlobeExperts(nn.Module):
         each token; composed, top_k do, but each expert's is written and read first."""
         if self._bank[0].cache.mode != "direct" or self.dense_row:
             return False
+        if any(self._bank_of(f).device != self._parameters[f"{f}_A"].device for f in self.families):
+            return False  # layers spread over devices: fetch the bases that are mixed, not the bank
         experts = min(len(self.fitted), tokens * self.top_k)
         return all(tokens * (min(F_["m"], experts * F_["s"]) - self.top_k) <= 2 * FLOPS_PER_NUMBER * experts for F_ in self.families.values())
 
@@ -3094,10 +3099,12 @@ class GlobeExperts(nn.Module):
         P, mixture = self._parameters, {}
         for f in self.families:
             A, idx = P[f"{f}_A"], self._buffers[f"{f}_idx"]
-            mixture[f] = self._bank_of(f).to(A.device), A, idx, P[f"{f}_val"].float()
+            mixture[f] = self._bank_of(f), A, idx, P[f"{f}_val"]
         row = self._table(self.cache)[1]
         args = [t for f in FAMILIES for t in mixture.get(f, (P.get(f"{f}_proj"), None, None, None))]
-        if (self.native_act and len(x) <= MIXED_TOKENS and all(t is None or t.is_contiguous() for t in args)
+        args[3::4] = [t if t is None else t.float() for t in args[3::4]]
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *args))
+        if (self.native_act and not learns and len(x) <= MIXED_TOKENS and all(t is None or t.is_contiguous() for t in args)
                 and all(t is None or t.dtype == x.dtype for i in (0, 4, 8) for t in args[i:i + 2]) and x.dtype != torch.float64 and _native("experts_mixed", x.device.type)):
             weights = weights if weights.dtype == torch.float32 else weights.to(x.dtype)
             return torch.ops.globe.experts_mixed.default(x.contiguous(), index.long().contiguous(), weights.contiguous(), row, *args, *self.constants[1:])
@@ -3121,7 +3128,8 @@ class GlobeExperts(nn.Module):
             M = mixture[f][1] if f in mixture else self._parameters[f"{f}_proj"]
             M = M if f == "down" and f in mixture else M.mT
             out = y.new_zeros(T * k, M.shape[-1])
-            out[order] = torch.cat([part @ M[self.fitted[e] if f in mixture else e] for part, e in zip(y[order].split(counts), experts)])
+            parts = [part @ M[self.fitted[e] if f in mixture else e] for part, e in zip(y[order].split(counts), experts)]
+            out[order] = torch.cat(parts).to(out.dtype)  # autocast
             return out
 
         def project(f: str) -> Tensor:
@@ -3225,9 +3233,9 @@ def native_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     """Forward of a dense shared expert: as a single expert of the native operator where that serves, since on a CPU it reads
     weights of half precision faster than torch's products do (30 against 17 GB/s)."""
     parts, act = [mlp._modules[f"{f}_proj"] for f in FAMILIES], NATIVE_ACTS.get(type(mlp.act_fn).__name__)
-    if (x.itemsize != 2 or not act or not 0 < x.numel() // x.shape[-1] <= MLP_TOKENS or x.device.type != "cpu"
-            or torch.is_grad_enabled() or torch.compiler.is_compiling() or not _native("experts_decode", "cpu")
-            or any(type(m) is not nn.Linear or m.bias is not None or m.weight.dtype != x.dtype for m in parts)):
+    if (torch.compiler.is_compiling() or torch.is_grad_enabled() or x.itemsize != 2 or not act or x.device.type != "cpu"
+            or not 0 < x.numel() // x.shape[-1] <= MLP_TOKENS or not _native("experts_decode", "cpu")
+            or any(type(m) not in (nn.Linear, GlobeLinear) or m.bias is not None or m.weight.dtype != x.dtype for m in parts)):
         return type(mlp).forward(mlp, x)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     (first, ones), (gate, up, down) = all_to_first(len(flat)), (m.weight[None] for m in parts)
@@ -3235,18 +3243,29 @@ def native_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
                                                   [0, 0, 0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0], act).view(x.shape)
 
 
-def native_linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """Forward of a linear layer outside the experts, for a few tokens on a CPU: the native product reads half precision faster."""
-    if (x.itemsize != 2 or not 0 < x.numel() // x.shape[-1] <= LINEAR_TOKENS or x.device.type != "cpu" or torch.is_grad_enabled()
-            or torch.compiler.is_compiling() or linear.weight.dtype != x.dtype or not _native("linear", "cpu")):
-        return F.linear(x, linear.weight, linear.bias)
-    return torch.ops.globe.linear.default(x.reshape(-1, x.shape[-1]).contiguous(), linear.weight, linear.bias).view(*x.shape[:-1], -1)
+class GlobeLinear(nn.Linear):
+    """What install makes of the linear layers outside the experts: a few tokens on a CPU meet the native product, which reads
+    half precision faster; everything else is nn.Linear's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        W = self.weight
+        if (torch.compiler.is_compiling() or torch.is_grad_enabled() or input.itemsize != 2 or input.dtype != W.dtype or input.device.type != "cpu"
+                or W.device.type != "cpu" or type(W) is not nn.Parameter or not W.is_contiguous()
+                or not 0 < input.numel() <= LINEAR_TOKENS * input.shape[-1] or not W.numel() or not _native("linear", "cpu")):
+            return super().forward(input)
+        return torch.ops.globe.linear.default(input.reshape(-1, input.shape[-1]).contiguous(), W, self.bias).view(*input.shape[:-1], len(W))
 
 
 def own_cache(meta: dict) -> CacheConfig:
     """The cache settings of the run that made the factors. UserError where they are none."""
     own = meta.get("config", {}).get("cache")
-    return load_config(base={"cache": own}).cache if own else CacheConfig()
+    return load_config(base={"cache": own}, where="the cache settings of the factors").cache if own else CacheConfig()
+
+
+def check_direct(cache: CacheConfig, families: dict, composed: bool) -> None:
+    """UserError where bases with an activation shall act directly."""
+    for f, F_ in families.items() if cache.mode == "direct" and not composed else ():
+        expect(F_["activation"] == "identity", f"cache.mode=direct: expected bases without an activation, found {F_['activation']} in {f}")
 
 
 def install(model: nn.Module, meta: dict, cache: CacheConfig | None = None) -> dict:
@@ -3254,6 +3273,7 @@ def install(model: nn.Module, meta: dict, cache: CacheConfig | None = None) -> d
     cache: default: as the factors were made with. UserError where the model's experts are not those that the factors describe."""
     D, found, cache = _meta_dims(meta), experts_modules(model), cache or own_cache(meta)
     expect(model.config.model_type == meta["model_type"], f"model: expected {meta['model_type']}, found {model.config.model_type}")
+    check_direct(cache, meta["families"], bool(meta.get("composed")))
     bank, old_modules = GlobeBank(meta), {}
     for layer in map(int, meta["experts"]):
         expect(layer in found, f"model: expected experts in layer {layer}, found none")
@@ -3274,7 +3294,7 @@ def install(model: nn.Module, meta: dict, cache: CacheConfig | None = None) -> d
                 mlp.forward = functools.partial(native_mlp, mlp)
     for m in model.modules():
         if type(m) is nn.Linear:
-            m.forward = functools.partial(native_linear, m)
+            m.__class__ = GlobeLinear
     model._modules = {"globe_bank": bank, **model._modules}  # first: device_map="auto" offloads what comes last
     model.save_pretrained = functools.partial(save_pretrained, model, meta)
     set_cache(model, cache)
@@ -3305,7 +3325,7 @@ def _assign_factors(model: nn.Module, factors: Factors, device: torch.device, dt
     at = {m.layer: name for name, m in model.named_modules() if isinstance(m, GlobeExperts)}
     for name, t in factor_tensors(factors):
         name = re.sub(r"^layers\.(\d+)\.\{experts\}", lambda g: at[int(g[1])], name)
-        keep = name.endswith(("_val", "_idx"))  # mixtures stay float32: they are few and their error is the basis's
+        keep = name.endswith(("_val", "_idx"))  # mixtures stay float32: they are few
         _assign(model, name, t.to(device=device, dtype=t.dtype if keep else dtype))
 
 
@@ -3323,7 +3343,7 @@ def put_norms(model: nn.Module, factors: Factors) -> dict:
 def patch(model: nn.Module, factors: Factors | str | Path, cache: CacheConfig | None = None, keep_dense: bool = True):
     """Swap the experts of every fitted MoE layer of a loaded transformers model for GlobeExperts, in place.
 
-    factors: Factors, or a run directory. keep_dense=False lets go of the dense experts (unpatch is then impossible).
+    factors: Factors, or a run directory. cache: default: the settings of the factors' run. keep_dense=False lets go of the dense experts (unpatch is then impossible).
     Returns the model. UserError where model and factors do not belong together."""
     factors = factors if isinstance(factors, Factors) else load_factors(factors)
     old = install(model, factors.meta(), cache)
@@ -3352,8 +3372,10 @@ def unpatch(model: nn.Module):
         _assign(model, name, t)
     del model.globe_bank, model._globe_dense, model.save_pretrained
     for m in model.modules():
-        if getattr(vars(m).get("forward"), "func", None) in (native_mlp, native_linear):
+        if getattr(vars(m).get("forward"), "func", None) is native_mlp:
             del m.forward
+        if type(m) is GlobeLinear:
+            m.__class__ = nn.Linear
     for owner, key in ((model, "_weight_conversions"), (model.config, "quantization_config"), (model.config, "auto_map")):
         vars(owner).pop(key, None)  # save_pretrained left them
     return model
@@ -3413,15 +3435,16 @@ def set_cache(model: nn.Module, cache: CacheConfig, demand: dict | None = None) 
     expect(modules, "model: expected GlobeExperts, found none (not patched, nor a globe export)")
     bank, plans = modules[0]._bank[0], []
     direct = cache.mode == "direct"
-    for f, F_ in modules[0].families.items() if direct else ():
-        expect(F_["activation"] == "identity", f"cache.mode=direct: expected bases without an activation, found {F_['activation']} in {f}")
+    check_direct(cache, modules[0].families, modules[0].composed)
     hits_of = top_hits if cache.mode == "lfu" else lru_hits
     curves = [hits_of(demand[m.layer], len(m.fitted)) for m in modules] if demand else [[0] * (len(m.fitted) + 1) for m in modules]
     for weights in (False,) if direct else (False, True):
         item, use, miss = modules[0].costs(modules[0].held(weights))
         total = int((cache.budget or 0) * 2 ** 20 // item)
         if cache.mode in ("lru", "lfu") and cache.budget:
-            slots = share_slots(total, curves) if total >= len(modules) else [int(i < total - 1) for i in range(len(modules))]
+            each, left = divmod(total, len(modules))
+            slots = ([int(i < total - 1) for i in range(len(modules))] if total < len(modules) else share_slots(total, curves) if demand
+                     else [min(len(m.fitted), each + (i < left)) for i, m in enumerate(modules)])
         else:
             slots = [{"none": 0, "direct": 0, "all": len(m.fitted)}.get(cache.mode, min(len(m.fitted), cache.per_layer or (len(m.fitted) + 1) // 2))
                      for m in modules]
@@ -3576,7 +3599,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
          cache: CacheConfig | None = None) -> nn.Module:
     """Load a globe or composed export: a transformers model with GlobeExperts, no dense experts ever in memory.
 
-    dtype: of the parameters; default: as stored. UserError where the directory is no such export or is damaged."""
+    dtype: of the parameters; default: as stored. cache: default: the settings of the run. UserError where the directory is no such export or is damaged."""
     directory = Path(directory)
     config = read_json(directory / "config.json")
     meta = globe_meta(config)
@@ -4904,8 +4927,10 @@ def calibration_windows(ckpt: Checkpoint, cfg: Config, device: torch.device, tok
     if cfg.calib.sampled:
         say(f"sampling {cfg.calib.sampled} tokens from the dense model")
         length = windows.shape[1]
-        windows = torch.cat([windows, sample_windows(load_dense(ckpt.dir, device, as_dtype(cfg.calib.dtype)), max(1, cfg.calib.sampled // length),
-                                                     length, cfg.fit.seed)])
+        n, dense = max(1, cfg.calib.sampled // length), load_dense(ckpt.dir, device, as_dtype(cfg.calib.dtype))
+        # two texts to a window: twice the subjects, and half of the time, as a step's attention reads half as much
+        texts = sample_windows(dense, 2 * n, (length + 1) // 2, cfg.fit.seed).view(n, -1)
+        windows = torch.cat([windows, texts[:, :length]])
     return windows
 
 

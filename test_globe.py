@@ -1067,18 +1067,26 @@ def test_shared_experts_and_linear_layers_run_natively_and_unpatching_gives_them
     for kind in ("qwen2_moe", "deepseek_v3"):
         ckpt, model = Checkpoint(checkpoints[kind]), stock(checkpoints[kind])
         globe.patch(model, random_factors(ckpt))
-        ours = [m for m in model.modules() if "forward" in vars(m)]
-        mlps, linears = [[m for m in ours if (type(m) is torch.nn.Linear) == linear] for linear in (False, True)]
-        assert len(mlps) == len(ckpt.dims.layers) and model.lm_head in linears
+        mlps = [m for m in model.modules() if "forward" in vars(m)]
+        assert len(mlps) == len(ckpt.dims.layers) and type(model.lm_head) is globe.GlobeLinear
         for dtype, tol in ((torch.float32, 0), (torch.bfloat16, 1e-2)):
             for module in (mlps[0], model.lm_head):
                 m, x = module.to(dtype), torch.randn(2, 3, 32, generator=gen()).to(dtype)
                 with torch.no_grad():
-                    torch.testing.assert_close(m(x), type(m).forward(m, x), atol=tol, rtol=tol)
+                    plain = F.linear(x, m.weight) if module is model.lm_head else type(m).forward(m, x)
+                    torch.testing.assert_close(m(x), plain, atol=tol, rtol=tol)
                 x.requires_grad_()
                 assert torch.autograd.grad(m(x).sum(), x)[0].isfinite().all()
         globe.unpatch(model)
-        assert not any("forward" in vars(m) for m in model.modules())
+        assert not any("forward" in vars(m) or type(m) is globe.GlobeLinear for m in model.modules())
+    layer = globe.GlobeLinear(8, 4, bias=True).bfloat16()
+    x = torch.randn(3, 8).bfloat16()
+    want = F.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(layer(input=x), want, atol=2e-2, rtol=2e-2)
+            layer.weight = torch.nn.Parameter(layer.weight.T.contiguous().T)  # and where it is not contiguous
+        assert layer(x[:0]).shape == (0, 4)
 
 
 def test_64_greedy_tokens_equal_the_dense_exports(run, tmp_path):
@@ -1778,6 +1786,14 @@ def test_labels_are_drawn_from_the_models_distribution():
 
 
 @torch.no_grad()
+def test_a_sampled_window_holds_two_texts(run):
+    cfg = globe.run_config(run, types.SimpleNamespace(overrides=["calib.sampled=70", "calib.length=33", "calib.text=builtin"], config=None))
+    ckpt, cpu = Checkpoint(cfg.model.path), torch.device("cpu")
+    got = globe.calibration_windows(ckpt, cfg, cpu, 99)
+    want = globe.sample_windows(globe.load_dense(ckpt.dir, cpu, None), 4, 17, cfg.fit.seed)
+    assert got.shape == (5, 33) and torch.equal(got[3:], torch.cat([want[0::2], want[1::2, :16]], 1))
+
+
 def test_windows_are_sampled_from_the_model_and_never_end_early(checkpoints):
     model = stock(checkpoints["qwen2_moe"])
     got = globe.sample_windows(model, 3, 9, seed=1)
@@ -2076,6 +2092,7 @@ def test_experts_mixed_is_its_equation_for_every_set_of_families():
             assert torch.ops.globe.experts_mixed(*args).isfinite().all()
     args, _ = mixed_case(torch.float32, ("gate", "up", "down"))
     for place, value, match in ((1, args[1] + 90, "expert in"), (3, args[3] + 90, "adapter in"), (6, args[6] + 6, "idx in"), (6, None, "together"),
+                                (7, args[7][:, :0], "val"),
                                 (7, args[7][:, :1], "val"), (5, None, "together|expected shape"), (6, args[6].long(), "dtype")):
         with pytest.raises(RuntimeError, match=match):
             torch.ops.globe.experts_mixed(*args[:place], value, *args[place + 1:])
@@ -2135,11 +2152,14 @@ def test_a_model_keeps_the_cache_settings_of_its_run(checkpoints, tmp_path):
         globe.patch(stock(ckpt.dir), factors)
 
 
-def test_direct_composes_where_many_tokens_meet_many_bases_and_refuses_activations(checkpoints):
+def test_direct_composes_where_many_tokens_meet_many_bases_and_refuses_activations(checkpoints, twin):
     ckpt = Checkpoint(checkpoints["qwen2_moe"])
     factors = random_factors(ckpt, m=8)
     with pytest.raises(UserError, match="cache.mode=direct: expected bases without an activation, found silu in gate"):
-        globe.patch(stock(ckpt.dir), factors, globe.CacheConfig(mode="direct"))
+        globe.patch(model := stock(ckpt.dir), factors, globe.CacheConfig(mode="direct"))
+    assert not globe.globe_modules(model)  # and nothing was swapped
+    with pytest.raises(UserError, match="cache.mode=direct: expected bank.activation identity, found silu"):
+        load_config(None, ["cache.mode=direct", "bank.activation=silu"])
     for f in factors.families.values():
         f.activation = "identity"
     want, model = (globe.patch(stock(ckpt.dir), factors, globe.CacheConfig(mode=mode)) for mode in ("none", "direct"))
@@ -2150,6 +2170,14 @@ def test_direct_composes_where_many_tokens_meet_many_bases_and_refuses_activatio
     with torch.no_grad():
         torch.testing.assert_close(m(x, index, weights), globe.globe_modules(want)[0](x, index, weights), atol=2e-5, rtol=2e-5)
     m(x.requires_grad_(), index, weights).sum().backward()  # with a gradient, experts are composed
+    for p in model.parameters():
+        p.requires_grad_(False)
+    weights = weights[:5].clone().requires_grad_()  # what a router learns by
+    m(x.detach()[:5], index[:5], weights).sum().backward()
+    assert weights.grad.abs().min() > 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = twin(m, x[:5], index[:5], weights)
+        torch.testing.assert_close(y.float(), m(x[:5], index[:5], weights).float(), atol=0.1, rtol=0.1)
     assert x.grad.isfinite().all() and x.grad.any()
 
 

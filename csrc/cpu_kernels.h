@@ -324,28 +324,28 @@ template <class T, bool mixed> INLINE void put(T* out, const Pair<typename Wide<
 // One expert, or experts that share nothing: each reads its bases straight from the bank, G at a time along a tile, while
 // the next G are fetched. Bases stand a large power of two apart: more of them at once would evict each other's lines.
 template <class T> void compose_each(const Compose& c, const Support<typename Wide<T>::w>& S, int64_t begin, int64_t end, bool around) {
-  constexpr int64_t B = block<T>, G = 4, K = 16;
+  constexpr int64_t B = block<T>, G = 4, tile = 16;
   for (int64_t e = 0; e < c.E; ++e) {
     const int64_t first = S.start[e], s = S.start[e + 1] - first;
     const int64_t* far = S.far.data() + first;
     const typename Wide<T>::w* a = S.a.data() + first;
     const uint32_t* two = S.two.data() + S.two_start[e];
     T* out = (T*)c.out + (c.slot ? c.slot[e] : e) * c.n;
-    for (int64_t lo = begin; lo < end; lo += K * B) {
-      Pair<typename Wide<T>::w> acc[K][R] = {};
-      const int64_t blocks = std::min(K, (end - lo) / B);
+    for (int64_t lo = begin; lo < end; lo += tile * B) {
+      Pair<typename Wide<T>::w> acc[tile][R] = {};
+      const int64_t blocks = std::min(tile, (end - lo) / B);
       for (int64_t j = 0; j < s; j += G) {
-        const int64_t n = std::min(G, s - j), after = j + G < s ? j + G : 0, ahead = lo + (after ? 0 : K * B);
+        const int64_t n = std::min(G, s - j), after = j + G < s ? j + G : 0, ahead = lo + (after ? 0 : tile * B);
         for (int64_t k = 0; k < blocks; ++k) {
           for (int64_t i = after; i < std::min(after + G, s) && ahead < end; ++i)
             for (int64_t line = 0; line < B * int64_t(sizeof(T)); line += 64)
               __builtin_prefetch((const char*)((const T*)c.bank + far[i] + ahead + k * B) + line);
-          mix<T, R>((const T*)c.bank + lo + k * B, far + j, a + j, two + j / 2, n, acc[k]);
+          mix<T, R>((const T*)c.bank + lo + k * B, far + j, a + j, by_two<T> ? two + j / 2 : nullptr, n, acc[k]);
         }
       }
       for (int64_t k = 0; k < blocks; ++k) put<T, true>(out + lo + k * B, acc[k], B, c.act, around);
       const int64_t pos = lo + blocks * B;
-      if (blocks < K && pos < end) {
+      if (blocks < tile && pos < end) {
         for (int64_t u = 0; pos + u * step<T> < end; ++u)
           acc[0][u] = mix_part((const T*)c.bank + pos + u * step<T>, far, a, s, std::min(step<T>, end - pos - u * step<T>));
         put<T, false>(out + pos, acc[0], end - pos, c.act, around);
@@ -449,8 +449,9 @@ template <class T> Support<typename Wide<T>::w> support_of(const Compose& c) {
       const W a = ((const W*)c.val)[i];
       check(0 <= j && j < c.m, "globe::compose: index in [0, ", c.m, ") expected, found ", j);
       if (a == 0 && !c.backward) continue;  // the backward needs every entry: a zero has a gradient
+      const W kept = by_two<T> && !c.backward ? W(BFloat16(float(a))) : a;  // as the pairs have it
       if (S.at[j] < 0) S.at[j] = S.used.size(), S.used.push_back(j);
-      S.far.push_back(j * c.n), S.near.push_back(S.at[j] * block<T>), S.a.push_back(a);
+      S.far.push_back(j * c.n), S.near.push_back(S.at[j] * block<T>), S.a.push_back(kept);
     }
     S.two_start.push_back(S.two.size());
     for (size_t i = S.start.back(); by_two<T> && i < S.a.size(); i += 2)
@@ -833,7 +834,7 @@ template <class T> void decode_as(const Decode& a) {
   std::vector<const Kept<T>*> hs[2] = {xs, xs};
   for (int f = 0; f < 2; ++f)
     for (int64_t i = 0; i < P && q[f]; ++i) hs[f][i] = h[f][i];
-  const bool one_bank = a.gate.idx && a.up.idx && a.gate.W == a.up.W;  // a base then acts once for both
+  const bool one_bank = a.gate.idx && a.up.idx && a.gate.W == a.up.W && a.gate.W_n == a.up.W_n && q[0] == q[1];  // a base then acts once for both
   Mixed mixed[2] = {mixtures(a.gate), {}};
   mixed[1] = mixtures(a.up, one_bank ? mixed[0] : Mixed{});
   if (one_bank) mixed[0].base = mixed[1].base;

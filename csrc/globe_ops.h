@@ -164,6 +164,7 @@ inline void mixture(Family& f, const char* name, const std::optional<Tensor>& id
   const char* op = "globe::experts_mixed";
   check(bool(f.A) == bool(idx) && bool(idx) == bool(val), op, ": ", name, ": expected adapters, idx and val together, or none of them");
   if (!idx) return;
+  check(x.size(1) > 0 && idx->numel() > 0, op, ": ", name, ": expected columns and mixtures, found shapes ", shape_of(x), " and ", shape_of(*idx));
   expect(op, "idx", *idx, ScalarType::Int, x, {f.A_n, -1});
   expect(op, "val", *val, ScalarType::Float, x, {f.A_n, idx->size(1)});
   f.idx = static_cast<const int32_t*>(idx->const_data_ptr());
