@@ -836,7 +836,7 @@ def train_dtype(name: str, device: torch.device) -> torch.dtype | None:
 # ======================================================================================================
 # 2. Operators: one entry point each; the torch form is the fallback and the oracle of the native one in csrc/
 # ======================================================================================================
-KERNELS_VERSION = 3  # of the schemas in csrc/; a library of another version is refused
+KERNELS_VERSION = 3  # of the schemas in csrc/; an older library is refused
 
 
 @functools.cache
@@ -2885,7 +2885,8 @@ FLOPS_PER_NUMBER = 40  # that a CPU core computes while it reads one bfloat16 nu
 class GlobeExperts(nn.Module):
     """Drop-in for a transformers experts module: same forward(hidden_states, top_k_index, top_k_weights).
 
-    Families with factors run through composed bases or composed weights from the cache, every other matrix is dense.
+    Families with factors run through composed bases or composed weights from the cache, or (cache.mode=direct) through the
+    bases themselves; every other matrix is dense.
     Tensors are created on the meta device; patch and load put real ones in their place."""
 
     def __init__(self, meta: dict, layer: int, old: nn.Module, bank: GlobeBank, cache: CacheConfig):
@@ -3096,11 +3097,8 @@ class GlobeExperts(nn.Module):
 
     def _mixed(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The layer with nothing composed: A (sum_j alpha_j (B_j x)) for gate and up, sum_j B_j^T (alpha_j (A^T h)) for down."""
-        P, mixture = self._parameters, {}
-        for f in self.families:
-            A, idx = P[f"{f}_A"], self._buffers[f"{f}_idx"]
-            mixture[f] = self._bank_of(f), A, idx, P[f"{f}_val"]
-        row = self._table(self.cache)[1]
+        P, row = self._parameters, self._table(self.cache)[1]
+        mixture = {f: (self._bank_of(f), P[f"{f}_A"], self._buffers[f"{f}_idx"], P[f"{f}_val"]) for f in self.families}
         args = [t for f in FAMILIES for t in mixture.get(f, (P.get(f"{f}_proj"), None, None, None))]
         args[3::4] = [t if t is None else t.float() for t in args[3::4]]
         learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *args))
@@ -3343,8 +3341,8 @@ def put_norms(model: nn.Module, factors: Factors) -> dict:
 def patch(model: nn.Module, factors: Factors | str | Path, cache: CacheConfig | None = None, keep_dense: bool = True):
     """Swap the experts of every fitted MoE layer of a loaded transformers model for GlobeExperts, in place.
 
-    factors: Factors, or a run directory. cache: default: the settings of the factors' run. keep_dense=False lets go of the dense experts (unpatch is then impossible).
-    Returns the model. UserError where model and factors do not belong together."""
+    factors: Factors, or a run directory. cache: default: the settings of the factors' run. keep_dense=False lets go of the
+    dense experts (unpatch is then impossible). Returns the model. UserError where model and factors do not belong together."""
     factors = factors if isinstance(factors, Factors) else load_factors(factors)
     old = install(model, factors.meta(), cache)
     for (layer, attr), (parent, module) in old.items():
@@ -3599,7 +3597,8 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
          cache: CacheConfig | None = None) -> nn.Module:
     """Load a globe or composed export: a transformers model with GlobeExperts, no dense experts ever in memory.
 
-    dtype: of the parameters; default: as stored. cache: default: the settings of the run. UserError where the directory is no such export or is damaged."""
+    dtype: of the parameters; default: as stored. cache: default: the settings of the factors' run. UserError where the
+    directory is no such export or is damaged."""
     directory = Path(directory)
     config = read_json(directory / "config.json")
     meta = globe_meta(config)
