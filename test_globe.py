@@ -1785,7 +1785,6 @@ def test_labels_are_drawn_from_the_models_distribution():
     torch.testing.assert_close(torch.bincount(v.flatten(), minlength=4) / len(v), q, atol=0.01, rtol=0)
 
 
-@torch.no_grad()
 def test_a_sampled_window_holds_two_texts(run):
     cfg = globe.run_config(run, types.SimpleNamespace(overrides=["calib.sampled=70", "calib.length=33", "calib.text=builtin"], config=None))
     ckpt, cpu = Checkpoint(cfg.model.path), torch.device("cpu")
@@ -1794,6 +1793,7 @@ def test_a_sampled_window_holds_two_texts(run):
     assert got.shape == (5, 33) and torch.equal(got[3:], torch.cat([want[0::2], want[1::2, :16]], 1))
 
 
+@torch.no_grad()
 def test_windows_are_sampled_from_the_model_and_never_end_early(checkpoints):
     model = stock(checkpoints["qwen2_moe"])
     got = globe.sample_windows(model, 3, 9, seed=1)
