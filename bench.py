@@ -866,11 +866,12 @@ def write_qwen15_globe(dense: Path, to: Path, cfg: globe.Config, consume: bool =
     ckpt, g = globe.Checkpoint(dense), torch.Generator().manual_seed(1)
     layers = ckpt.dims.layers
     group = globe.Experts.groups_of([(l, 0) for l in layers], cfg.bank.scope)
-    m = cfg.bank.m if isinstance(cfg.bank.m, dict) else dict.fromkeys(globe.FAMILIES, cfg.bank.m)
-    owner = {f: "gate" if cfg.bank.share and f == "up" else f for f in globe.FAMILIES}
-    families = {f: {"m": m[o], "r": cfg.bank.r, "s": min(cfg.sparsity.support, m[o]), "groups": len(set(group.values())), "bank": o,
-                    "group": {str(l): g for l, g in group.items()}, "activation": cfg.bank.activation, "shift": 0.0, "scale": 1.0}
-                for f, o in owner.items()}
+    groups, families = len(set(group.values())), {}
+    for f in globe.FAMILIES:
+        owner = "gate" if cfg.bank.share and f == "up" else f
+        m, r = globe.bank_shape(cfg, owner, len(layers) * E, groups, ckpt.dims)
+        families[f] = {"m": m, "r": r, "s": min(cfg.sparsity.support, m), "groups": groups, "bank": owner,
+                       "group": {str(l): g for l, g in group.items()}, "activation": cfg.bank.activation, "shift": 0.0, "scale": 1.0}
     meta = {"format_version": globe.FORMAT_VERSION, "globe_version": globe.__version__, "model_type": "qwen2_moe", "fingerprint": "random",
             "dims": dataclasses.asdict(ckpt.dims), "families": families,
             "experts": {str(l): list(range(E)) for l in layers}, "config": {"cache": dataclasses.asdict(cfg.cache)}}
@@ -887,7 +888,7 @@ def write_qwen15_globe(dense: Path, to: Path, cfg: globe.Config, consume: bool =
             elif name in ckpt.shard_of:
                 shard.add(name, ckpt.tensor(name))
             elif name.endswith("_idx"):
-                shard.add(name, torch.stack([torch.randperm(m[owner[name.split(".")[-1][:-4]]], generator=g)[:shape[1]] for _ in range(E)]).int())
+                shard.add(name, torch.stack([torch.randperm(families[name.split(".")[-1][:-4]]["m"], generator=g)[:shape[1]] for _ in range(E)]).int())
             elif name.endswith("_val"):
                 shard.add(name, torch.full(shape, 1 / shape[1]))
             else:

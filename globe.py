@@ -3099,8 +3099,7 @@ class GlobeExperts(nn.Module):
         """The layer with nothing composed: A (sum_j alpha_j (B_j x)) for gate and up, sum_j B_j^T (alpha_j (A^T h)) for down."""
         P, row = self._parameters, self._table(self.cache)[1]
         mixture = {f: (self._bank_of(f), P[f"{f}_A"], self._buffers[f"{f}_idx"], P[f"{f}_val"]) for f in self.families}
-        args = [t for f in FAMILIES for t in mixture.get(f, (P.get(f"{f}_proj"), None, None, None))]
-        args[3::4] = [t if t is None else t.float() for t in args[3::4]]
+        args = [t for f in FAMILIES for t in ((*mixture[f][:3], mixture[f][3].float()) if f in mixture else (P[f"{f}_proj"], None, None, None))]
         learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *args))
         if (self.native_act and not learns and len(x) <= MIXED_TOKENS and all(t is None or t.is_contiguous() for t in args)
                 and all(t is None or t.dtype == x.dtype for i in (0, 4, 8) for t in args[i:i + 2]) and x.dtype != torch.float64 and _native("experts_mixed", x.device.type)):
@@ -3432,11 +3431,10 @@ def set_cache(model: nn.Module, cache: CacheConfig, demand: dict | None = None) 
     modules = globe_modules(model)
     expect(modules, "model: expected GlobeExperts, found none (not patched, nor a globe export)")
     bank, plans = modules[0]._bank[0], []
-    direct = cache.mode == "direct"
     check_direct(cache, modules[0].families, modules[0].composed)
     hits_of = top_hits if cache.mode == "lfu" else lru_hits
     curves = [hits_of(demand[m.layer], len(m.fitted)) for m in modules] if demand else [[0] * (len(m.fitted) + 1) for m in modules]
-    for weights in (False,) if direct else (False, True):
+    for weights in (False,) if cache.mode == "direct" else (False, True):
         item, use, miss = modules[0].costs(modules[0].held(weights))
         total = int((cache.budget or 0) * 2 ** 20 // item)
         if cache.mode in ("lru", "lfu") and cache.budget:
