@@ -826,6 +826,32 @@ def with_gradients(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+@functools.cache
+def slow_products(dtype: torch.dtype, device: str = "cpu") -> bool:
+    """Whether matrices of a half type meet far slower than float32 ones: on CPUs without AVX-512 (bfloat16) or AMX and the
+    like (float16), where torch's products of them are loops, 6 to 100 times slower. Measured, since torch does not tell."""
+    if device != "cpu" or dtype.itemsize != 2:
+        return False
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, times = torch.ones(192, 192, dtype=dtype), []
+        for _ in range(4):
+            begin = time.perf_counter()
+            torch.mm(a, a)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+    return seconds(dtype) > 8 * seconds(torch.float32)
+
+
+@functools.cache
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`dtype`, or float32 where the device's products of it are slow; that is said once."""
+    if slow_products(dtype, device.type):
+        say(f"this CPU multiplies {dtype} slowly: computing in float32")
+        return torch.float32
+    return dtype
+
+
 def train_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast dtype of training: "auto" is bfloat16 on a GPU that has it, else none; "off" is none."""
     if name == "auto":
@@ -3242,14 +3268,19 @@ def native_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
 
 class GlobeLinear(nn.Linear):
     """What install makes of the linear layers outside the experts: a few tokens on a CPU meet the native product, which reads
-    half precision faster; everything else is nn.Linear's."""
+    half precision faster; many go by float32 where products of half precision are slow; everything else is nn.Linear's."""
 
     def forward(self, input: Tensor) -> Tensor:
         W = self.weight
         if (torch.compiler.is_compiling() or torch.is_grad_enabled() or input.itemsize != 2 or input.dtype != W.dtype or input.device.type != "cpu"
-                or W.device.type != "cpu" or type(W) is not nn.Parameter or not W.is_contiguous()
-                or not 0 < input.numel() <= LINEAR_TOKENS * input.shape[-1] or not W.numel() or not _native("linear", "cpu")):
+                or W.device.type != "cpu" or type(W) is not nn.Parameter or not W.is_contiguous() or not input.numel() or not W.numel()):
             return super().forward(input)
+        if input.numel() > LINEAR_TOKENS * input.shape[-1] or not _native("linear", "cpu"):
+            if not slow_products(W.dtype):
+                return super().forward(input)
+            x, rows = input.float(), max(1, 2 ** 24 // W.shape[1])  # 64 MiB of weights at a time: a vocabulary's would take gigabytes
+            biases = itertools.repeat(None) if self.bias is None else self.bias.float().split(rows)
+            return torch.cat([F.linear(x, w.float(), b).to(W.dtype) for w, b in zip(W.split(rows), biases)], -1)
         return torch.ops.globe.linear.default(input.reshape(-1, input.shape[-1]).contiguous(), W, self.bias).view(*input.shape[:-1], len(W))
 
 
@@ -4924,7 +4955,7 @@ def calibration_windows(ckpt: Checkpoint, cfg: Config, device: torch.device, tok
     if cfg.calib.sampled:
         say(f"sampling {cfg.calib.sampled} tokens from the dense model")
         length = windows.shape[1]
-        n, dense = max(1, cfg.calib.sampled // length), load_dense(ckpt.dir, device, as_dtype(cfg.calib.dtype))
+        n, dense = max(1, cfg.calib.sampled // length), load_dense(ckpt.dir, device, compute_dtype(as_dtype(cfg.calib.dtype) or ckpt.dtype, device))
         # two texts to a window: twice the subjects, and half of the time, as a step's attention reads half as much
         texts = sample_windows(dense, 2 * n, (length + 1) // 2, cfg.fit.seed).view(n, -1)
         windows = torch.cat([windows, texts[:, :length]])
@@ -4941,7 +4972,7 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     expect(len(windows) >= 2 or not cfg.calib.shrink, f"calib.shrink: expected text for 2 windows of calib.length = {cfg.calib.length} tokens or more, found 1")
     halves = windows.tensor_split(2 if cfg.calib.shrink else 1)
     fisher, dtype = cfg.calib.fisher, as_dtype(cfg.calib.dtype) or ckpt.dtype
-    dtype = with_gradients(dtype) if fisher else dtype
+    dtype = compute_dtype(with_gradients(dtype) if fisher else dtype, device)
     walk = Walk(ckpt, device, dtype, min(cfg.calib.batch, len(windows)))
     layers = len(walk.layers)
     states = windows[0].numel() * ckpt.dims.d * dtype.itemsize * (layers * fisher + 1)
@@ -5306,7 +5337,7 @@ def heal_joined(args: argparse.Namespace) -> dict:
         cfg = run_config(out, args)
     if out.resolve() in (run.resolve(), *run.resolve().parents):
         raise UserError(f"--out {out}: expected another directory than --factors, and none that holds it")
-    dtype = with_gradients(as_dtype(args.dtype or cfg.calib.dtype) or ckpt.dtype)
+    dtype = compute_dtype(with_gradients(as_dtype(args.dtype or cfg.calib.dtype) or ckpt.dtype), device)
     with first_rank_first():
         if not ranks()[0]:
             for left in (out / "state").glob("*.bin") if resumed else ():  # of ranks that may be no more

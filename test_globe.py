@@ -1089,6 +1089,28 @@ def test_shared_experts_and_linear_layers_run_natively_and_unpatching_gives_them
         assert layer(x[:0]).shape == (0, 4)
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_linear_layers_and_calibration_where_products_of_half_precision_are_slow(slow, checkpoints, monkeypatch, capfd):
+    assert not globe.slow_products(torch.float32) and not globe.slow_products(torch.bfloat16, "cuda")
+    monkeypatch.setattr(globe, "slow_products", lambda dtype, device="cpu": slow and dtype.itemsize == 2)
+    globe.compute_dtype.cache_clear()
+    try:
+        assert globe.compute_dtype(torch.bfloat16, torch.device("cpu")) == (torch.float32 if slow else torch.bfloat16)
+        assert globe.compute_dtype(torch.float32, torch.device("cpu")) == torch.float32
+        assert ("computing in float32" in capfd.readouterr().err) == slow
+    finally:
+        globe.compute_dtype.cache_clear()
+    wide = []
+    monkeypatch.setattr(globe.F, "linear", lambda x, W, b=None, plain=F.linear: (wide.append(x.dtype == torch.float32), plain(x, W, b))[1])
+    for bias in (False, True):
+        layer = globe.GlobeLinear(8192, 4100, bias=bias).bfloat16()  # more weights than are widened at once
+        x = torch.randn(3, 7, 8192, generator=gen()).bfloat16()
+        with torch.no_grad():
+            got, want = layer(x), torch.nn.Linear.forward(layer.float(), x.float())
+        assert got.dtype == torch.bfloat16 and float((got - want).abs().max()) < 2e-2
+    assert all(wide) == slow
+
+
 def test_64_greedy_tokens_equal_the_dense_exports(run, tmp_path):
     """Token by token, float32, of the trained and fitted model of these tests, for each way to hold the experts."""
     factors, ckpt = globe.load_factors(run), Checkpoint(globe.run_config(run, types.SimpleNamespace(overrides=[], config=None)).model.path)

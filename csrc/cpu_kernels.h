@@ -113,19 +113,19 @@ template <class T> INLINE void store_part(T* p, Pair<typename Wide<T>::w> x, int
   std::memcpy(p, t, n * sizeof(T));
 }
 // Around the caches, for results larger than them: saves reading each line before it is overwritten.
-template <class T> INLINE void stream(T* p, Pair<typename Wide<T>::w> x) {
-#if VB >= 32
-  alignas(VB) T t[step<T>];
-  store(t, x);
-  for (size_t i = 0; i < sizeof(t) / VB; ++i)
+INLINE void stream(vu* p, vu x) {
 #if VB == 64
-    _mm512_stream_si512((__m512i*)p + i, ((__m512i*)t)[i]);
+  _mm512_stream_si512((__m512i*)p, (__m512i)x);
+#elif VB == 32
+  _mm256_stream_si256((__m256i*)p, (__m256i)x);
 #else
-    _mm256_stream_si256((__m256i*)p + i, ((__m256i*)t)[i]);
+  *(vu_mem*)p = x;
 #endif
-#else
-  store(p, x);
-#endif
+}
+template <class T> INLINE void stream(T* p, Pair<typename Wide<T>::w> x) {
+  vu t[step<T> * sizeof(T) / VB];
+  store((T*)t, x);
+  for (size_t i = 0; i < sizeof(t) / VB; ++i) stream((vu*)p + i, t[i]);
 }
 INLINE void fence() {
 #if VB >= 32
@@ -185,11 +185,21 @@ INLINE vf rough_sigmoid(vf x) {
   vf p = 1.0000026f + f * (0.69300383f + f * (0.24144276f + f * (0.05201146f + f * 0.01353417f)));
   return _mm512_rcp14_ps(1.0f + _mm512_scalef_ps(p, y));
 #else
+#if VB == 32  // of two arguments the second stays where one is NaN
+  y = _mm256_max_ps(splat(-115.0f), _mm256_min_ps(splat(115.0f), y));
+#else
   y = y > 115.0f ? splat(115.0f) : y;
   y = y < -115.0f ? splat(-115.0f) : y;
+#endif
   vf m = y + 12582912.0f, f = y - (m - 12582912.0f);
   vf p = 1.0f + f * (0.693147181f + f * (0.240226507f + f * (0.0555041087f + f * 0.00961812911f)));
-  return reciprocal(1.0f + (vf)((vu)p + ((vu)m << 23)));  // m's low bits are the exponent
+  vf s = 1.0f + (vf)((vu)p + ((vu)m << 23));  // m's low bits are the exponent
+#if VB == 32
+  vf guess = _mm256_rcp_ps(s);
+  return guess * (2.0f - s * guess);
+#else
+  return reciprocal(s);
+#endif
 #endif
 }
 INLINE vf sigmoid(vf x) { return reciprocal(1.0f + exp(-x)); }
@@ -277,11 +287,15 @@ template <class T, int N> INLINE void mix(const T* base, const int64_t* offset, 
     }
   }
 }
+template <bool mixed> INLINE vu pack_sum(Pair<float> x) {  // to bfloat16; mixed: in the order of `mix`
 #if LEVEL == 3
-INLINE vu pack_by_two(Pair<float> x) {
+  if (!mixed) return pack((const BFloat16*)nullptr, x);
   return (vu)_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), (__m512i)_mm512_cvtne2ps_pbh(x.b, x.a));
-}
+#else  // a NaN of `mix` has nothing in its lower bits that rounding could carry into the exponent: no need to look for it
+  vu a = (vu)x.a, b = (vu)x.b;
+  return ((a + 0x7fffu + ((a >> 16) & 1u)) >> 16) | ((b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u);
 #endif
+}
 template <class T> INLINE Pair<typename Wide<T>::w> mix_part(const T* base, const int64_t* offset, const typename Wide<T>::w* a, int64_t s, int64_t n) {
   Pair<typename Wide<T>::w> z{};
   for (int64_t j = 0; j < s; ++j) {
@@ -299,19 +313,15 @@ template <class T, bool mixed> INLINE void put(T* out, const Pair<typename Wide<
                               : Pair<float>{activate(z[u].a, act), activate(z[u].b, act)};
     else
       y[u] = {activate(z[u].a, act), activate(z[u].b, act)};
-#if LEVEL == 3
-  if constexpr (mixed && by_two<T>) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
     vu v[R];
 #pragma GCC unroll 8
     for (int u = 0; u < R; ++u) {
-      v[u] = pack_by_two(y[u]);
-      if (n == block<T>) around ? _mm512_stream_si512((__m512i*)(out + u * step<T>), (__m512i)v[u]) : _mm512_storeu_si512(out + u * step<T>, (__m512i)v[u]);
+      v[u] = pack_sum<mixed>(y[u]);
+      if (n == block<T>) around ? stream((vu*)out + u, v[u]) : (void)(((vu_mem*)out)[u] = v[u]);
     }
     if (n != block<T>) std::memcpy(out, v, n * sizeof(T));
-    return;
-  }
-#endif
-  if (n == block<T>) {
+  } else if (n == block<T>) {
 #pragma GCC unroll 8
     for (int u = 0; u < R; ++u) around ? stream(out + u * step<T>, y[u]) : store(out + u * step<T>, y[u]);
   } else {
@@ -446,7 +456,7 @@ template <class T> Support<typename Wide<T>::w> support_of(const Compose& c) {
   for (int64_t e = 0; e < c.E; ++e) {
     for (int64_t i = e * c.s; i < (e + 1) * c.s; ++i) {
       const int64_t j = c.idx[i];
-      const W a = ((const W*)c.val)[i];
+      const W given = ((const W*)c.val)[i], a = given == given ? given : std::numeric_limits<W>::quiet_NaN();
       check(0 <= j && j < c.m, "globe::compose: index in [0, ", c.m, ") expected, found ", j);
       if (a == 0 && !c.backward) continue;  // the backward needs every entry: a zero has a gradient
       const W kept = by_two<T> && !c.backward ? W(BFloat16(float(a))) : a;  // as the pairs have it
