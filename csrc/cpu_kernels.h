@@ -331,10 +331,14 @@ template <class T, bool mixed> INLINE void put(T* out, const Pair<typename Wide<
   }
 }
 
-// One expert, or experts that share nothing: each reads its bases straight from the bank, G at a time along a tile, while
-// the next G are fetched. Bases stand a large power of two apart: more of them at once would evict each other's lines.
+// One expert, or experts that share nothing: each reads its bases straight from the bank, G at a time along a tile whose sums
+// stay in the second cache. That many streams at once are what the hardware's own prefetching follows; bases stand a large power
+// of two apart, so more than a set of the first cache has places would evict each other's lines.
 template <class T> void compose_each(const Compose& c, const Support<typename Wide<T>::w>& S, int64_t begin, int64_t end, bool around) {
-  constexpr int64_t B = block<T>, G = 4, tile = 16;
+  typedef Pair<typename Wide<T>::w> Sum;
+  constexpr int64_t B = block<T>, G = 6, tile = 128;
+  std::vector<typename Wide<T>::w> room(tile * B + 64);
+  Sum* acc = (Sum*)(((uintptr_t)room.data() + 63) / 64 * 64);
   for (int64_t e = 0; e < c.E; ++e) {
     const int64_t first = S.start[e], s = S.start[e + 1] - first;
     const int64_t* far = S.far.data() + first;
@@ -342,23 +346,25 @@ template <class T> void compose_each(const Compose& c, const Support<typename Wi
     const uint32_t* two = S.two.data() + S.two_start[e];
     T* out = (T*)c.out + (c.slot ? c.slot[e] : e) * c.n;
     for (int64_t lo = begin; lo < end; lo += tile * B) {
-      Pair<typename Wide<T>::w> acc[tile][R] = {};
-      const int64_t blocks = std::min(tile, (end - lo) / B);
-      for (int64_t j = 0; j < s; j += G) {
-        const int64_t n = std::min(G, s - j), after = j + G < s ? j + G : 0, ahead = lo + (after ? 0 : tile * B);
+      const int64_t blocks = std::min(tile, (end - lo) / B), pos = lo + blocks * B;
+      for (int64_t j = 0; j == 0 || j < s; j += G)
         for (int64_t k = 0; k < blocks; ++k) {
-          for (int64_t i = after; i < std::min(after + G, s) && ahead < end; ++i)
-            for (int64_t line = 0; line < B * int64_t(sizeof(T)); line += 64)
-              __builtin_prefetch((const char*)((const T*)c.bank + far[i] + ahead + k * B) + line);
-          mix<T, R>((const T*)c.bank + lo + k * B, far + j, a + j, by_two<T> ? two + j / 2 : nullptr, n, acc[k]);
+          Sum z[R] = {};
+#pragma GCC unroll 8
+          for (int u = 0; u < R && j; ++u) z[u] = acc[k * R + u];
+          mix<T, R>((const T*)c.bank + lo + k * B, far + j, a + j, by_two<T> ? two + j / 2 : nullptr, std::min(G, s - j), z);
+          if (j + G >= s) {
+            put<T, true>(out + lo + k * B, z, B, c.act, around);
+            continue;
+          }
+#pragma GCC unroll 8
+          for (int u = 0; u < R; ++u) acc[k * R + u] = z[u];
         }
-      }
-      for (int64_t k = 0; k < blocks; ++k) put<T, true>(out + lo + k * B, acc[k], B, c.act, around);
-      const int64_t pos = lo + blocks * B;
       if (blocks < tile && pos < end) {
+        Sum z[R] = {};
         for (int64_t u = 0; pos + u * step<T> < end; ++u)
-          acc[0][u] = mix_part((const T*)c.bank + pos + u * step<T>, far, a, s, std::min(step<T>, end - pos - u * step<T>));
-        put<T, false>(out + pos, acc[0], end - pos, c.act, around);
+          z[u] = mix_part((const T*)c.bank + pos + u * step<T>, far, a, s, std::min(step<T>, end - pos - u * step<T>));
+        put<T, false>(out + pos, z, end - pos, c.act, around);
       }
     }
   }
