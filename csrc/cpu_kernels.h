@@ -516,37 +516,45 @@ void compose(const Compose& c) {
 // The threshold tau solves f(tau) = sum max(z - tau, 0)^e = 1, e = 1 or 2. f is convex and falling, so Newton's steps from
 // the left never overshoot: they end, after a few passes over a row in cache, where tau no longer grows. For e = 1 a step
 // is exactly "mean over the current support", which is finite. No sorting, and ties need no care.
-template <class W> INLINE W threshold(const W* z, int64_t n, int64_t len, int e) {  // z: shifted to maximum 0, padded with -inf
+template <class W, int e, int Q> INLINE void thresholds(const W* z, int64_t n, int64_t len, W* tau) {  // z: Q rows, shifted to maximum 0, padded with -inf
   typedef typename Vec<W>::v V;
-  V zero = {}, sum = {};
-  for (int64_t i = 0; i < len; i += lanes<W>) sum += *(const V*)(z + i) > W(-4) ? *(const V*)(z + i) : splat<W>(W(-4));
-  // two bounds from below: the largest alone in the support, and (Jensen) the whole row in it
-  W tau = std::max(W(-1), (total<W>(sum) + 4 * (len - n)) / n - (e == 1 ? W(1) / n : W(1) / std::sqrt(W(n))));
-  for (int round = 0; round < 100; ++round) {
-    V f = zero, g = zero, t = splat<W>(tau);
-    for (int64_t i = 0; i < len; i += lanes<W>) {
-      V y = *(const V*)(z + i) - t;
-      y = y > 0 ? y : zero;
-      if (e == 1) f += y, g += y > 0 ? 1 - zero : zero;
-      else f += y * y, g += 2 * y;
-    }
-    W next = tau + (total<W>(f) - 1) / total<W>(g);
-    if (!(next > tau)) break;
-    tau = next;
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q) {
+    V sum = {};
+    for (int64_t i = q * len; i < (q + 1) * len; i += lanes<W>) sum += *(const V*)(z + i) > W(-4) ? *(const V*)(z + i) : splat<W>(W(-4));
+    // two bounds from below: the largest alone in the support, and (Jensen) the whole row in it
+    tau[q] = std::max(W(-1), (total<W>(sum) + 4 * (len - n)) / n - (e == 1 ? W(1) / n : W(1) / std::sqrt(W(n))));
   }
-  return tau;
+  bool grew = true;
+  for (int round = 0; round < 100 && grew; ++round) {
+    W next[Q];
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      V f = {}, g = {}, t = splat<W>(tau[q]);
+      for (int64_t i = q * len; i < (q + 1) * len; i += lanes<W>) {
+        V y = *(const V*)(z + i) - t;
+        y = y > 0 ? y : V{};
+        if (e == 1) f += y, g += y > 0 ? 1 - V{} : V{};
+        else f += y * y, g += 2 * y;
+      }
+      next[q] = tau[q] + (total<W>(f) - 1) / total<W>(g);
+    }
+    grew = false;
+    for (int q = 0; q < Q; ++q)
+      if (next[q] > tau[q]) tau[q] = next[q], grew = true;
+  }
 }
 
-template <class T, int e> void simplex_rows(const T* x, T* p, int64_t* size, int64_t n, int64_t begin, int64_t end) {
+// Q rows together: a row's steps wait for each other (a sum over lanes, a quotient), those of several rows need not.
+template <class T, int e, int Q> void simplex_rows(const T* x, T* p, int64_t* size, int64_t n, int64_t len, typename Wide<T>::w* room) {
   typedef typename Wide<T>::w W;
   typedef typename Vec<W>::v V;
   const W inf = std::numeric_limits<W>::infinity();
-  const int64_t len = (n + step<T> - 1) / step<T> * step<T>;
-  std::vector<W> room(len + lanes<W>);
-  W* z = (W*)(((uintptr_t)room.data() + VB - 1) / VB * VB);
-  for (int64_t row = begin; row < end; ++row) {
-    const T* in = x + row * n;
-    T* out = p + row * n;
+  W tau[Q];
+  bool usable[Q];
+  for (int q = 0; q < Q; ++q) {
+    const T* in = x + q * n;
+    W* z = room + q * len;
     V top = splat<W>(-inf), odd = {};
     for (int64_t i = 0; i < len; i += step<T>) {
       auto v = i + step<T> <= n ? load(in + i) : load_part(in + i, n - i, T(-inf));
@@ -555,26 +563,31 @@ template <class T, int e> void simplex_rows(const T* x, T* p, int64_t* size, int
       *(V*)(z + i) = v.a, *(V*)(z + i + lanes<W>) = v.b;
     }
     const W high = largest<W>(top);
-    if (!(high > -inf && high < inf) || total<W>(odd) > 0) {  // nothing to choose from, or NaN: as torch's form says it
+    usable[q] = high > -inf && high < inf && total<W>(odd) == 0;  // else there is nothing to choose from, or NaN
+    const V shift = splat<W>(high);
+    for (int64_t i = 0; i < len; i += lanes<W>) *(V*)(z + i) = usable[q] ? (*(V*)(z + i) - shift) * (e == 1 ? W(1) : W(0.5)) : V{};
+  }
+  thresholds<W, e, Q>(room, n, len, tau);
+  for (int q = 0; q < Q; ++q) {
+    T* out = p + q * n;
+    const W* z = room + q * len;
+    if (!usable[q]) {  // as torch's form says it
       for (int64_t i = 0; i < n; ++i) out[i] = T(std::numeric_limits<W>::quiet_NaN());
-      size[row] = 0;
+      size[q] = 0;
       continue;
     }
-    const V shift = splat<W>(high);
-    for (int64_t i = 0; i < len; i += lanes<W>) *(V*)(z + i) = (*(V*)(z + i) - shift) * (e == 1 ? W(1) : W(0.5));
-    const V tau = splat<W>(threshold<W>(z, n, len, e));
-    V count = {};
+    V count = {}, t = splat<W>(tau[q]);
     for (int64_t i = 0; i < len; i += step<T>) {
-      Pair<W> y = {*(V*)(z + i) - tau, *(V*)(z + i + lanes<W>) - tau};
+      Pair<W> y = {*(V*)(z + i) - t, *(V*)(z + i + lanes<W>) - t};
       y.a = y.a > 0 ? (e == 1 ? y.a : y.a * y.a) : V{}, y.b = y.b > 0 ? (e == 1 ? y.b : y.b * y.b) : V{};
-      T t[step<T>];
-      store(t, y);
-      auto r = load(t);  // as rounded: the support that the caller will see
+      T rounded[step<T>];
+      store(rounded, y);
+      auto r = load(rounded);  // the support that the caller will see
       count += r.a > 0 ? 1 - V{} : V{}, count += r.b > 0 ? 1 - V{} : V{};
-      if (i + step<T> <= n) std::memcpy(out + i, t, sizeof(t));  // of a known size: no call
-      else std::memcpy(out + i, t, (n - i) * sizeof(T));
+      if (i + step<T> <= n) std::memcpy(out + i, rounded, sizeof(rounded));  // of a known size: no call
+      else std::memcpy(out + i, rounded, (n - i) * sizeof(T));
     }
-    size[row] = int64_t(total<W>(count));
+    size[q] = int64_t(total<W>(count));
   }
 }
 
@@ -605,7 +618,16 @@ template <class T, int e> void simplex_backward_rows(const T* grad, const T* p, 
 
 template <class T> void simplex_as(const void* x, void* p, int64_t* size, int64_t rows, int64_t n, int e) {
   parallel(rows, n * 16, [&](int64_t a, int64_t b) {
-    e == 1 ? simplex_rows<T, 1>((const T*)x, (T*)p, size, n, a, b) : simplex_rows<T, 2>((const T*)x, (T*)p, size, n, a, b);
+    constexpr int Q = 4;
+    typedef typename Wide<T>::w W;
+    const int64_t len = (n + step<T> - 1) / step<T> * step<T>;
+    std::vector<W> space(Q * len + lanes<W>);
+    W* room = (W*)(((uintptr_t)space.data() + VB - 1) / VB * VB);
+    auto run = [&](auto alone, auto together) {
+      for (; a + Q <= b && len <= 512; a += Q) together((const T*)x + a * n, (T*)p + a * n, size + a, n, len, room);
+      for (; a < b; ++a) alone((const T*)x + a * n, (T*)p + a * n, size + a, n, len, room);
+    };
+    e == 1 ? run(simplex_rows<T, 1, 1>, simplex_rows<T, 1, Q>) : run(simplex_rows<T, 2, 1>, simplex_rows<T, 2, Q>);
   });
 }
 template <class T> void simplex_backward_as(const void* grad, const void* p, void* dx, int64_t rows, int64_t n, int e) {
