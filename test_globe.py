@@ -2189,7 +2189,7 @@ def test_direct_composes_where_many_tokens_meet_many_bases_and_refuses_activatio
     m = globe.globe_modules(model)[0]
     assert m.directly(1) and not m.directly(60)
     torch.testing.assert_close(logits(model), logits(want), atol=2e-5, rtol=2e-5)
-    x, index, weights = torch.randn(60, m.hidden_dim), torch.tensor([[0, 1]] * 60), torch.ones(60, 2)
+    x, index, weights = torch.randn(60, m.hidden_dim, generator=gen()), torch.tensor([[0, 1]] * 60), torch.ones(60, 2)
     with torch.no_grad():
         torch.testing.assert_close(m(x, index, weights), globe.globe_modules(want)[0](x, index, weights), atol=2e-5, rtol=2e-5)
     m(x.requires_grad_(), index, weights).sum().backward()  # with a gradient, experts are composed
@@ -2200,7 +2200,8 @@ def test_direct_composes_where_many_tokens_meet_many_bases_and_refuses_activatio
     assert weights.grad.abs().min() > 0
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = twin(m, x[:5], index[:5], weights)
-        torch.testing.assert_close(y.float(), m(x[:5], index[:5], weights).float(), atol=0.1, rtol=0.1)
+        other = m(x[:5], index[:5], weights)
+        assert float((y - other).float().norm() / other.float().norm()) < 0.03  # each rounds to bfloat16 in places of its own
     assert x.grad.isfinite().all() and x.grad.any()
 
 
