@@ -428,9 +428,11 @@ def race(suite: str, test: str, variants: dict, want, traffic: float, tol: float
         error = max(float((g.detach().double() - w.detach().double()).abs().max()) for g, w in zip(got, want))
         if not error <= tol:
             raise RuntimeError(f"{suite} {test}: {name} is off by {error}, more than {tol}")
-    seconds, slow = {name: [] for name in variants}, set()
-    for turn in range(2 * args.repeats + 2):
-        if turn == 2:  # a peer far behind the best one is timed no more
+    seconds, slow, begun, warm, turn = {name: [] for name in variants}, set(), time.perf_counter(), 2, 0
+    while turn < warm + 2 * args.repeats:
+        if turn == 2:  # the first allocations of a process are dear: quick operators get a fifth of a second to settle
+            warm = max(2, min(20, int(0.2 * turn / (time.perf_counter() - begun))))
+            # a peer far behind the best one is timed no more
             first = {name: min(s) for name, s in seconds.items()}
             slow = {name for name in peers if first[name] > 5 * min(first[n] for n in peers)}
         for name, run in variants.items():
@@ -442,7 +444,8 @@ def race(suite: str, test: str, variants: dict, want, traffic: float, tol: float
                 run(turn)
             globe.synchronize(device)
             seconds[name].append(time.perf_counter() - begin)
-    middle = {name: statistics.median(s[2:] or s) for name, s in seconds.items()}
+        turn += 1
+    middle = {name: statistics.median(s[warm:] or s) for name, s in seconds.items()}
     best, top = min((middle[name] for name in peers), default=math.nan), bandwidth(device)
     rows = [{"suite": suite, "test": test, "variant": name, "value": round(1e3 * t, 4), "unit": "ms", "ratio": round(best / t, 2),
              "bytes": int(traffic), "gbps": round(traffic / t / 1e9, 2), "share_of_bandwidth": round(traffic / t / top, 3), **more}
