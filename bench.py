@@ -134,11 +134,12 @@ def checkpoint_of(preset: str, args: argparse.Namespace) -> globe.Checkpoint:
 
 
 # ---- quality -----------------------------------------------------------------------------------------
-def quality_texts(tokenizer, count: int = 12) -> tuple:
+def quality_texts(tokenizer, count: int = 12, files: list | tuple = ()) -> tuple:
     """({text name: windows (N, 512)}, calibration text): evaluation windows are never in the calibration text.
 
     topics: tokens i * 4096 + 512 .. i * 4096 + 1024 of pydoc_data.topics, i = 0..count-1; code: argparse.py and tarfile.py;
-    license: CPython's LICENSE.txt. Prints Python's version and the texts' hashes, since the figures depend on them.
+    license: CPython's LICENSE.txt; files: more texts, each named by its stem. Prints Python's version and the texts' hashes, since
+    the figures depend on them. UserError: a file of a name that is taken, or whose text is calibrated on.
     """
     from pydoc_data.topics import topics
     root = Path(sysconfig.get_path("stdlib"))
@@ -148,13 +149,22 @@ def quality_texts(tokenizer, count: int = 12) -> tuple:
     texts = {"code": "".join((root / f).read_text() for f in ("argparse.py", "tarfile.py"))}
     if (root / "LICENSE.txt").is_file():
         texts["license"] = (root / "LICENSE.txt").read_text()
+    for f in files:
+        if Path(f).stem in ("topics", *texts):
+            raise UserError(f"--text {f}: expected a file of another name than the texts' {['topics', *texts]}")
+        texts[Path(f).stem] = globe.read_text(f, "test")
     windows = {"topics": torch.stack([ids[a:b] for a, b in chunks])}
     windows |= {k: globe.token_windows(tokenizer, v, count * 512, 512) for k, v in texts.items()}
     sums = {k: hashlib.sha256(v.encode()).hexdigest()[:12] for k, v in (texts | {"topics": prose}).items()}
     say(f"texts: Python {sys.version.split()[0]}, sha256 {sums}")
     rest = [ids[b:a] for (_, b), (a, _) in zip([(0, 0), *chunks], [*chunks, (len(ids), 0)])]
     others = globe.builtin_text("train")[:len(prose)] + globe.builtin_text("calibration")[:len(prose)]
-    return windows, "\n\n".join([tokenizer.decode(r) for r in rest] + [others])
+    calibration = "\n\n".join([tokenizer.decode(r) for r in rest] + [others])
+    for f in files:
+        parts = [tokenizer.decode(w[:64]) for w in windows[Path(f).stem]]
+        if found := sum(part in calibration for part in parts):
+            raise UserError(f"--text {f}: expected a text that is not calibrated on, found {found} of {len(parts)} windows in the calibration text")
+    return windows, calibration
 
 
 # Peers, written from their papers: each gives ({(family, layer, expert): W^ (p, d)}, stored numbers) of gate and up.
@@ -301,7 +311,7 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
     """Perplexity change of GloBE and its peers at the same stored size, on the same calibration and evaluation text."""
     ckpt, device, rows = checkpoint_of(preset, args), globe.pick_device(args.device), []
     D, tokenizer = ckpt.dims, globe.load_tokenizer(ckpt.dir)
-    windows, calibration = quality_texts(tokenizer, args.windows)
+    windows, calibration = quality_texts(tokenizer, args.windows, args.text)
     model = globe.load_dense(ckpt.dir, device, None)
     dense = {k: globe.nll(model, w)[0] for k, w in windows.items()}
     say(f"{preset}: dense perplexity " + ", ".join(f"{k} {math.exp(v):.2f}" for k, v in dense.items()))
@@ -1186,6 +1196,7 @@ def main(argv=None) -> int:
                         help="quality: which peers; closed: those in closed form (default); mobe and slbf take hours on smol-moe")
     parser.add_argument("--heal", action="store_true", help="quality: heal globe's factors too (variant globe+heal)")
     parser.add_argument("--png", metavar="FILE", help="quality: plot of the loss against the size; decode --sweep: of speed and hit rate against memory")
+    parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="quality: evaluate on these texts too, each a row named by the file's stem")
     parser.add_argument("--windows", type=int, default=12, help="quality: evaluation windows of 512 tokens per text")
     parser.add_argument("--tokens", type=int, default=128, help="decode: new tokens (qwen15: at most 32)")
     parser.add_argument("--prefill", type=int, default=512, help="decode: prompt tokens of the prefill test")

@@ -3468,6 +3468,20 @@ def test_a_benchmark_is_refused_for(row, capsys):
     assert out == "" and line.startswith("bench.py: ") and all(w in line for w in said) and "Traceback" not in err and snapshot(Path()) == before, err
 
 
+def test_quality_is_also_measured_on_given_texts_that_are_not_calibrated_on(small):
+    import bench
+    tokenizer = globe.load_tokenizer(small)
+    Path("story.txt").write_text("Once upon a time a small model met a text that nobody had shown it. " * 40)
+    windows, calibration = bench.quality_texts(tokenizer, 2, ["story.txt"])
+    assert set(windows) >= {"topics", "code", "story"} and windows["story"].shape == (2, 512)
+    assert tokenizer.decode(windows["story"][0][:64]) not in calibration
+    Path("seen.txt").write_text(globe.builtin_text("train")[1000:6000])
+    Path("topics.txt").write_text("a name that is taken")
+    for name, said in (("seen.txt", "not calibrated on"), ("topics.txt", "another name"), ("none.txt", "No such file")):
+        with pytest.raises(UserError, match=said):
+            bench.quality_texts(tokenizer, 2, [name])
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes into read-only directories")
 @pytest.mark.parametrize("argv", (("fit", "--out", "ro/out", *FIT), ("export", "--factors", "r", "--to", "ro/out", "--no-check"),
                                   ("train", "--to", "ro/out", *TRAIN)), ids=("fit", "export", "train"))
