@@ -46,7 +46,7 @@ import globe
 from globe import UserError, say
 
 SUITES = ("compose", "sparsemax", "decode", "fit", "quality")
-PRESETS = {"compose": (), "sparsemax": (), "decode": ("tiny", "qwen15-layer", "qwen15"), "fit": ("tiny", "qwen15"), "quality": ("tiny", "smol-moe")}
+PRESETS = {"compose": (), "sparsemax": (), "decode": ("tiny", "qwen15-layer", "qwen15"), "fit": ("tiny", "smol-moe", "qwen15"), "quality": ("tiny", "smol-moe")}
 SMOL_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -1049,10 +1049,12 @@ def bench_24gib(args: argparse.Namespace) -> list:
 # ---- fit ---------------------------------------------------------------------------------------------
 def bench_fit(preset: str, args: argparse.Namespace) -> list:
     """tiny: seconds, passes and error of each method, of a plain SVD of the same size and of MoBE's setting until it is flat;
-    and how long ours takes to the error that MoBE ends at. qwen15: the growth of a pass with the number of experts, at true shapes."""
+    and how long ours takes to the error that MoBE ends at, of the weights and (smol-moe too) of what they make of a text. qwen15: the growth of a pass with the number of experts, at true shapes."""
     if preset == "qwen15":
         return bench_scale(args)
     ckpt, rows = checkpoint_of(preset, args), []
+    if preset == "smol-moe":
+        return time_to_mobes_end(preset, ckpt, args)
     keys, steps = globe.select_experts(ckpt.dims, globe.ModelConfig()), args.steps or 60
 
     def fit(variant: str, cfg: globe.Config, target: float = 0.0) -> list:
@@ -1086,7 +1088,50 @@ def bench_fit(preset: str, args: argparse.Namespace) -> list:
             row.update(ratio=round(seconds / row["value"], 1), mobe_seconds=round(seconds, 2))
     say(globe.text_table(("method", "steps", "seconds", "passes", "relative error", "times faster than mobe"),
                          [(r["variant"], r["test"], r["value"], r["passes"], r["rel_frob"], r["ratio"]) for r in rows]))
-    return rows
+    return rows + time_to_mobes_end(preset, ckpt, args)
+
+
+def outputs_error(ckpt: globe.Checkpoint, factors: globe.Factors, moments: dict) -> float:
+    """sqrt(sum ||(W - W^) X^T||^2 / ||W X^T||^2) over gate and up, X the layers' inputs on a text, each layer's scaled alike."""
+    error = size = 0.0
+    for name, f in factors.families.items():
+        for l, experts in factors.experts.items():
+            L = globe.metric_factor(moments["inputs"][l], 0.0)
+            for i, e in enumerate(experts):
+                W = ckpt.expert(name, l, e).float()
+                error, size = error + float(((W - f.weight(l, i)) @ L).square().sum()), size + float((W @ L).square().sum())
+    return math.sqrt(error / size)
+
+
+def time_to_mobes_end(preset: str, ckpt: globe.Checkpoint, args: argparse.Namespace) -> list:
+    """Seconds that MoBE's setting takes until it is flat, and that ours takes, its calibration included, to leave no more error in
+    what gate and up make of a held-out text. One forward pass calibrates: no gradient, nothing sampled."""
+    configs, device = Path(globe.__file__).parent / "configs", globe.pick_device(args.device)
+    config = configs / ("smol.yaml" if preset == "smol-moe" else "tiny.yaml")
+    ratio = globe.load_config(str(config), args.set).bank.ratio
+    with tempfile.TemporaryDirectory() as scratch:
+        held = Path(scratch) / "held.txt"
+        held.write_text(globe.builtin_text("heldout"), encoding="utf-8")
+        X = globe.calibrate(ckpt, globe.load_config(None, [f"calib.text={held}", "calib.tokens=16384", "calib.fisher=false"]), device)
+
+        def fit(name: str, *settings: str) -> tuple:
+            made = quiet(["fit", *settings, "--out", f"{scratch}/{name}", f"model.path={ckpt.dir}", "bank.r=null", f"bank.ratio={ratio}"])
+            return made["seconds"], outputs_error(ckpt, globe.load_factors(made["factors"]), X), globe.read_rows(Path(scratch) / name / "log.jsonl")
+        whole, goal, log = fit("mobe", "--config", str(configs / "mobe.yaml"), f"fit.steps={args.mobe_steps}")
+        flat = 0.0
+        for family in ("gate", "up"):
+            mine = [r for r in log if r["family"] == family]
+            flat += next(r["seconds"] for r in mine if r["rel_frob"] <= 1.01 * mine[-1]["rel_frob"])
+        rows = [{"variant": "mobe", "test": f"{args.mobe_steps} steps, flat at {flat:.0f} of {whole:.0f} s", "value": round(flat, 2), "error": goal, "ratio": None}]
+        for steps in (1, 3, 6, 12, 25, 50, 100, 200):
+            seconds, error, _ = fit(f"globe-{steps}", "--config", str(config), "calib.fisher=false", "calib.sampled=0", "calib.tokens=16384",
+                                    *args.set, f"fit.steps={steps}")
+            if error <= goal:
+                break
+        rows.append({"variant": "globe", "test": f"{steps} steps", "value": round(seconds, 2), "error": error, "ratio": round(flat / seconds, 1) if error <= goal else None})
+    say(globe.text_table(("method", "steps", "seconds", "error of the outputs, held-out text", "times faster than mobe"),
+                         [(r["variant"], r["test"], r["value"], r["error"], r["ratio"]) for r in rows]))
+    return [{"suite": "fit", "preset": preset, "unit": "s", **r} for r in rows]
 
 
 def random_checkpoint(to: Path, layers: int, experts: int, p: int, d: int) -> Path:
@@ -1187,7 +1232,7 @@ def bench_scale(args: argparse.Namespace) -> list:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} or all; default: decode")
-    parser.add_argument("--preset", nargs="+", help="tiny; qwen15-layer and qwen15 (decode only; the latter takes 40 GiB of disk); smol-moe (quality only; needs "
+    parser.add_argument("--preset", nargs="+", help="tiny; qwen15-layer and qwen15 (decode only; the latter takes 40 GiB of disk); smol-moe (fit and quality; needs "
                         "SMOL_DIR or the hub). Default: tiny, and for decode, asked for by name, qwen15-layer too")
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.8, 0.6], help="quality: stored / dense sizes")
     parser.add_argument("--experts", type=int, default=8, help="smol-moe: slices per layer (8 of 192, or 4 of 384)")
