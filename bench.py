@@ -308,10 +308,25 @@ PEERS = (*CLOSED_FORM, "mobe", "slbf", "reap")
 
 
 def bench_quality(preset: str, args: argparse.Namespace) -> list:
-    """Perplexity change of GloBE and its peers at the same stored size, on the same calibration and evaluation text."""
-    ckpt, device, rows = checkpoint_of(preset, args), globe.pick_device(args.device), []
+    """Perplexity change of GloBE and its peers at the same stored size, on the same calibration and evaluation text. With --json FILE
+    every method's rows are in FILE.part once it is measured; --resume keeps what is in either, of the same texts and settings."""
+    ckpt, device = checkpoint_of(preset, args), globe.pick_device(args.device)
     D, tokenizer = ckpt.dims, globe.load_tokenizer(ckpt.dir)
     windows, calibration = quality_texts(tokenizer, args.windows, args.text)
+    configs = Path(globe.__file__).parent / "configs"
+    config = str(configs / "smol.yaml") if preset == "smol-moe" else None
+    settings = dataclasses.asdict(globe.load_config(config, args.set))
+    same = [ckpt.fingerprint(), {k: w.tolist() for k, w in windows.items()}, calibration, settings, args.steps, args.heal]
+    run, before = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16], {}
+    for file in (Path(args.json), Path(f"{args.json}.part")) if args.resume else ():
+        if file.is_file():
+            try:
+                before |= {(r["asked"], r["variant"], r["text"]): r for r in json.loads(file.read_text(encoding="utf-8"))["rows"] if r.get("run") == run}
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise UserError(f"--resume: {file}: expected what bench.py wrote, found something else") from None
+    rows = list(before.values())
+    if args.resume:
+        say(f"--resume: {len(rows) // len(windows)} methods and sizes were measured on these texts with these settings")
     model = globe.load_dense(ckpt.dir, device, None)
     dense = {k: globe.nll(model, w)[0] for k, w in windows.items()}
     say(f"{preset}: dense perplexity " + ", ".join(f"{k} {math.exp(v):.2f}" for k, v in dense.items()))
@@ -321,14 +336,13 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
             delta = globe.nll(model, w)[0] - dense[text]
             rows.append({"suite": "quality", "preset": preset, "test": f"{D.experts}x{D.p}", "variant": variant, "text": text,
                          "ratio": ratio, "value": delta, "unit": "nats", "delta_nats": delta, "rel_frob": rel_frob,
-                         "seconds": round(seconds, 1), "scope": scope, "support": support, **more})
+                         "seconds": round(seconds, 1), "scope": scope, "support": support, "asked": asked, "run": run, **more})
             say(f"  {variant:9s} ratio {ratio:.3f} {text:8s} delta {delta:+.4f} nats, error {rel_frob}, {seconds:.0f} s")
 
-    def fitted(variant: str, ratio: float, *settings: str) -> None:
+    def fitted(variant: str, *settings: str) -> None:
         nonlocal model
         model = None  # one model in memory at a time
-        result = quiet(["fit", *settings, "--out", f"{scratch}/{variant}-{ratio}", f"model.path={ckpt.dir}", f"bank.ratio={ratio}",
-                        "bank.r=null", f"calib.load={scratch}/calibration.safetensors"])
+        result = quiet(["fit", *settings, "--out", f"{scratch}/{variant}-{asked}", f"model.path={ckpt.dir}", f"bank.ratio={asked}", "bank.r=null"])
         factors, seconds = globe.load_factors(result["factors"]), result["seconds"]
 
         def measure(name: str, factors: globe.Factors, errors: dict, seconds: float) -> None:
@@ -336,39 +350,50 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
                 factors.config["bank"]["scope"], result["support"], metric=factors.config["fit"]["metric"])
         measure(variant, factors, result["rel_frob"], seconds)
         if args.heal and variant == "globe":
-            healed = quiet(["heal", "--factors", result["factors"], "--out", f"{scratch}/healed-{ratio}", f"calib.text={text}", "calib.sampled=0",
+            healed = quiet(["heal", "--factors", result["factors"], "--out", f"{scratch}/healed-{asked}", f"calib.text={text}", "calib.sampled=0",
                             *(s for s in args.set if s.startswith("heal."))])
             factors = globe.load_factors(healed["factors"])
             errors = {f: e["all"] for f, e in globe.reconstruction(ckpt, factors).items()}
             measure("globe+heal", factors, errors, seconds + healed["seconds"])
         model = globe.load_dense(ckpt.dir, device, None)
-    configs = Path(globe.__file__).parent / "configs"
-    peers = [q for p in args.peers for q in {"closed": CLOSED_FORM, "all": PEERS, "none": ()}.get(p, (p,))]
+
+    def factor_of_inputs() -> dict:
+        """{layer: Cholesky factor of the inputs' second moment}; calibrates when first asked. The peers' ridge is the default: 0.1
+        is worse for them (README)."""
+        if not moments:
+            moments.update(globe.calibrate(ckpt, cfg, device))
+            globe.save_moments(Path(scratch) / "calibration.safetensors", moments, ckpt.fingerprint())
+        return {l: globe.metric_factor(C, globe.FitConfig().ridge) for l, C in moments["inputs"].items()}
+    peers, moments = [q for p in args.peers for q in {"closed": CLOSED_FORM, "all": PEERS, "none": ()}.get(p, (p,))], {}
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "calibration.txt"
         text.write_text(calibration, encoding="utf-8")
-        cfg = globe.load_config(str(configs / "smol.yaml") if preset == "smol-moe" else None, [*args.set, f"calib.text={text}"])
-        moments = globe.calibrate(ckpt, cfg, device)
-        globe.save_moments(Path(scratch) / "calibration.safetensors", moments, ckpt.fingerprint())
-        L = {l: globe.metric_factor(C, globe.FitConfig().ridge) for l, C in moments["inputs"].items()}  # 0.1 is worse for them (README)
-        for ratio in args.ratio:
-            for peer in peers:
-                begin = time.perf_counter()
-                if peer == "mobe":  # its own form, r fitted to the size instead of r = p
-                    fitted("mobe", ratio, "--config", str(configs / "mobe.yaml"), f"fit.steps={args.steps or 3000}")
-                elif peer == "reap":
-                    if preset == "tiny":  # smol-moe has no routing to prune by
-                        small, size = pruned(ckpt, ratio, globe.token_windows(tokenizer, calibration, cfg.calib.tokens, cfg.calib.length), device)
-                        add("reap", small, size, {}, time.perf_counter() - begin, "expert")
-                else:
-                    weights, stored = {"svd": lambda: peer_svd(ckpt, ratio, {}), "svd-llm": lambda: peer_svd(ckpt, ratio, L),
-                                       "layer-pca": lambda: peer_layer_pca(ckpt, ratio, L), "d2": lambda: peer_d2(ckpt, ratio, L),
-                                       "slbf": lambda: peer_slbf(ckpt, ratio, args.steps or 3000)}[peer]()
-                    seconds = time.perf_counter() - begin
-                    put_experts(model, weights, D.p)
-                    add(peer, model, stored / (2 * len(D.layers) * D.experts * D.p * D.d), frobenius(ckpt, weights), seconds,
-                        {"layer-pca": "layer", "d2": "layer", "slbf": "layer"}.get(peer, "expert"))
-            fitted("globe", ratio, *(["--config", str(configs / "smol.yaml")] if preset == "smol-moe" else []), *args.set)
+        cfg = globe.load_config(config, [*args.set, f"calib.text={text}"])
+        for asked, variant in ((ratio, v) for ratio in args.ratio for v in (*peers, "globe")):
+            if any((r["asked"], r["variant"]) == (asked, variant) for r in before.values()):
+                continue
+            begin = time.perf_counter()
+            if variant == "globe":
+                factor_of_inputs()
+                fitted("globe", *(["--config", config] if config else []), *args.set, f"calib.load={scratch}/calibration.safetensors")
+            elif variant == "mobe":  # its own form, r fitted to the size instead of r = p; data-free
+                fitted("mobe", "--config", str(configs / "mobe.yaml"), f"fit.steps={args.steps or 3000}")
+            elif variant == "reap":
+                if preset == "tiny":  # smol-moe has no routing to prune by
+                    small, size = pruned(ckpt, asked, globe.token_windows(tokenizer, calibration, cfg.calib.tokens, cfg.calib.length), device)
+                    add("reap", small, size, {}, time.perf_counter() - begin, "expert")
+            else:
+                L = factor_of_inputs() if variant in ("svd-llm", "layer-pca", "d2") else {}
+                begin = time.perf_counter()  # a calibration is nobody's own
+                weights, stored = {"svd": lambda: peer_svd(ckpt, asked, {}), "svd-llm": lambda: peer_svd(ckpt, asked, L),
+                                   "layer-pca": lambda: peer_layer_pca(ckpt, asked, L), "d2": lambda: peer_d2(ckpt, asked, L),
+                                   "slbf": lambda: peer_slbf(ckpt, asked, args.steps or 3000)}[variant]()
+                seconds = time.perf_counter() - begin
+                put_experts(model, weights, D.p)
+                add(variant, model, stored / (2 * len(D.layers) * D.experts * D.p * D.d), frobenius(ckpt, weights), seconds,
+                    {"layer-pca": "layer", "d2": "layer", "slbf": "layer"}.get(variant, "expert"))
+            if args.json:
+                globe.write_text(Path(f"{args.json}.part"), json.dumps({"rows": rows}))
     say(globe.text_table(("method", "ratio", "scope", *windows, "seconds"),
                          [(r["variant"], r["ratio"], r["scope"], *(q["delta_nats"] for q in group), r["seconds"])
                           for group in grouped(rows, len(windows)) for r in group[:1]]))
@@ -1241,6 +1266,7 @@ def main(argv=None) -> int:
                         help="quality: which peers; closed: those in closed form (default); mobe and slbf take hours on smol-moe")
     parser.add_argument("--heal", action="store_true", help="quality: heal globe's factors too (variant globe+heal)")
     parser.add_argument("--png", metavar="FILE", help="quality: plot of the loss against the size; decode --sweep: of speed and hit rate against memory")
+    parser.add_argument("--resume", action="store_true", help="quality: keep the rows of --json FILE and of a run for it that was cut short; measure the others")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="quality: evaluate on these texts too, each a row named by the file's stem")
     parser.add_argument("--windows", type=int, default=12, help="quality: evaluation windows of 512 tokens per text")
     parser.add_argument("--tokens", type=int, default=128, help="decode: new tokens (qwen15: at most 32)")
@@ -1277,6 +1303,8 @@ def main(argv=None) -> int:
                 raise UserError(f"--{name}: expected 1 to {most}, found {value}")
         if not all(0 < x < 10 for x in args.ratio):
             raise UserError(f"--ratio: expected numbers above 0, as 0.8, found {args.ratio}")
+        if args.resume and not args.json:
+            raise UserError("--resume: expected --json FILE, whose rows are kept, found none")
         rows, device = [], globe.pick_device(args.device)
         for path in (Path(p) for p in (args.json, args.png) if p):  # now, not after an hour
             if path.is_dir() or not path.absolute().parent.is_dir():
@@ -1293,6 +1321,7 @@ def main(argv=None) -> int:
         out = json.dumps({"rows": rows, "device": str(device), "torch": torch.__version__, "threads": torch.get_num_threads()})
         if args.json:
             globe.write_text(Path(args.json), out)
+            Path(f"{args.json}.part").unlink(missing_ok=True)
     except (UserError, OSError) as e:
         say(f"bench.py: {globe.one_line(e)}")
         return 2

@@ -3482,6 +3482,29 @@ def test_quality_is_also_measured_on_given_texts_that_are_not_calibrated_on(smal
             bench.quality_texts(tokenizer, 2, [name])
 
 
+def test_a_quality_benchmark_that_was_cut_short_goes_on(small, monkeypatch, capsys):
+    import bench
+    monkeypatch.setattr(bench, "checkpoint_of", lambda preset, args: globe.Checkpoint(small))
+    argv = ["quality", "--ratio", "0.8", "--peers", "svd", "layer-pca", "--json", "q.json", "--set", "calib.tokens=1024", "fit.steps=2"]
+    with monkeypatch.context() as m:
+        m.setattr(bench, "peer_layer_pca", lambda *_: (_ for _ in ()).throw(UserError("the power failed")))
+        assert bench.main([*argv, "--windows", "1"]) == 2 and not Path("q.json").exists()
+    part = json.loads(Path("q.json.part").read_text())
+    assert {r["variant"] for r in part["rows"]} == {"svd"}
+    with monkeypatch.context() as m:
+        m.setattr(bench, "peer_svd", lambda *_: pytest.fail("svd was measured before"))
+        assert bench.main([*argv, "--windows", "1", "--resume"]) == 0 and not Path("q.json.part").exists()
+    rows = json.loads(Path("q.json").read_text())["rows"]
+    assert [r for r in rows if r["variant"] == "svd"] == part["rows"]
+    assert {(r["variant"], r["asked"]) for r in rows} == {(v, 0.8) for v in ("svd", "layer-pca", "globe")}
+    monkeypatch.setattr(bench, "peer_svd", lambda *_: pytest.fail("svd was measured before"))
+    assert bench.main([*argv, "--windows", "1", "--resume", "--peers", "mobe", "--steps", "2"]) == 0  # another setting: alone
+    assert {r["variant"] for r in json.loads(Path("q.json").read_text())["rows"]} == {"mobe", "globe"}
+    Path("q.json").write_text('{"rows": 3}')
+    for asked, said in (([*argv, "--resume"], "q.json: expected what bench.py wrote"), (["quality", "--resume"], "--resume: expected --json")):
+        assert bench.main(asked) == 2 and said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes into read-only directories")
 @pytest.mark.parametrize("argv", (("fit", "--out", "ro/out", *FIT), ("export", "--factors", "r", "--to", "ro/out", "--no-check"),
                                   ("train", "--to", "ro/out", *TRAIN)), ids=("fit", "export", "train"))
