@@ -47,6 +47,7 @@ from globe import UserError, say
 
 SUITES = ("compose", "sparsemax", "decode", "fit", "quality")
 PRESETS = {"compose": (), "sparsemax": (), "decode": ("tiny", "qwen15-layer", "qwen15"), "fit": ("tiny", "smol-moe", "qwen15"), "quality": ("tiny", "smol-moe")}
+CONFIGS = Path(globe.__file__).parent / "configs"
 SMOL_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -131,6 +132,11 @@ def checkpoint_of(preset: str, args: argparse.Namespace) -> globe.Checkpoint:
         return globe.open_model(globe.load_config(None, args.set), torch.device("cpu"))
     path = globe.user_cache() / f"smol-moe-{args.experts}"
     return globe.Checkpoint(path if (path / "config.json").is_file() else build_smol_moe(smol_source(), path, args.experts))
+
+
+def config_of(preset: str) -> str:
+    """The config file of a preset's fits; tiny's holds the defaults."""
+    return str(CONFIGS / ("smol.yaml" if preset == "smol-moe" else "tiny.yaml"))
 
 
 # ---- quality -----------------------------------------------------------------------------------------
@@ -313,9 +319,7 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
     ckpt, device = checkpoint_of(preset, args), globe.pick_device(args.device)
     D, tokenizer = ckpt.dims, globe.load_tokenizer(ckpt.dir)
     windows, calibration = quality_texts(tokenizer, args.windows, args.text)
-    configs = Path(globe.__file__).parent / "configs"
-    config = str(configs / "smol.yaml") if preset == "smol-moe" else None
-    settings = dataclasses.asdict(globe.load_config(config, args.set))
+    settings = dataclasses.asdict(globe.load_config(config_of(preset), args.set))
     same = [ckpt.fingerprint(), {k: w.tolist() for k, w in windows.items()}, calibration, settings, args.steps, args.heal]
     run, before = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16], {}
     for file in (Path(args.json), Path(f"{args.json}.part")) if args.resume else ():
@@ -368,23 +372,21 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "calibration.txt"
         text.write_text(calibration, encoding="utf-8")
-        cfg = globe.load_config(config, [*args.set, f"calib.text={text}"])
+        cfg = globe.load_config(config_of(preset), [*args.set, f"calib.text={text}"])
         for asked, variant in ((ratio, v) for ratio in args.ratio for v in (*peers, "globe")):
-            if any((r["asked"], r["variant"]) == (asked, variant) for r in before.values()):
+            if (asked, variant, "topics") in before:
                 continue
-            begin = time.perf_counter()
+            L = factor_of_inputs() if variant in ("svd-llm", "layer-pca", "d2", "globe") else {}
+            begin = time.perf_counter()  # the calibration is nobody's own
             if variant == "globe":
-                factor_of_inputs()
-                fitted("globe", *(["--config", config] if config else []), *args.set, f"calib.load={scratch}/calibration.safetensors")
+                fitted("globe", "--config", config_of(preset), *args.set, f"calib.load={scratch}/calibration.safetensors")
             elif variant == "mobe":  # its own form, r fitted to the size instead of r = p; data-free
-                fitted("mobe", "--config", str(configs / "mobe.yaml"), f"fit.steps={args.steps or 3000}")
+                fitted("mobe", "--config", str(CONFIGS / "mobe.yaml"), f"fit.steps={args.steps or 3000}")
             elif variant == "reap":
                 if preset == "tiny":  # smol-moe has no routing to prune by
                     small, size = pruned(ckpt, asked, globe.token_windows(tokenizer, calibration, cfg.calib.tokens, cfg.calib.length), device)
                     add("reap", small, size, {}, time.perf_counter() - begin, "expert")
             else:
-                L = factor_of_inputs() if variant in ("svd-llm", "layer-pca", "d2") else {}
-                begin = time.perf_counter()  # a calibration is nobody's own
                 weights, stored = {"svd": lambda: peer_svd(ckpt, asked, {}), "svd-llm": lambda: peer_svd(ckpt, asked, L),
                                    "layer-pca": lambda: peer_layer_pca(ckpt, asked, L), "d2": lambda: peer_d2(ckpt, asked, L),
                                    "slbf": lambda: peer_slbf(ckpt, asked, args.steps or 3000)}[variant]()
@@ -467,9 +469,8 @@ def race(suite: str, test: str, variants: dict, want, traffic: float, tol: float
     while turn < warm + 2 * args.repeats:
         if turn == 2:  # the first allocations of a process are dear: quick operators get a fifth of a second to settle
             warm = max(2, min(20, int(0.2 * turn / (time.perf_counter() - begun))))
-            # a peer far behind the best one is timed no more
             first = {name: min(s) for name, s in seconds.items()}
-            slow = {name for name in peers if first[name] > 5 * min(first[n] for n in peers)}
+            slow = {name for name in peers if first[name] > 5 * min(first[n] for n in peers)}  # those are timed no more
         for name, run in variants.items():
             if name in slow:
                 continue
@@ -911,7 +912,7 @@ def rename(directory: Path, fused: bool) -> None:
 
 
 def qwen15_config(args: argparse.Namespace) -> globe.Config:
-    return globe.load_config(str(Path(globe.__file__).parent / "configs" / "qwen15.yaml"), [o for o in args.set if o.startswith("cache.")])
+    return globe.load_config(str(CONFIGS / "qwen15.yaml"), [o for o in args.set if o.startswith("cache.")])
 
 
 def write_qwen15_globe(dense: Path, to: Path, cfg: globe.Config, consume: bool = False) -> None:
@@ -1074,7 +1075,8 @@ def bench_24gib(args: argparse.Namespace) -> list:
 # ---- fit ---------------------------------------------------------------------------------------------
 def bench_fit(preset: str, args: argparse.Namespace) -> list:
     """tiny: seconds, passes and error of each method, of a plain SVD of the same size and of MoBE's setting until it is flat;
-    and how long ours takes to the error that MoBE ends at, of the weights and (smol-moe too) of what they make of a text. qwen15: the growth of a pass with the number of experts, at true shapes."""
+    and how long ours takes to the error that MoBE ends at, of the weights and (smol-moe too) of what they make of a text.
+    qwen15: the growth of a pass with the number of experts, at true shapes."""
     if preset == "qwen15":
         return bench_scale(args)
     ckpt, rows = checkpoint_of(preset, args), []
@@ -1103,7 +1105,7 @@ def bench_fit(preset: str, args: argparse.Namespace) -> list:
     error = frobenius(ckpt, peer_svd(ckpt, ratio, {})[0])["gate"]
     rows.append({"suite": "fit", "preset": preset, "test": "closed form", "variant": "svd", "unit": "s", "ratio": None,
                  "value": round(time.perf_counter() - begin, 2), "passes": 1, "rel_frob": error})
-    mobe = globe.load_config(str(Path(globe.__file__).parent / "configs/mobe.yaml"), ["bank.r=null", f"bank.ratio={ratio}", f"fit.steps={args.mobe_steps}"])
+    mobe = globe.load_config(str(CONFIGS / "mobe.yaml"), ["bank.r=null", f"bank.ratio={ratio}", f"fit.steps={args.mobe_steps}"])
     trace = fit("mobe", mobe)
     flat = next(e for _, e in trace if e <= 1.01 * trace[-1][1])  # the rest of its steps gains it a hundredth
     fit("varpro, to where mobe is flat", config("varpro", 5 * steps), flat)
@@ -1131,9 +1133,8 @@ def outputs_error(ckpt: globe.Checkpoint, factors: globe.Factors, moments: dict)
 def time_to_mobes_end(preset: str, ckpt: globe.Checkpoint, args: argparse.Namespace) -> list:
     """Seconds that MoBE's setting takes until it is flat, and that ours takes, its calibration included, to leave no more error in
     what gate and up make of a held-out text. One forward pass calibrates: no gradient, nothing sampled."""
-    configs, device = Path(globe.__file__).parent / "configs", globe.pick_device(args.device)
-    config = configs / ("smol.yaml" if preset == "smol-moe" else "tiny.yaml")
-    ratio = globe.load_config(str(config), args.set).bank.ratio
+    config, device = config_of(preset), globe.pick_device(args.device)
+    ratio = globe.load_config(config, args.set).bank.ratio
     with tempfile.TemporaryDirectory() as scratch:
         held = Path(scratch) / "held.txt"
         held.write_text(globe.builtin_text("heldout"), encoding="utf-8")
@@ -1142,14 +1143,14 @@ def time_to_mobes_end(preset: str, ckpt: globe.Checkpoint, args: argparse.Namesp
         def fit(name: str, *settings: str) -> tuple:
             made = quiet(["fit", *settings, "--out", f"{scratch}/{name}", f"model.path={ckpt.dir}", "bank.r=null", f"bank.ratio={ratio}"])
             return made["seconds"], outputs_error(ckpt, globe.load_factors(made["factors"]), X), globe.read_rows(Path(scratch) / name / "log.jsonl")
-        whole, goal, log = fit("mobe", "--config", str(configs / "mobe.yaml"), f"fit.steps={args.mobe_steps}")
+        whole, goal, log = fit("mobe", "--config", str(CONFIGS / "mobe.yaml"), f"fit.steps={args.mobe_steps}")
         flat = 0.0
         for family in ("gate", "up"):
             mine = [r for r in log if r["family"] == family]
             flat += next(r["seconds"] for r in mine if r["rel_frob"] <= 1.01 * mine[-1]["rel_frob"])
         rows = [{"variant": "mobe", "test": f"{args.mobe_steps} steps, flat at {flat:.0f} of {whole:.0f} s", "value": round(flat, 2), "error": goal, "ratio": None}]
         for steps in (1, 3, 6, 12, 25, 50, 100, 200):
-            seconds, error, _ = fit(f"globe-{steps}", "--config", str(config), "calib.fisher=false", "calib.sampled=0", "calib.tokens=16384",
+            seconds, error, _ = fit(f"globe-{steps}", "--config", config, "calib.fisher=false", "calib.sampled=0", "calib.tokens=16384",
                                     *args.set, f"fit.steps={steps}")
             if error <= goal:
                 break

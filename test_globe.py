@@ -3491,13 +3491,11 @@ def test_a_quality_benchmark_that_was_cut_short_goes_on(small, monkeypatch, caps
         assert bench.main([*argv, "--windows", "1"]) == 2 and not Path("q.json").exists()
     part = json.loads(Path("q.json.part").read_text())
     assert {r["variant"] for r in part["rows"]} == {"svd"}
-    with monkeypatch.context() as m:
-        m.setattr(bench, "peer_svd", lambda *_: pytest.fail("svd was measured before"))
-        assert bench.main([*argv, "--windows", "1", "--resume"]) == 0 and not Path("q.json.part").exists()
+    monkeypatch.setattr(bench, "peer_svd", lambda *_: pytest.fail("svd was measured before"))
+    assert bench.main([*argv, "--windows", "1", "--resume"]) == 0 and not Path("q.json.part").exists()
     rows = json.loads(Path("q.json").read_text())["rows"]
     assert [r for r in rows if r["variant"] == "svd"] == part["rows"]
     assert {(r["variant"], r["asked"]) for r in rows} == {(v, 0.8) for v in ("svd", "layer-pca", "globe")}
-    monkeypatch.setattr(bench, "peer_svd", lambda *_: pytest.fail("svd was measured before"))
     assert bench.main([*argv, "--windows", "1", "--resume", "--peers", "mobe", "--steps", "2"]) == 0  # another setting: alone
     assert {r["variant"] for r in json.loads(Path("q.json").read_text())["rows"]} == {"mobe", "globe"}
     Path("q.json").write_text('{"rows": 3}')
