@@ -41,6 +41,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import globe
 from globe import UserError, say
@@ -219,37 +220,38 @@ def peer_d2(ckpt: globe.Checkpoint, ratio: float, L: dict) -> tuple:
     return out, 2 * len(D.layers) * (D.p * D.d + max(0, rank) * D.experts * (D.p + D.d))
 
 
-def peer_slbf(ckpt: globe.Checkpoint, ratio: float, steps: int) -> tuple:
+def peer_slbf(ckpt: globe.Checkpoint, ratio: float, steps: int, device: torch.device) -> tuple:
     """Low-rank bases shared by a layer's experts, data-free: W_i = sum_j alpha_ij U_j V_j, two bases per expert, from each
-    expert's own SVD (so it starts at the plain SVD), then Adam on U, V and alpha."""
-    D, out, E = ckpt.dims, {}, ckpt.dims.experts
-    m = 2 * E
+    expert's own SVD (so it starts at the plain SVD), then Adam on U, V and alpha; on a GPU for all layers and families at once."""
+    D, E = ckpt.dims, ckpt.dims.experts
+    m, keys = 2 * E, [(f, l) for l in D.layers for f in ("gate", "up")]
     k = int((ratio * E * D.p * D.d - E * m) / (m * (D.p + D.d)))
-    for l in D.layers:
-        for f in ("gate", "up"):
-            W = layer_weights(ckpt, f, l)
-            scale = W.square().mean().sqrt()
-            U, S, V = torch.linalg.svd(W / scale, full_matrices=False)
-            root = S[:, : 2 * k].sqrt()
-            U = (U[..., :2 * k] * root[:, None]).reshape(E, D.p, 2, k).transpose(1, 2).reshape(m, D.p, k)
-            x = [U.contiguous(), (root[..., None] * V[:, :2 * k]).reshape(m, k, D.d).contiguous(),
-                 torch.eye(E).repeat_interleave(2, 1) + 1e-3]
-            best = fit_adam(x, lambda U, V, a: (a @ (U @ V).flatten(1)).view_as(W), W / scale, steps)
-            out |= {(f, l, e): scale * w for e, w in enumerate(best)}
-    return out, 2 * len(D.layers) * m * (k * (D.p + D.d) + E)
+    W = torch.stack([layer_weights(ckpt, f, l) for f, l in keys])  # (G, E, p, d)
+    scale = W.square().mean((1, 2, 3), keepdim=True).sqrt()
+    U, S, V = torch.linalg.svd(W / scale, full_matrices=False)
+    root = S[..., :2 * k].sqrt()
+    U = (U[..., :2 * k] * root[..., None, :]).unflatten(-1, (2, k)).movedim(-2, 2).reshape(-1, m, D.p, k)
+    x = [U, (root[..., None] * V[..., :2 * k, :]).reshape(-1, m, k, D.d), (torch.eye(E).repeat_interleave(2, 1) + 1e-3).repeat(len(keys), 1, 1), W / scale]
+    at_once = 1 if device.type == "cpu" else len(keys)  # what one fit moves stays in a CPU's cache
+    build = lambda U, V, a: (a @ (U @ V).flatten(2)).unflatten(2, (D.p, D.d))  # noqa: E731
+    best = torch.cat([fit_adam([t.to(device) for t in part], build, steps).cpu() for part in zip(*(t.split(at_once) for t in x))]) * scale
+    out = {(*key, e): w for key, each in zip(keys, best) for e, w in enumerate(each)}
+    return out, len(keys) * m * (k * (D.p + D.d) + E)
 
 
-def fit_adam(x: list, build, W: torch.Tensor, steps: int, lr: float = 2e-3) -> torch.Tensor:
-    """build(*x) after Adam on ||W - build(*x)||^2, or as it began where that is no worse."""
+def fit_adam(start: list, build, steps: int, lr: float = 2e-3) -> torch.Tensor:
+    """build(*x) after Adam on ||W - build(*x)||^2 for start [*x, W (G, ...)]: G independent fits; each as it began where that is no worse."""
+    *x, W = start
     x = [t.clone().requires_grad_() for t in x]
     opt, start = torch.optim.Adam(x, lr), build(*x).detach()
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="adam", leave=False):
         opt.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         opt.zero_grad()
-        (W - build(*x)).square().mean().backward()
+        (len(W) * (W - build(*x)).square().mean()).backward()  # the sum of the fits' means
         opt.step()
     end = build(*x).detach()
-    return end if (W - end).norm() < (W - start).norm() else start
+    better = (W - end).flatten(1).norm(dim=1) < (W - start).flatten(1).norm(dim=1)
+    return torch.where(better.view(-1, *[1] * (W.ndim - 1)), end, start)
 
 
 @torch.no_grad()
@@ -346,7 +348,8 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
     def fitted(variant: str, *settings: str) -> None:
         nonlocal model
         model = None  # one model in memory at a time
-        result = quiet(["fit", *settings, "--out", f"{scratch}/{variant}-{asked}", f"model.path={ckpt.dir}", f"bank.ratio={asked}", "bank.r=null"])
+        result = quiet(["fit", *settings, "--out", f"{scratch}/{variant}-{asked}", f"model.path={ckpt.dir}", f"bank.ratio={asked}", "bank.r=null",
+                        "--device", str(device)])
         factors, seconds = globe.load_factors(result["factors"]), result["seconds"]
 
         def measure(name: str, factors: globe.Factors, errors: dict, seconds: float) -> None:
@@ -355,7 +358,7 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
         measure(variant, factors, result["rel_frob"], seconds)
         if args.heal and variant == "globe":
             healed = quiet(["heal", "--factors", result["factors"], "--out", f"{scratch}/healed-{asked}", f"calib.text={text}", "calib.sampled=0",
-                            *(s for s in args.set if s.startswith("heal."))])
+                            "--device", str(device), *(s for s in args.set if s.startswith("heal."))])
             factors = globe.load_factors(healed["factors"])
             errors = {f: e["all"] for f, e in globe.reconstruction(ckpt, factors).items()}
             measure("globe+heal", factors, errors, seconds + healed["seconds"])
@@ -389,7 +392,7 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
             else:
                 weights, stored = {"svd": lambda: peer_svd(ckpt, asked, {}), "svd-llm": lambda: peer_svd(ckpt, asked, L),
                                    "layer-pca": lambda: peer_layer_pca(ckpt, asked, L), "d2": lambda: peer_d2(ckpt, asked, L),
-                                   "slbf": lambda: peer_slbf(ckpt, asked, args.steps or 3000)}[variant]()
+                                   "slbf": lambda: peer_slbf(ckpt, asked, args.steps or 3000, device)}[variant]()
                 seconds = time.perf_counter() - begin
                 put_experts(model, weights, D.p)
                 add(variant, model, stored / (2 * len(D.layers) * D.experts * D.p * D.d), frobenius(ckpt, weights), seconds,
@@ -1088,7 +1091,7 @@ def bench_fit(preset: str, args: argparse.Namespace) -> list:
         """Adds a row; returns [(seconds, error)] after each step."""
         with globe.threads_for(ckpt.dims.p, ckpt.dims.d):
             begin, passes, trace = time.perf_counter(), 0, []
-            experts = globe.Experts(lambda layer, e: ckpt.expert("gate", layer, e), keys, cfg.bank.scope, normalize="scale")
+            experts = globe.Experts(lambda layer, e: ckpt.expert("gate", layer, e), keys, cfg.bank.scope, globe.pick_device(args.device), "scale")
             fitter = globe.Fitter(experts, cfg, globe.bank_shape(cfg, "gate", len(keys), experts.groups, ckpt.dims))
             while not fitter.done and not (trace and trace[-1][1] <= target):
                 passes += fitter.step()["passes"]
@@ -1141,7 +1144,8 @@ def time_to_mobes_end(preset: str, ckpt: globe.Checkpoint, args: argparse.Namesp
         X = globe.calibrate(ckpt, globe.load_config(None, [f"calib.text={held}", "calib.tokens=16384", "calib.fisher=false"]), device)
 
         def fit(name: str, *settings: str) -> tuple:
-            made = quiet(["fit", *settings, "--out", f"{scratch}/{name}", f"model.path={ckpt.dir}", "bank.r=null", f"bank.ratio={ratio}"])
+            made = quiet(["fit", *settings, "--out", f"{scratch}/{name}", f"model.path={ckpt.dir}", "bank.r=null", f"bank.ratio={ratio}",
+                          "--device", str(device)])
             return made["seconds"], outputs_error(ckpt, globe.load_factors(made["factors"]), X), globe.read_rows(Path(scratch) / name / "log.jsonl")
         whole, goal, log = fit("mobe", "--config", str(CONFIGS / "mobe.yaml"), f"fit.steps={args.mobe_steps}")
         flat = 0.0

@@ -568,15 +568,19 @@ def user_cache() -> Path:
 def pick_device(name: str | None = "auto") -> torch.device:
     """A torch.device for "auto", "cpu", "cuda[:i]" or "mps"; UserError where that one is not there."""
     if name in (None, "auto"):
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_cuda() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device: expected auto, cpu, cuda, cuda:N or mps, found {name!r}") from None
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cpu": True, "cuda": has_cuda(), "mps": torch.backends.mps.is_available()}
     if not there.get(device.type) or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: not available here (available: {', '.join(k for k, v in there.items() if v)})")
     return device
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
 
 
 def synchronize(device: torch.device) -> None:
@@ -904,14 +908,15 @@ def build_kernels(csrc: Path, compiler: str) -> Path:
     torch's stable ABI: the library outlives updates of torch, so its name is a hash of sources and flags alone. Processes
     that start at once build the same file twice, each under its own name until it is whole."""
     home = Path(torch.__file__).parent
-    nvcc = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")) if pick_device().type == "cuda" else None
+    toolkit = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    nvcc = (shutil.which("nvcc", path=toolkit) or shutil.which("nvcc")) if has_cuda() else None
     flags = ["-std=c++17", "-O3", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += ["-Xcompiler", "-fPIC", "-DUSE_CUDA", "-arch=native"] if nvcc else ["-fPIC"]
     files = sorted(p for p in csrc.iterdir() if p.suffix in (".h", ".cpp") + (".cu",) * bool(nvcc))
     key = hashlib.sha256(b"".join([*(p.read_bytes() for p in files), repr((flags, os.uname().machine)).encode()])).hexdigest()[:16]
     path = user_cache() / "kernels" / f"globe_ops-{key}.so"
     if not path.is_file():
-        libraries = ["-L", str(home / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
+        libraries = ["-L", str(home / "lib"), "-ltorch", "-ltorch_cpu", "-lc10", *["-ltorch_cuda"] * bool(nvcc)]
         with written(path) as tmp:
             command = [nvcc or compiler, *flags, "-I", str(home / "include"), *(str(p) for p in files if p.suffix != ".h"), *libraries]
             done = subprocess.run([*command, "-o", str(tmp)], capture_output=True, text=True)
@@ -1744,7 +1749,8 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
     generator = torch.Generator(walk.device).manual_seed(seed)
 
     def add(kind: str, layer: int, value: Tensor) -> None:
-        sums[kind][layer] = sums[kind].get(layer, 0) + value.cpu().double()
+        wide = value.double() if accumulator(value.device) == torch.float64 else value.cpu().double()
+        sums[kind][layer] = sums[kind].get(layer, 0) + wide
 
     def collect(layer: int, module: nn.Module, y: Tensor) -> None:
         x, index, weight = (t.detach() for t in seen["experts"])
@@ -1822,7 +1828,7 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
             part.copy_(torch.cat(grads).view_as(part))
         for l in reversed(range(L)) if fisher else ():
             visit(l, x[l], x[L], True)
-    return {kind: {l: v / count for l, v in sorted(layers.items())} for kind, layers in sums.items()}
+    return {kind: {l: v.cpu() / count for l, v in sorted(layers.items())} for kind, layers in sums.items()}
 
 
 def drawn(q: Tensor, generator: torch.Generator) -> Tensor:
@@ -2004,7 +2010,7 @@ def spd_factor(K: Tensor, ridge: float) -> Tensor:
         if info.any() and C.dtype != torch.float64 and bool(torch.isfinite(C).all()):  # once more, in double
             wide, info = torch.linalg.cholesky_ex(C.cpu().double() if where.type == "mps" else C.double())
             factor = wide.to(C.dtype)
-        if not info.any():
+        if not info.any() and (where.type != "cuda" or bool(torch.isfinite(factor).all())):  # there, NaN passes as positive
             return factor.to(where)
         ridge = torch.where(info.to(where) > 0, ridge * 10, ridge)
     raise Diverged("a Gram matrix is not finite or not positive: the step was too large")
@@ -2423,7 +2429,8 @@ class Fitter:
         eye = torch.eye(r, dtype=M.dtype, device=M.device)
         out = torch.empty_like(M) if self.curvature is None else self.curvature
         for part, to in zip(M.view(-1, r, r).split(64), out.view(-1, r, r).split(64)):  # a product is faster than a solve
-            to.copy_(torch.cholesky_inverse(spd_factor(part + 1e-3 * level * eye, 3e-2)))
+            factor = spd_factor(part + 1e-3 * level * eye, 3e-2)  # CUDA's own inverse goes matrix by matrix
+            to.copy_(solve_right(eye.repeat(len(part), 1, 1), factor) if M.device.type == "cuda" else torch.cholesky_inverse(factor))
         return out
 
     def _precondition(self, q: dict) -> dict:
@@ -2562,7 +2569,7 @@ class Fitter:
         s = {k: torch.sub(x[k], v, out=v) for k, v in self.x.items()}
         y = {k: torch.sub(new.grad[k], v, out=v) for k, v in self.here.grad.items()}
         if _dot(s, y) > 1e-10 * math.sqrt(_dot(s, s) * _dot(y, y)):
-            pair = {f"{n}.{k}": v.cpu() for n, part in zip("sy", (s, y)) for k, v in part.items()}
+            pair = {f"{n}.{k}": v for n, part in zip("sy", (s, y)) for k, v in part.items()}
             self.pairs[self.step_done + 1] = kept = self.shelve(f"pair-{self.step_done + 1:06d}", pair)
             self.pairs = {k: self.pairs[k] for k in [*self.pairs][-self.cfg.fit.memory:]}
             if kept.path is None:

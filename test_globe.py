@@ -379,7 +379,7 @@ SMALL = dict(bank__m=5, bank__r=4, sparsity__support=2, fit__homotopy__every=3, 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_accepted_step_never_raises_the_loss_of_its_schedule(method, device):
-    W = planted("silu")[-1].to(device)
+    W = planted("silu")[-1]
     for sort, lr in (("entmax", 0.05), ("signed", 1.0), ("softmax", 0.05)):
         cfg = load_config(None, [f"{k.replace('__', '.')}={v}" for k, v in SMALL.items()] +
                           [f"fit.method={method}", "fit.steps=24", f"sparsity.map={sort}", f"fit.lr={lr}"])
@@ -1900,11 +1900,11 @@ def in_process(code: str, **env) -> subprocess.CompletedProcess:
 
 @native
 def test_the_native_operators_are_in_use_and_named():
-    assert globe.kernels().startswith("native ") and globe._native("compose", "cpu")
+    assert globe.kernels().startswith("native ") and all(globe._native("compose", d) for d in DEVICES if d != "mps")
 
 
 @native
-def test_native_compose_is_its_twin_for_a_hundred_random_shapes(twin):
+def test_native_compose_is_its_twin_for_a_hundred_random_shapes(twin, device):
     g = gen(7)
     draw = lambda *options: options[int(torch.randint(len(options), (1,), generator=g))]  # noqa: E731
     for n in range(100):
@@ -1914,22 +1914,23 @@ def test_native_compose_is_its_twin_for_a_hundred_random_shapes(twin):
         idx, val = torch.randint(m, (E, s), generator=g), torch.randn(E, s, generator=g) * (torch.rand(E, s, generator=g) > 0.3)
         if n % 5 == 0:  # strided arguments
             bank, idx, val = bank.transpose(1, 2), idx.T.contiguous().T, val.T.contiguous().T
+        bank, idx, val = (t.to(device) for t in (bank, idx, val))
         got, want = globe.compose(bank, idx, val, act), twin(globe.compose, bank, idx, val, act)
         torch.testing.assert_close(got, want, atol=CLOSE[dtype], rtol=CLOSE[dtype], msg=lambda t: f"{(m, r, d, E, s, dtype, act)}: {t}")
-        slots = torch.full((E + 2, *bank.shape[1:]), 9.0, dtype=dtype)
+        slots = torch.full((E + 2, *bank.shape[1:]), 9.0, dtype=dtype, device=device)
         assert globe.compose(bank, idx, val, act, out=slots[1:E + 1]).data_ptr() == slots[1:].data_ptr() or not E
         assert torch.equal(slots[1:E + 1], got) and (slots[0] == 9).all() and (slots[-1] == 9).all()
 
 
 @native
-def test_native_compose_around_the_caches_is_its_twin(twin):
-    bank = torch.randn(20, 70, 1024, generator=gen()).bfloat16()  # 150 results of 70 x 1024: larger than the caches
-    idx, val = torch.randint(20, (150, 5), generator=gen(1)), torch.rand(150, 5, generator=gen(2))
+def test_native_compose_around_the_caches_is_its_twin(twin, device):
+    bank = torch.randn(20, 70, 1024, generator=gen()).bfloat16().to(device)  # 150 results of 70 x 1024: larger than the caches
+    idx, val = torch.randint(20, (150, 5), generator=gen(1)).to(device), torch.rand(150, 5, generator=gen(2)).to(device)
     torch.testing.assert_close(globe.compose(bank, idx, val, "silu"), twin(globe.compose, bank, idx, val, "silu"), atol=2e-2, rtol=2e-2)
 
 
 @native
-def test_native_simplex_maps_are_their_twins_for_a_hundred_random_shapes(twin):
+def test_native_simplex_maps_are_their_twins_for_a_hundred_random_shapes(twin, device):
     g = gen(8)
     for n in range(100):
         shape = [int(torch.randint(1, 9, (1,), generator=g)) for _ in range(n % 3)] + [(1, 2, 15, 16, 17, 33, 128, 257, 4096)[n % 9]]
@@ -1941,25 +1942,26 @@ def test_native_simplex_maps_are_their_twins_for_a_hundred_random_shapes(twin):
             x = x.round()  # ties
         if n % 5 == 0:
             x = x.expand(3, *shape)[:, ..., ::1]
+        x = x.to(device)
         for f in MAPS.values():
             (p, size), want = f(x, dim, return_support=True), twin(f, x, dim)
             assert p.dtype is dtype and torch.equal(size, (p > 0).sum(dim))
             torch.testing.assert_close(p, want, atol=max(CLOSE[dtype], 1e-6), rtol=CLOSE[dtype], equal_nan=True)
     for f in MAPS.values():
         for row in ([-math.inf, -math.inf], [math.nan, 1.0], [math.inf, 1.0]):
-            assert f(torch.tensor(row)).isnan().all() and twin(f, torch.tensor(row)).isnan().any()
-        assert f(torch.zeros(0, 5)).shape == (0, 5)
+            assert f(torch.tensor(row, device=device)).isnan().all() and twin(f, torch.tensor(row, device=device)).isnan().any()
+        assert f(torch.zeros(0, 5, device=device)).shape == (0, 5)
 
 
 @native
-def test_native_gradients_are_their_twins(twin):
+def test_native_gradients_are_their_twins(twin, device):
     for dtype in DTYPES:
         for activation in ACTIVATIONS:
             leaves = torch.randn(30, 6, 50, generator=gen()).to(dtype), torch.randn(9, 5, generator=gen(1))
-            idx, grad = torch.randint(30, (9, 5), generator=gen(2)), torch.randn(9, 6, 50, generator=gen(3)).to(dtype)
+            idx, grad = torch.randint(30, (9, 5), generator=gen(2)).to(device), torch.randn(9, 6, 50, generator=gen(3)).to(device, dtype)
 
             def pull(compose):
-                bank, val = (t.clone().requires_grad_() for t in leaves)
+                bank, val = (t.clone().to(device).requires_grad_() for t in leaves)
                 compose(bank, idx, val, activation).backward(grad)
                 return bank.grad, val.grad
             for got, want in zip(pull(globe.compose), pull(lambda *a: twin(globe.compose, *a))):
@@ -1967,7 +1969,7 @@ def test_native_gradients_are_their_twins(twin):
                 tol = max(CLOSE[dtype], 1e-5) * 10  # twins of half types round their sums
                 torch.testing.assert_close(got, want, atol=tol * float(want.abs().max()), rtol=tol)
         for f in MAPS.values():
-            x, grad = torch.randn(7, 130, generator=gen(4)).to(dtype), torch.randn(7, 130, generator=gen(5)).to(dtype)
+            x, grad = torch.randn(7, 130, generator=gen(4)).to(device, dtype), torch.randn(7, 130, generator=gen(5)).to(device, dtype)
             a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
             f(a).backward(grad)
             twin(f, b).backward(grad)
@@ -2070,12 +2072,13 @@ def decode_case(dtype: torch.dtype, hold: str, down: str, T: int = 3, act: str =
 
 
 @native
-def test_experts_decode_is_its_equation_for_every_way_to_hold_the_weights():
-    assert globe._native("experts_decode", "cpu")
+def test_experts_decode_is_its_equation_for_every_way_to_hold_the_weights(device):
+    assert globe._native("experts_decode", device.type)
     for dtype, tol in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
         for hold, down, T, act in itertools.product(("basis", "weight"), ("dense", "basis", "weight"), (1, 2, 7, 40), ("silu", "gelu_tanh", "relu")):
             args, want = decode_case(dtype, hold, down, T, act)
-            torch.testing.assert_close(torch.ops.globe.experts_decode(*args).double(), want, atol=tol, rtol=tol)
+            args = [t.to(device) if isinstance(t, torch.Tensor) else t for t in args]
+            torch.testing.assert_close(torch.ops.globe.experts_decode(*args).cpu().double(), want, atol=tol, rtol=tol)
             args[1][0, 0] = 5  # E: another rank's expert is left out
             assert torch.ops.globe.experts_decode(*args).isfinite().all()
 
@@ -2234,14 +2237,15 @@ def test_lesser_instruction_sets_give_the_same_results(isa):
     order, best = ("plain", "avx2", "avx512", "avx512_bf16"), globe.kernels().split()[1].rstrip(",")  # best: this CPU's
     code = ("import torch, globe, test_globe as t\n"
             "assert globe.kernels().split()[1].rstrip(',') == %r, globe.kernels()\n"
+            "cpu = torch.device('cpu')\n"
             "def off(f, *a, **k):\n"
             "    keep, globe._native = globe._native, lambda *_: False\n"
             "    try: return f(*a, **k)\n"
             "    finally: globe._native = keep\n"
-            "t.test_native_compose_is_its_twin_for_a_hundred_random_shapes(off)\n"
-            "t.test_native_simplex_maps_are_their_twins_for_a_hundred_random_shapes(off)\n"
-            "t.test_native_gradients_are_their_twins(off)\n"
-            "t.test_experts_decode_is_its_equation_for_every_way_to_hold_the_weights()\n"
+            "t.test_native_compose_is_its_twin_for_a_hundred_random_shapes(off, cpu)\n"
+            "t.test_native_simplex_maps_are_their_twins_for_a_hundred_random_shapes(off, cpu)\n"
+            "t.test_native_gradients_are_their_twins(off, cpu)\n"
+            "t.test_experts_decode_is_its_equation_for_every_way_to_hold_the_weights(cpu)\n"
             "t.test_experts_mixed_is_its_equation_for_every_set_of_families()\n"
             "t.test_native_linear_is_torchs()\n" % min(isa, best, key=order.index))
     done = in_process(code, GLOBE_ISA=isa)

@@ -4,6 +4,7 @@
 // place through the slot table. An index outside its range trips an assertion on the device, as in torch's own gathers.
 #include "globe_ops.h"
 
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -29,7 +30,7 @@ template <class T> constexpr int kVec = 16 / sizeof(T);  // elements in 16 bytes
 
 cudaStream_t stream_of(const Tensor& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 int64_t blocks(int64_t n, int64_t each) { return (n + each - 1) / each; }
@@ -85,8 +86,20 @@ template <class W> __device__ W warp_max(W x) {
 }
 
 // ---- compose -----------------------------------------------------------------------------------------
-// A block owns kThreads * kVec positions and passes over all experts: what it reads of the bank comes from the second-level
-// cache after the first expert that uses it, so device memory sees the bank about once.
+// writes an expert's activated sums
+template <class T, class W> __device__ void put(const Compose& c, int64_t e, int64_t pos, int64_t left, const W* z, bool whole) {
+  Vec<T> y;
+#pragma unroll
+  for (int v = 0; v < kVec<T>; ++v) y.v[v] = T(activate(z[v], c.act));
+  T* out = static_cast<T*>(c.out) + (c.slot ? c.slot[e] : e) * c.n + pos;
+  if (whole && left >= kVec<T>) {
+    *reinterpret_cast<Vec<T>*>(out) = y;
+  } else {
+    for (int v = 0; v < kVec<T> && v < left; ++v) out[v] = y.v[v];
+  }
+}
+
+// Few experts: a block owns kThreads * kVec positions and passes over all experts.
 template <class T> __global__ void compose_kernel(Compose c, bool whole) {
   using W = typename Wide<T>::w;
   const int64_t pos = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVec<T>;
@@ -103,15 +116,42 @@ template <class T> __global__ void compose_kernel(Compose c, bool whole) {
 #pragma unroll
       for (int v = 0; v < kVec<T>; ++v) z[v] += a * W(b.v[v]);
     }
-    Vec<T> y;
+    put<T>(c, e, pos, left, z, whole);
+  }
+}
+
+// Many experts: a block copies its `chunks` 16-byte columns of every basis into shared memory and mixes from there, so the bank
+// crosses the second-level cache once and not once per use. Groups of `chunks` threads take an expert each.
+constexpr int64_t kTile = 65536;  // bytes of shared memory that every GPU since sm_75 has; three such blocks fit on an H100's SM
+template <class T> __global__ void __launch_bounds__(kThreads) compose_tiled_kernel(Compose c, int chunks, bool whole) {
+  using W = typename Wide<T>::w;
+  extern __shared__ uint4 room[];
+  Vec<T>* tile = reinterpret_cast<Vec<T>*>(room);
+  const int64_t first = int64_t(blockIdx.x) * chunks * kVec<T>;
+  for (int64_t i = threadIdx.x; i < c.m * chunks; i += kThreads) {
+    const int64_t at = first + i % chunks * kVec<T>, left = c.n - at;
+    const T* from = static_cast<const T*>(c.bank) + i / chunks * c.n + at;
+    if (whole && left >= kVec<T>) __pipeline_memcpy_async(tile + i, from, 16);
+    else tile[i] = load(from, left, false);
+  }
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  __syncthreads();
+  const int column = threadIdx.x % chunks;
+  const int64_t pos = first + column * kVec<T>, left = c.n - pos;
+  if (left <= 0) return;
+  for (int64_t e = threadIdx.x / chunks; e < c.E; e += kThreads / chunks) {
+    W z[kVec<T>] = {};
+#pragma unroll 4
+    for (int64_t i = e * c.s; i < (e + 1) * c.s; ++i) {
+      const W a = static_cast<const W*>(c.val)[i];
+      const int64_t j = c.idx[i];
+      assert(0 <= j && j < c.m && "globe::compose: index outside the bank");
+      const Vec<T> b = tile[j * chunks + column];
 #pragma unroll
-    for (int v = 0; v < kVec<T>; ++v) y.v[v] = T(activate(z[v], c.act));
-    T* out = static_cast<T*>(c.out) + (c.slot ? c.slot[e] : e) * c.n + pos;
-    if (whole && left >= kVec<T>) {
-      *reinterpret_cast<Vec<T>*>(out) = y;
-    } else {
-      for (int v = 0; v < kVec<T> && v < left; ++v) out[v] = y.v[v];
+      for (int v = 0; v < kVec<T>; ++v) z[v] += a * W(b.v[v]);
     }
+    put<T>(c, e, pos, left, z, whole);
   }
 }
 
@@ -145,7 +185,15 @@ void compose_out(Tensor bank, Tensor idx, Tensor val, std::string act, Tensor ou
   by_type(c.type, [&](auto t) {
     using T = decltype(t);
     const bool whole = aligned(c.bank, c.n * sizeof(T)) && aligned(c.out, 16);
-    compose_kernel<T><<<blocks(c.n, kThreads * kVec<T>), kThreads, 0, stream_of(bank)>>>(c, whole);
+    int chunks = kWarp;
+    while (chunks > 8 && c.m * chunks * 16 > kTile) chunks /= 2;  // not below 128 bytes side by side
+    if (c.E > 1 && c.E * c.s >= c.m && c.m * chunks * 16 <= kTile) {
+      const auto kernel = compose_tiled_kernel<T>;
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTile));
+      kernel<<<blocks(c.n, chunks * kVec<T>), kThreads, c.m * chunks * 16, stream_of(bank)>>>(c, chunks, whole);
+    } else {
+      compose_kernel<T><<<blocks(c.n, kThreads * kVec<T>), kThreads, 0, stream_of(bank)>>>(c, whole);
+    }
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -363,6 +411,7 @@ Tensor experts_decode(Tensor x, Tensor index, Tensor weights, Tensor slot, Tenso
   const int64_t P = a.T * a.k, qg = a.gate.A ? a.gate.q : 0, qu = a.up.A ? a.up.q : 0, qd = a.down.A ? a.down.q : 0;
   if (!a.T || !a.d) return out;
   if (!P) return torch::stable::zero_(out);
+  check(P < 65536, "globe::experts_decode: at most 65535 routed tokens on CUDA expected, found ", P);
   Tensor room = torch::stable::new_empty(x, {P * (qg + qu + qd + a.p)}, ScalarType::Float);
   float* h = static_cast<float*>(room.mutable_data_ptr());
   float *hu = h + P * qg, *u = hu + P * qu, *z = u + P * qd;
