@@ -1095,8 +1095,10 @@ def compose(bank: Tensor, idx: Tensor | Sequence[Tensor], val: Tensor | Sequence
     if out is not None and (out.shape != want or out.dtype != bank.dtype or not out.is_contiguous()):
         raise ValueError(f"compose: out: expected a contiguous {want} of {bank.dtype}, found {tuple(out.shape)} of {out.dtype}")
     # while compiling, data cannot be looked at, and into slots it need not be: the native operator checks when it runs
-    if slot is None and not torch.compiler.is_compiling() and idx.numel() and not (0 <= int(idx.min()) and int(idx.max()) < m):
-        raise IndexError(f"compose: indices in [0, {m}) expected, found {int(idx.min())}..{int(idx.max())}")
+    if slot is None and not torch.compiler.is_compiling() and idx.numel():
+        low, high = torch.stack(idx.aminmax()).tolist()
+        if low < 0 or high >= m:
+            raise IndexError(f"compose: indices in [0, {m}) expected, found {low}..{high}")
     wide = torch.promote_types(bank.dtype, torch.float32)
     E, s = idx.shape
     if _native("compose", bank.device.type):
@@ -1517,6 +1519,7 @@ class Experts:
                 mean = float(self.energy[layer >= 0 if rows else layer == l].mean()) / self.p / self.d
                 self.level[l] = 1 / math.sqrt(mean or 1.0)
             self.energy *= torch.tensor([self.level[l] ** 2 for l, _ in self.keys], dtype=torch.float64)
+        self.places = [(ids.to(self.device), float(self.energy[ids].sum())) for ids, _ in self.plan]
         self.kept = [V.mul_(self.level[l]) for V, (_, l) in zip(kept, self.plan)] if kept is not None else None
         self.file = file
 
@@ -1574,10 +1577,11 @@ class Experts:
                 yield V if self.absorbed else W, V if self.level[l] == 1 else V.mul_(self.level[l])
 
     def stream(self) -> Iterator[tuple]:
-        """(ids (b,), group, layer, V (b, p, d) on the device) batch by batch; V is valid until the next one is asked for."""
+        """(ids (b,), group, layer, V (b, p, d), sum ||V||^2 in the metric) batch by batch, ids and V on the device; V is valid
+        until the next one is asked for."""
         parts = self.kept if self.kept is not None else (V for _, V in self._ahead())
-        for (ids, l), V in zip(self.plan, parts):
-            yield ids, self.group_of_layer[l], l, V
+        for (_, l), (ids, norm), V in zip(self.plan, self.places, parts):
+            yield ids, self.group_of_layer[l], l, V, norm
 
     def bank(self, B: Tensor) -> Tensor:
         """The bank (G, m, r, d) as it is stored: what it has absorbed of the metric is taken out again."""
@@ -2007,10 +2011,11 @@ def spd_factor(K: Tensor, ridge: float) -> Tensor:
         C = K.clone()
         C.diagonal(dim1=-2, dim2=-1).add_((ridge * level)[..., None])
         factor, info = torch.linalg.cholesky_ex(C.cpu() if where.type == "mps" else C)
+        info = info.where(factor.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite(), 1)  # on CUDA, NaN passes as positive
         if info.any() and C.dtype != torch.float64 and bool(torch.isfinite(C).all()):  # once more, in double
             wide, info = torch.linalg.cholesky_ex(C.cpu().double() if where.type == "mps" else C.double())
             factor = wide.to(C.dtype)
-        if not info.any() and (where.type != "cuda" or bool(torch.isfinite(factor).all())):  # there, NaN passes as positive
+        if not info.any():
             return factor.to(where)
         ridge = torch.where(info.to(where) > 0, ridge * 10, ridge)
     raise Diverged("a Gram matrix is not finite or not positive: the step was too large")
@@ -2032,9 +2037,9 @@ def solve_right(N: Tensor, factor: Tensor, block: int = 256) -> Tensor:
     return N
 
 
-def inner(a: Tensor, b: Tensor, buffers: Buffers) -> float:
-    """sum(a * b) of (b, ., .), summed in double over the matrices."""
-    return float(torch.mul(a, b, out=buffers("inner", a.shape, a)).sum((1, 2)).to(accumulator(a.device)).sum())
+def inner(a: Tensor, b: Tensor, buffers: Buffers) -> Tensor:
+    """sum(a * b) of (b, ., .), summed in double over the matrices; ()."""
+    return torch.mul(a, b, out=buffers("inner", a.shape, a)).sum((1, 2)).to(accumulator(a.device)).sum()
 
 
 def normal_equations(V: Tensor, X: Tensor, C: Tensor | None, dtype: torch.dtype, buffers: Buffers) -> tuple:
@@ -2207,14 +2212,14 @@ def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s:
     shift, pull = (torch.zeros_like(B), torch.zeros_like(alpha)) if am else (None, None)
     error, penalty, buffers = 0.0, 0.0, experts.buffers.setdefault("pass", Buffers())
     try:
-        for ids, g, layer, V in experts.stream():
+        for ids, g, layer, V, norm in experts.stream():
             V, a, flat, C = V.to(wide), alpha[ids], B[g].view(m, -1), experts.metric(layer)
             X, dX = blend(torch.mm(a, flat, out=buffers("X", (len(ids), r * d), B)).view(-1, r, d), cfg.bank.activation, s.lam)
             N, K, XC = normal_equations(V, X, C, dtype, buffers)
             A = x["A"][ids] if "A" in x else solve_right(buffers("A", N.shape, N).copy_(N), spd_factor(K, f.lambda_A))
             P = product(A.mT, A, dtype, buffers("P", K.shape, K))
-            norm = float(experts.energy[ids].sum())
-            part = norm + inner(P, K, buffers) - 2 * inner(A, N, buffers)
+            fitted, along = torch.stack([inner(P, K, buffers), inner(A, N, buffers)]).tolist()  # one wait for the device
+            part = norm + fitted - 2 * along
             if part > 1e-4 * norm:
                 gX = product(A.mT, V, dtype, buffers("gX", X.shape, X))
                 gX -= product(P, XC, dtype, buffers("PX", X.shape, X))  # A^T (W - A X) C
@@ -2386,7 +2391,7 @@ class Fitter:
         """Every adapter in closed form, (n, p, r): the A-step alone."""
         E, B, alpha = self.experts, self.x["B"], self.alpha()
         out = B.new_zeros(len(E), E.p, B.shape[2])
-        for ids, g, l, V in E.stream():
+        for ids, g, l, V, _ in E.stream():
             X = blend((alpha[ids] @ B[g].flatten(1)).view(len(ids), *B.shape[2:]), self.cfg.bank.activation, lam)[0]
             out[ids] = adapters(V.to(self.wide), X, self.cfg.fit.lambda_A, C=E.metric(l))
         all_sum(out)
@@ -2636,7 +2641,8 @@ class Fitter:
         mine = itertools.groupby(E.stream(), key=lambda batch: batch[2])
         for l, ids in rows.items():
             A_l, place = torch.zeros(len(ids), E.p, bank.shape[2]), {i: j for j, i in enumerate(ids)}
-            for part, g, _, V in next(mine)[1] if any(k == l for _, k in E.plan) else ():
+            for at, g, _, V, _ in next(mine)[1] if any(k == l for _, k in E.plan) else ():
+                part = at.cpu()
                 X = compose(bank[g].float(), idx[part], val[part], self.cfg.bank.activation).to(E.device)
                 X, L = X.to(self.store).float(), E.right[l] if E.absorbed else None  # what the runtime composes
                 a = adapters(V, X if L is None else X @ L, self.cfg.fit.lambda_A, C=E.metric(l))
