@@ -2021,7 +2021,7 @@ def spd_factor(K: Tensor, ridge: float) -> Tensor:
     raise Diverged("a Gram matrix is not finite or not positive: the step was too large")
 
 
-def solve_right(N: Tensor, factor: Tensor, block: int = 256) -> Tensor:
+def solve_right(N: Tensor, factor: Tensor, block: int = 128) -> Tensor:
     """N K^-1 for N (b, p, r), in place, from the Cholesky factor of K (b, r, r): block substitution, nearly all of it
     products (LAPACK's own solve ran at a third of their rate)."""
     r = N.shape[-1]
@@ -2459,22 +2459,26 @@ class Fitter:
     def _lbfgs(self) -> dict:
         """Two-loop recursion (Nocedal and Wright, Algorithm 7.4) around the preconditioner."""
         self.curvature = self._curvature()
-        q, steps, gamma = {"B": self._take().copy_(self.here.grad["B"]), "z": self.here.grad["z"].clone()}, {}, 1.0
+        q, steps, gamma = {"B": self._take().copy_(self.here.grad["B"]), "z": self.here.grad["z"].clone()}, {}, dict.fromkeys(self.x, 1.0)
         for k in reversed(self.pairs):
             with self._pair(k) as (s, y):
-                if not steps:  # the newest pair: how much the preconditioner is off along it
+                sy = _dot(s, y)
+                if not steps:  # the newest pair: how much the preconditioner is off along it, in the bank and in the logits
                     Hy = self._precondition(y)
-                    gamma = _dot(s, y) / max(_dot(y, Hy), 1e-300)
+                    parts = {n: (_dot({n: s[n]}, y), _dot({n: y[n]}, Hy)) for n in gamma}
+                    both = sy / max(sum(b for _, b in parts.values()), 1e-300)
+                    gamma = {n: a / b if a > 0 < b else both for n, (a, b) in parts.items()}
                     self._give(Hy["B"])
-                steps[k] = _dot(s, q) / _dot(s, y)
-                _add(q, -steps[k], y)
+                steps[k] = _dot(s, q) / sy, sy
+                _add(q, -steps[k][0], y)
         delta = self._precondition(q)
         self._give(q["B"])
-        for v in delta.values():
-            v.mul_(gamma)
+        for n, v in delta.items():
+            v.mul_(gamma[n])
         for k in self.pairs:
             with self._pair(k) as (s, y):
-                _add(delta, steps[k] - _dot(y, delta) / _dot(s, y), s)
+                along, sy = steps[k]
+                _add(delta, along - _dot(y, delta) / sy, s)
         if _dot(delta, self.here.grad) <= 0:  # curvature went wrong: steepest descent in the preconditioner
             self.pairs = {}
             self._give(delta["B"])
