@@ -2516,11 +2516,11 @@ class Fitter:
         fade = 0.5 * (1 + math.cos(math.pi * self.step_done / f.steps)) + 0.01
         rate, delta = {"B": 1.0, "z": a.lr_z, "A": a.lr_A}, {}
         for key, g in self.here.grad.items():
-            m, v = self.moments.get(key) or (torch.zeros_like(g), torch.zeros_like(g))
-            m, v = m.lerp(g, 1 - a.beta1), v.lerp(g * g, 1 - a.beta2)
-            self.moments[key] = (m, v)
-            step = (m / (1 - a.beta1 ** k)) / ((v / (1 - a.beta2 ** k)).sqrt() + a.eps)
-            delta[key] = -f.lr * fade * rate[key] * self.unit[key] * self.scale * step
+            m, v = self.moments.get(key) or self.moments.setdefault(key, (torch.zeros_like(g), torch.zeros_like(g)))
+            m.lerp_(g, 1 - a.beta1)
+            v.mul_(a.beta2).addcmul_(g, g, value=1 - a.beta2)
+            size = torch.sqrt(v, out=self._take() if key == "B" else None).mul_((1 - a.beta2 ** k) ** -0.5).add_(a.eps)
+            delta[key] = torch.div(m, size, out=size).mul_(-f.lr * fade * rate[key] * self.unit[key] * self.scale / (1 - a.beta1 ** k))
         return delta
 
     # -- one step
