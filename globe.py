@@ -187,6 +187,8 @@ class CalibConfig:
     batch: int = 4                      # windows that a layer sees at a time
     fisher: bool = True                 # weigh errors by the gradient of the model's own predictions (a backward pass, in all
                                         # four forward passes' work); false: by what they move in the residual stream (one)
+    means: bool = True                  # each row's mean input too: its error counts most where its neuron acts (the fit takes
+                                        # a sixth more time; the moments' file, half of the experts' numbers more)
     sampled: int = 0                    # more tokens, sampled from the dense model itself (it must fit in memory): they
                                         # bring in domains that the text lacks
     dtype: str | None = None            # that the dense model works in, in heal too; default: the checkpoint's
@@ -832,8 +834,8 @@ def with_gradients(dtype: torch.dtype) -> torch.dtype:
 
 @functools.cache
 def slow_products(dtype: torch.dtype, device: str = "cpu") -> bool:
-    """Whether matrices of a half type meet far slower than float32 ones: on CPUs without AVX-512 (bfloat16) or AMX and the
-    like (float16), where torch's products of them are loops, 6 to 100 times slower. Measured, since torch does not tell."""
+    """Whether matrices of a half type meet slower than float32 ones: on CPUs without instructions for them, where torch's
+    products take 3 to 100 times as long (bfloat16 on AVX-512 without BF16: 3 to 4). Measured, since torch does not tell."""
     if device != "cpu" or dtype.itemsize != 2:
         return False
 
@@ -844,7 +846,7 @@ def slow_products(dtype: torch.dtype, device: str = "cpu") -> bool:
             torch.mm(a, a)
             times.append(time.perf_counter() - begin)
         return min(times)
-    return seconds(dtype) > 8 * seconds(torch.float32)
+    return seconds(dtype) > 2 * seconds(torch.float32)
 
 
 @functools.cache
@@ -1438,17 +1440,20 @@ class Experts:
     keys: [(layer, expert)]; group: (n,) index of each one's bank. In the metric W_i becomes S_i^T W_i L: right {layer: L}
     weighs the input side, left {(layer, expert): S} the output side, S (p, p) lower triangular or (p,), a diagonal. The
     adapter takes S up in closed form. So does the bank L, where every bank belongs to one layer and phi is the identity
-    (absorb=True): the fit then works on B_j L.
+    (absorb=True): the fit then works on B_j L. means(layer, expert) -> (p, d): a row's error counts at its own mean input
+    mu_i too: row i has the metric C + mu_i mu_i^T, the second moment of the inputs on which neuron i acts, to rank one.
 
-    A pass needs V_i = S_i^T W_i C with C = L L^T (W_i alone without a metric, S_i^T W_i L where the bank absorbs L) and the
-    energies ||S_i^T W_i L||^2. V is kept in memory where it takes less than a quarter of it; else it is written once to a
-    nameless file in `scratch`; without a metric, or where the disk is too small, it is made from the checkpoint in every
-    pass. Under torchrun each rank holds its share of every layer. budget: bytes to plan on.
+    A pass needs V_i = S_i^T W_i C with C = L L^T (W_i alone without a metric, S_i^T W_i L where the bank absorbs L), the
+    energies ||S_i^T W_i L||^2, U, the rows mu_i (L^-1 mu_i where the bank absorbs L), and t, S_i^T W_i at mu_i. V and U are
+    kept in memory where they take less than a quarter of it; else V is written once to a nameless file in `scratch` and U
+    read again; without a metric, or where the disk is too small, V is made from the checkpoint in every pass. Under torchrun
+    each rank holds its share of every layer. budget: bytes to plan on.
     """
 
     def __init__(self, read: Callable[[int, int], Tensor], keys: Sequence[tuple], scope: str | int = "global",
                  device: torch.device = torch.device("cpu"), normalize: str = "none", batch: int = 0, right: Mapping | None = None,
-                 left: dict | None = None, absorb: bool = False, budget: float | None = None, scratch: Path | None = None):
+                 left: dict | None = None, absorb: bool = False, means: Callable[[int, int], Tensor] | None = None,
+                 budget: float | None = None, scratch: Path | None = None):
         self.read, self.keys, self.device = read, list(keys), device
         group = self.groups_of(self.keys, scope)
         self.group = torch.tensor([group[l] for l, _ in self.keys])
@@ -1456,6 +1461,7 @@ class Experts:
         self.p, self.d = read(*self.keys[0]).shape
         self.right, self.left = right or {}, left or {}
         self.absorbed = absorb and self.groups == len(group) and bool(self.right)
+        self.means, self.kept_means, self.at_means = means, None, []
         room, self.metrics = budget or free_memory(device), {}
         self.batch = batch or batch_for(room, self.p, self.d)
         self.plan = self._plan(*ranks())
@@ -1500,12 +1506,17 @@ class Experts:
     def _prepare(self, room: float, scratch: Path | None) -> None:
         """Energies and levels by one pass from the checkpoint, which also puts V where later passes find it."""
         size = 4 * self.p * self.d * sum(len(ids) for ids, _ in self.plan)
-        kept = [] if size < room / 4 else None
-        file = None
+        kept = [] if size * (1 + bool(self.means)) < room / 4 else None
+        kept_means, file = [] if kept is not None and self.means else None, None
         if kept is None and (self.right or self.left) and scratch and 1.2 * size < shutil.disk_usage(scratch).free:
             file = tempfile.TemporaryFile(dir=scratch, buffering=0)  # nameless: gone with the process, however it ends
         for (ids, l), (W, V) in zip(self.plan, self._ahead()):
             self.energy[ids] = (V * W).sum((1, 2), dtype=accumulator(self.device)).double().cpu()
+            if self.means:
+                U = self._mean_rows(ids, l)
+                self.at_means.append((W * U).sum(-1))
+                if kept_means is not None:
+                    kept_means.append(U)
             if kept is not None:
                 kept.append(V.clone())
             elif file:
@@ -1520,6 +1531,12 @@ class Experts:
                 self.level[l] = 1 / math.sqrt(mean or 1.0)
             self.energy *= torch.tensor([self.level[l] ** 2 for l, _ in self.keys], dtype=torch.float64)
         self.places = [(ids.to(self.device), float(self.energy[ids].sum())) for ids, _ in self.plan]
+        self.at_means, self.kept_means = [t * self.level[l] for t, (_, l) in zip(self.at_means, self.plan)], kept_means
+        more = torch.zeros_like(self.energy)
+        for t, (ids, _) in zip(self.at_means, self.plan):
+            more[ids] = t.square().sum(-1).double().cpu()
+        all_sum(more)
+        self.energy += more
         self.kept = [V.mul_(self.level[l]) for V, (_, l) in zip(kept, self.plan)] if kept is not None else None
         self.file = file
 
@@ -1576,12 +1593,18 @@ class Experts:
                 V = W if side is None else W @ side
                 yield V if self.absorbed else W, V if self.level[l] == 1 else V.mul_(self.level[l])
 
+    def _mean_rows(self, ids: Tensor, l: int) -> Tensor:
+        """U (b, p, d) of a batch, on the device."""
+        U = torch.stack([self.means(*self.keys[i]) for i in ids.tolist()]).float().to(self.device)
+        return torch.linalg.solve_triangular(self.right[l], U.mT, upper=False).mT if self.absorbed else U
+
     def stream(self) -> Iterator[tuple]:
-        """(ids (b,), group, layer, V (b, p, d), sum ||V||^2 in the metric) batch by batch, ids and V on the device; V is valid
-        until the next one is asked for."""
+        """(ids (b,), group, layer, V (b, p, d), sum ||V||^2 in the metric, (U (b, p, d), t (b, p)) or None) batch by batch, on
+        the device; V and U are valid until the next ones are asked for."""
         parts = self.kept if self.kept is not None else (V for _, V in self._ahead())
-        for (_, l), (ids, norm), V in zip(self.plan, self.places, parts):
-            yield ids, self.group_of_layer[l], l, V, norm
+        for k, ((_, l), (ids, norm), V) in enumerate(zip(self.plan, self.places, parts)):
+            U = None if not self.means else self.kept_means[k] if self.kept_means else self._mean_rows(self.plan[k][0], l)
+            yield ids, self.group_of_layer[l], l, V, norm, None if U is None else (U, self.at_means[k])
 
     def bank(self, B: Tensor) -> Tensor:
         """The bank (G, m, r, d) as it is stored: what it has absorbed of the metric is taken out again."""
@@ -1605,6 +1628,7 @@ class Experts:
 # 4. Calibration: text, tokens, input statistics per layer
 # ======================================================================================================
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)  # to choose from
+MEANS = ("gate_x", "up_x")  # moments of the size of the experts themselves
 CLIP = 0.99  # quantile of the tokens' weights in a batch above which they are cut down to it
 ROW_FLOOR = 0.01  # of a layer's mean row weight, added to every row: an expert that calibration never met still counts
 # Never trained or calibrated on: benchmarks use them as unseen domains.
@@ -1729,16 +1753,19 @@ def sample_windows(model: nn.Module, count: int, length: int, seed: int = 0) -> 
 
 def moment_shapes(D: Dims) -> dict:
     """{kind: shape} of a layer's moments (activation_moments), and of its ridge, where that was chosen (chosen_ridge)."""
-    return {"inputs": (D.d, D.d), "weighted": (D.d, D.d), "hidden": (D.p, D.p), "gate": (D.experts, D.p), "up": (D.experts, D.p), "ridge": ()}
+    return {"inputs": (D.d, D.d), "weighted": (D.d, D.d), "hidden": (D.p, D.p), "gate": (D.experts, D.p), "up": (D.experts, D.p), "ridge": (),
+            **dict.fromkeys(MEANS, (D.experts, D.p, D.d))}
 
 
 @torch.no_grad()
-def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool = True, seed: int = 0, tick: Callable[[], Any] = lambda: None) -> dict:
+def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool = True, seed: int = 0, tick: Callable[[], Any] = lambda: None,
+                       means: bool = False, scratch: Path | None = None) -> dict:
     """What the fit's metric needs of the dense model at work on windows (N, length) of token ids, {kind: {layer: Tensor}} in
     float64 on the CPU. Kinds, as means over the tokens:
 
     inputs (d, d): x x^T of the experts' inputs; hidden (p, p): h h^T of the routed experts' hidden activations; gate and up
     (E, p): s^2, s being what an error in that output of an expert moves; weighted (d, d): x x^T times the token's sum of s^2.
+    With means also gate_x and up_x (E, p, d), float32, in files under `scratch` where that is given: s^2 x.
     fisher: s is the gradient of log q(v), v drawn from the model's own distribution q of the next token. Its square is the
     diagonal of the Fisher information, and half of that the divergence (Kunstner et al. 2019, arXiv:1905.12558). Without:
     s = w dh/dz ||down_j|| / |y|, w being the router's weight: the change of the layer's output relative to the residual
@@ -1749,6 +1776,8 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
     for the gradients, back, each layer run again. tick() after each layer.
     """
     sums: dict = {kind: {} for kind in ("inputs", "weighted", "hidden", "gate", "up")}
+    kinds = MEANS if means else ()
+    sums |= {kind: {} for kind in kinds}
     places, count, L, seen = experts_modules(walk.model), 0, len(walk.layers), {}
     generator = torch.Generator(walk.device).manual_seed(seed)
 
@@ -1781,6 +1810,8 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
             rows = torch.zeros(module.num_experts, module.intermediate_dim, device=x.device)
             for e, (token, parts) in squares.items():
                 rows[e] = share[token] @ parts[i]
+                if means:
+                    seen[MEANS[i]][e].addmm_(parts[i].T, share[token, None] * wide[token])
             add(kind, layer, rows)
 
     def keep(module, args, out):
@@ -1794,6 +1825,11 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
         block, _, module = places.get(l, (None,) * 3)
         with contextlib.ExitStack() as hooks:
             if collects := block and fisher == back:
+                shape = (module.num_experts, module.intermediate_dim, walk.ckpt.dims.d)
+                for kind in kinds:  # a layer's at a time are where the model is; all layers' may not fit in memory
+                    if l not in sums[kind]:
+                        sums[kind][l] = torch.zeros(shape) if scratch is None else on_disk(scratch / f"{kind}.{l}", shape, torch.float32)
+                    seen[kind] = sums[kind][l].to(walk.device)
                 hooks.enter_context(module.register_forward_pre_hook(
                     lambda _, args, kwargs: seen.update(experts=(*args, *kwargs.values())[:3]), with_kwargs=True))
                 hooks.enter_context(block.register_forward_hook(keep))
@@ -1806,6 +1842,8 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
                 if collects:
                     collect(l, module, y)
                 there.copy_(h.grad if back else y)
+            for kind in kinds if collects else ():
+                sums[kind][l].copy_(seen.pop(kind))
         walk.empty([l])
         tick()
 
@@ -1832,7 +1870,7 @@ def activation_moments(walk: Walk, windows: Tensor, at_once: int, fisher: bool =
             part.copy_(torch.cat(grads).view_as(part))
         for l in reversed(range(L)) if fisher else ():
             visit(l, x[l], x[L], True)
-    return {kind: {l: v.cpu() / count for l, v in sorted(layers.items())} for kind, layers in sums.items()}
+    return {kind: {l: v.div_(count).cpu() for l, v in sorted(layers.items())} for kind, layers in sums.items()}
 
 
 def drawn(q: Tensor, generator: torch.Generator) -> Tensor:
@@ -1852,31 +1890,36 @@ def gate_slopes(module: nn.Module, z: Tensor) -> tuple:
 
 
 def save_moments(path: Path, moments: dict, fingerprint: str) -> None:
-    """Write {kind: {layer: (n, n)}} with the fingerprint of the checkpoint that they belong to, as safetensors."""
-    with written(path) as tmp:
-        save_file({f"{kind}.{l}": C.contiguous() for kind, layers in moments.items() for l, C in layers.items()}, tmp,
-                  metadata={"globe_moments": fingerprint})
+    """Write {kind: {layer: Tensor}} with the fingerprint of the checkpoint that they belong to, as safetensors; MEANS in bfloat16."""
+    made = {f"{kind}.{l}": lambda kind=kind, l=l: moments[kind][l].to(torch.bfloat16 if kind in MEANS else moments[kind][l].dtype)
+            for kind, layers in moments.items() for l in layers}
+    tensors = LazyDict(made)
+    write_tensors(path, {name: (tensors[name].dtype, tensors[name].shape) for name in made}, tensors, {"globe_moments": fingerprint})
 
 
 def load_moments(path: Path, ckpt: Checkpoint, tag: str | None = None) -> dict:
-    """What save_moments wrote with `tag`, default: the checkpoint's fingerprint, with which every kind must be there.
-    UserError: no such file, not one of ours, damaged, or of another checkpoint."""
+    """What save_moments wrote with `tag`, default: the checkpoint's fingerprint, with which every kind but ridge and MEANS must
+    be there. MEANS are read when they are asked for. UserError: no such file, not one of ours, damaged, or of another checkpoint."""
     try:
-        with safe_open(path, "pt") as f:
-            found = (f.metadata() or {}).get("globe_moments")
-        tensors = load_file(path)
+        file = safe_open(path, "pt")
+        found = (file.metadata() or {}).get("globe_moments")
+        tensors = LazyDict({name: functools.partial(file.get_tensor, name) for name in file.keys()})
     except (SafetensorError, OSError) as e:
         raise UserError(f"calib.load: {path}: expected saved moments, found {e}") from None
     if found != (tag or ckpt.fingerprint()):
         raise UserError(f"calib.load: {path}: expected moments of the checkpoint with fingerprint {tag or ckpt.fingerprint()}, found {found}")
     D, out = ckpt.dims, {}
     for kind, shape in moment_shapes(D).items():
-        if (tag or kind == "ridge") and not any(name.startswith(kind) for name in tensors):
+        if (tag or kind == "ridge" or kind in MEANS) and not any(name.startswith(f"{kind}.") for name in tensors):
             continue
-        out[kind] = {l: tensors.get(f"{kind}.{l}") for l in D.layers}
-        for l, C in out[kind].items():
+        out[kind] = {}
+        for l in D.layers:
+            C = tensors.get(f"{kind}.{l}")
             if C is None or C.shape != shape or not C.is_floating_point() or not torch.isfinite(C).all():
                 raise UserError(f"calib.load: {path}: {kind}.{l}: expected finite numbers {shape}, found {'none' if C is None else tuple(C.shape)}")
+            out[kind][l] = C
+        if kind in MEANS:
+            out[kind] = LazyDict({l: functools.partial(tensors.__getitem__, f"{kind}.{l}") for l in D.layers})
     return out
 
 
@@ -1930,21 +1973,26 @@ def chosen_ridge(ckpt: Checkpoint, halves: Sequence[dict], ratio: float, layers:
 
 
 def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, device: torch.device) -> dict:
-    """{"right": {layer: L}, made when asked for, "left": {(layer, expert): S}} of a family, for Experts. A row of a shared
-    expert, which sees every token, weighs as much as all routed experts' rows together."""
+    """{"right": {layer: L}, made when asked for, "left": {(layer, expert): S}, "means": function or None} of a family, for
+    Experts. A row of a shared expert, which sees every token, weighs as much as all routed experts' rows together."""
     if family == "down":
         S = {l: metric_factor(C, ridge).to(device) for l, C in moments["hidden"].items()}
-        return {"right": {}, "left": {(l, e): S[l] for l, e in keys}}
+        return {"right": {}, "left": {(l, e): S[l] for l, e in keys}, "means": None}
     layers = dict.fromkeys(l for l, _ in keys)
-    left = {}
+    left, rows, level = {}, {}, {l: moments["inputs"][l].diagonal().mean() for l in layers}
     for l, e in keys:
         M = moments[family][l]
-        rows = M[e] + ROW_FLOOR * M.mean() if e < len(M) else M.mean(1).sum().expand(M.shape[1])
-        left[l, e] = (rows * moments["inputs"][l].diagonal().mean()).sqrt().float().to(device)
+        rows[l, e] = M[e] + ROW_FLOOR * M.mean() if e < len(M) else M.mean(1).sum().expand(M.shape[1])
+        left[l, e] = (rows[l, e] * level[l]).sqrt().float().to(device)
+
+    def means(l: int, e: int) -> Tensor:
+        """E[s^2 x] / E[s^2] of each row (p, d), where the layer's inputs have mean square 1; none of a shared expert."""
+        X = moments[f"{family}_x"][l]
+        return X[e].float() / (rows[l, e] * level[l].sqrt()).float()[:, None] if e < len(X) else torch.zeros(X.shape[1:])
 
     def right(l: int) -> Tensor:
         return metric_factor(inputs_moment(moments, l), float(moments.get("ridge", {}).get(l, ridge))).to(device)
-    return {"right": LazyDict({l: functools.partial(right, l) for l in layers}), "left": left}
+    return {"right": LazyDict({l: functools.partial(right, l) for l in layers}), "left": left, "means": means if f"{family}_x" in moments else None}
 
 
 # ======================================================================================================
@@ -2049,10 +2097,19 @@ def normal_equations(V: Tensor, X: Tensor, C: Tensor | None, dtype: torch.dtype,
     return (product(V, X.mT, dtype, buffers("N", (b, V.shape[1], r), X)), product(XC, X.mT, dtype, buffers("K", (b, r, r), X)), XC)
 
 
-def adapters(V: Tensor, X: Tensor, ridge: float, dtype: torch.dtype = torch.float32, C: Tensor | None = None) -> Tensor:
-    """A-step: argmin_A ||(W - A X) L||^2 + ridge ||A||^2 for V = W C (b, p, d), X (b, r, d) -> (b, p, r), ridge relative."""
+def adapters(V: Tensor, X: Tensor, ridge: float, dtype: torch.dtype = torch.float32, C: Tensor | None = None, means: tuple | None = None) -> Tensor:
+    """A-step: argmin_A ||(W - A X) L||^2 + ridge ||A||^2 for V = W C (b, p, d), X (b, r, d) -> (b, p, r), ridge relative.
+
+    means: (U (b, p, d), t (b, p)) add the sum over rows i of (t_i - A_i X u_i)^2, by Sherman and Morrison's formula (Experts).
+    """
     XC = X if C is None else X @ C.to(X.dtype)
-    return torch.cholesky_solve(product(V, X.mT, dtype).mT, spd_factor(product(XC, X.mT, dtype), ridge)).mT
+    factor = spd_factor(product(XC, X.mT, dtype), ridge)
+    A = torch.cholesky_solve(product(V, X.mT, dtype).mT, factor).mT
+    if means is None:
+        return A
+    XU = product(means[0].to(X.dtype), X.mT, dtype)
+    Q = torch.cholesky_solve(XU.mT, factor).mT
+    return A + ((means[1] - (A * XU).sum(-1)) / (1 + (Q * XU).sum(-1)))[..., None] * Q
 
 
 def target_shift(P: Tensor, G: Tensor, L: Tensor | None, beta: float, ridge: float) -> Tensor:
@@ -2212,22 +2269,32 @@ def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s:
     shift, pull = (torch.zeros_like(B), torch.zeros_like(alpha)) if am else (None, None)
     error, penalty, buffers = 0.0, 0.0, experts.buffers.setdefault("pass", Buffers())
     try:
-        for ids, g, layer, V, norm in experts.stream():
+        for ids, g, layer, V, norm, means in experts.stream():
             V, a, flat, C = V.to(wide), alpha[ids], B[g].view(m, -1), experts.metric(layer)
             X, dX = blend(torch.mm(a, flat, out=buffers("X", (len(ids), r * d), B)).view(-1, r, d), cfg.bank.activation, s.lam)
             N, K, XC = normal_equations(V, X, C, dtype, buffers)
-            A = x["A"][ids] if "A" in x else solve_right(buffers("A", N.shape, N).copy_(N), spd_factor(K, f.lambda_A))
+            factor = None if "A" in x else spd_factor(K, f.lambda_A)
+            A = x["A"][ids] if "A" in x else solve_right(buffers("A", N.shape, N).copy_(N), factor)
+            if means:  # left: what each row lacks at its mean input
+                U = means[0].to(wide)
+                XU = product(U, X.mT, dtype, buffers("XU", N.shape, N))
+                left = means[1] - (A * XU).sum(-1)
+                if factor is not None:
+                    Q = solve_right(buffers("Q", N.shape, N).copy_(XU), factor)
+                    left /= 1 + (Q * XU).sum(-1)
+                    A.addcmul_(left[..., None], Q)
             P = product(A.mT, A, dtype, buffers("P", K.shape, K))
             fitted, along = torch.stack([inner(P, K, buffers), inner(A, N, buffers)]).tolist()  # one wait for the device
             part = norm + fitted - 2 * along
+            T = torch.addcmul(V, left[..., None], U, out=buffers("T", V.shape, V)) if means else V
             if part > 1e-4 * norm:
-                gX = product(A.mT, V, dtype, buffers("gX", X.shape, X))
+                gX = product(A.mT, T, dtype, buffers("gX", X.shape, X))
                 gX -= product(P, XC, dtype, buffers("PX", X.shape, X))  # A^T (W - A X) C
             else:  # differences of large numbers would drown it
                 R = V - product(A, XC, dtype)
-                gX = product(A.mT, R, dtype, buffers("gX", X.shape, X))
+                gX = product(A.mT, torch.addcmul(R, left[..., None], U) if means else R, dtype, buffers("gX", X.shape, X))
                 part = float((R if C is None else torch.linalg.solve_triangular(experts.right[layer].to(wide), R.mT, upper=False)).square().sum())
-            error += part
+            error += part + float(left.square().sum()) if means else part
             if am:
                 dZ = target_shift(P, gX, None if C is None else experts.right[layer], s.beta, f.lambda_T)
                 dZ = (dZ if dX is None else dZ * dX / dX.square().mean()).flatten(1)
@@ -2235,13 +2302,15 @@ def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s:
                 pull[ids] = dZ @ flat.T
             gX *= -2
             if f.spectral:
-                more, gXs, gAs = spectral_penalty(A, X, V, C, "A" in x, f, dtype)
+                more, gXs, gAs = spectral_penalty(A, X, V, C, "A" in x, f, dtype, means)
                 penalty, gX = penalty + more, gX + gXs
             gZ = (gX if dX is None else gX.mul_(dX)).flatten(1)
             gB[g].view(m, -1).addmm_(a.T, gZ)
             ga[ids] = gZ @ flat.T
             if gA is not None:
                 gA[ids] = -2 * (N - product(A, K, dtype)) + 2 * f.lambda_A * A + (gAs if f.spectral else 0)
+                if means:
+                    gA[ids] -= 2 * left[..., None] * XU
                 penalty += f.lambda_A * float(A.square().sum())
             if pre:
                 M[g].view(m, -1).addmm_((a * a).T, P.flatten(1))
@@ -2276,11 +2345,12 @@ def spectral_norms(M: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(K)[..., -1].clamp_min(1e-30).sqrt().to(M.device)
 
 
-def spectral_penalty(A: Tensor, X: Tensor, V: Tensor, C: Tensor | None, free_A: bool, f: FitConfig, dtype: torch.dtype) -> tuple:
+def spectral_penalty(A: Tensor, X: Tensor, V: Tensor, C: Tensor | None, free_A: bool, f: FitConfig, dtype: torch.dtype,
+                     means: tuple | None) -> tuple:
     """fit.spectral * sum sigma_max(A_i)^2 and its gradients in X and A; through the A-step where A is eliminated."""
     with torch.enable_grad():
         A, X = A.detach().clone().requires_grad_(), X.detach().clone().requires_grad_()
-        B = A if free_A else adapters(V, X, f.lambda_A, dtype, C)
+        B = A if free_A else adapters(V, X, f.lambda_A, dtype, C, means)
         value = f.spectral * spectral_norms(B).square().sum()
         if free_A:
             return float(value.detach()), torch.zeros_like(X), torch.autograd.grad(value, A)[0]
@@ -2391,9 +2461,9 @@ class Fitter:
         """Every adapter in closed form, (n, p, r): the A-step alone."""
         E, B, alpha = self.experts, self.x["B"], self.alpha()
         out = B.new_zeros(len(E), E.p, B.shape[2])
-        for ids, g, l, V, _ in E.stream():
+        for ids, g, l, V, _, means in E.stream():
             X = blend((alpha[ids] @ B[g].flatten(1)).view(len(ids), *B.shape[2:]), self.cfg.bank.activation, lam)[0]
-            out[ids] = adapters(V.to(self.wide), X, self.cfg.fit.lambda_A, C=E.metric(l))
+            out[ids] = adapters(V.to(self.wide), X, self.cfg.fit.lambda_A, C=E.metric(l), means=means)
         all_sum(out)
         return out
 
@@ -2645,11 +2715,11 @@ class Fitter:
         mine = itertools.groupby(E.stream(), key=lambda batch: batch[2])
         for l, ids in rows.items():
             A_l, place = torch.zeros(len(ids), E.p, bank.shape[2]), {i: j for j, i in enumerate(ids)}
-            for at, g, _, V, _ in next(mine)[1] if any(k == l for _, k in E.plan) else ():
+            for at, g, _, V, _, means in next(mine)[1] if any(k == l for _, k in E.plan) else ():
                 part = at.cpu()
                 X = compose(bank[g].float(), idx[part], val[part], self.cfg.bank.activation).to(E.device)
                 X, L = X.to(self.store).float(), E.right[l] if E.absorbed else None  # what the runtime composes
-                a = adapters(V, X if L is None else X @ L, self.cfg.fit.lambda_A, C=E.metric(l))
+                a = adapters(V, X if L is None else X @ L, self.cfg.fit.lambda_A, C=E.metric(l), means=means)
                 A_l[[place[i] for i in part.tolist()]] = E.adapters(part, a).cpu()
             all_sum(A_l)
             A[l] = self.shelve(f"A-{l:06d}", {"A": A_l.to(self.store)})
@@ -4871,6 +4941,8 @@ def fit_experts(names: tuple, ckpt: Checkpoint, keys: list, cfg: Config, moments
         right = dict(parts[0]["right"]) if not saved.spill else LazyDict(
             {l: lambda at=saved.shelve(f"L-{l:06d}", {"L": L.cpu()}): at.load()["L"].to(device) for l, L in parts[0]["right"].items()})
         sides = {"right": right, "left": {(l, e + i * width): S for i, part in enumerate(parts) for (l, e), S in part["left"].items()}}
+        if all(part["means"] for part in parts):
+            sides["means"] = lambda l, e: parts[e // width]["means"](l, e % width)
     saved.path.parent.mkdir(parents=True, exist_ok=True)
     return Experts(lambda l, e: ckpt.expert(names[e // width], l, e % width), [(l, e + i * width) for i in range(len(names)) for l, e in keys],
                    cfg.bank.scope, device, cfg.model.normalize, batch, **sides, absorb=cfg.bank.activation == "identity",
@@ -4973,18 +5045,20 @@ def calibration_windows(ckpt: Checkpoint, cfg: Config, device: torch.device, tok
         say(f"sampling {cfg.calib.sampled} tokens from the dense model")
         length = windows.shape[1]
         n, dense = max(1, cfg.calib.sampled // length), load_dense(ckpt.dir, device, compute_dtype(as_dtype(cfg.calib.dtype) or ckpt.dtype, device))
-        # two texts to a window: twice the subjects, and half of the time, as a step's attention reads half as much
-        texts = sample_windows(dense, 2 * n, (length + 1) // 2, cfg.fit.seed).view(n, -1)
+        # four texts to a window: four times the subjects, in less time, as a step's attention reads less
+        texts = sample_windows(dense, 4 * n, -(-length // 4), cfg.fit.seed).view(n, -1)
         windows = torch.cat([windows, texts[:, :length]])
     return windows
 
 
-def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
-    """Moments of the dense model's activations on the calibration text, layer by layer; from calib.load where given."""
+def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device, scratch: Path | None = None) -> dict:
+    """Moments of the dense model's activations on the calibration text, layer by layer; from calib.load where given. Files
+    under `scratch` hold the largest where they would take more than a quarter of the free memory."""
     if cfg.calib.load:
         moments = load_moments(Path(cfg.calib.load), ckpt)
         expect("ridge" in moments or not cfg.calib.shrink, f"calib.load: {cfg.calib.load}: expected moments saved with calib.shrink={cfg.calib.shrink}, found no ridge")
-        return moments if cfg.calib.shrink else {kind: layers for kind, layers in moments.items() if kind != "ridge"}
+        drop = {*(() if cfg.calib.shrink else ("ridge",)), *(() if cfg.calib.means else MEANS)}
+        return {kind: layers for kind, layers in moments.items() if kind not in drop}
     windows = calibration_windows(ckpt, cfg, device, cfg.calib.tokens)
     expect(len(windows) >= 2 or not cfg.calib.shrink, f"calib.shrink: expected text for 2 windows of calib.length = {cfg.calib.length} tokens or more, found 1")
     halves = windows.tensor_split(2 if cfg.calib.shrink else 1)
@@ -4994,19 +5068,22 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device) -> dict:
     layers = len(walk.layers)
     states = windows[0].numel() * ckpt.dims.d * dtype.itemsize * (layers * fisher + 1)
     at_once = max(1, free_memory(torch.device("cpu")) // 4 // states // walk.batch) * walk.batch  # whole batches: the same result whatever is free
+    means = 8 * len(ckpt.dims.layers) * ckpt.dims.experts * ckpt.dims.p * ckpt.dims.d * cfg.calib.means
+    scratch = scratch if len(halves) * means > free_memory(torch.device("cpu")) / 4 else None
     with (threads_for(ckpt.dims.p, ckpt.dims.d), memory_kept(),
           tqdm(total=sum(-(-len(half) // at_once) for half in halves) * (1 + fisher) * layers, desc="calibrate", file=sys.stderr, leave=False) as line):
-        found = [activation_moments(walk, half, at_once, fisher, cfg.fit.seed + i, line.update) for i, half in enumerate(halves)]
+        found = [activation_moments(walk, half, at_once, fisher, cfg.fit.seed + i, line.update, cfg.calib.means, scratch and scratch / str(i))
+                 for i, half in enumerate(halves)]
+    for kind, l, C in ((kind, l, C) for m in found for kind, parts in m.items() for l, C in parts.items()):
+        expect(torch.isfinite(C).all(), f"{ckpt.dir}: expected finite moments in calibration, found NaN or Inf in layer {l} "
+                                        f"({kind}): do sums overflow in {dtype}?")
+    ridge = chosen_ridge(ckpt, found, cfg.bank.ratio or 0.6) if cfg.calib.shrink else None
     moments = found[0]
+    for other in found[1:]:
+        for kind, parts in moments.items():
+            for l, C in parts.items():
+                C.lerp_(other[kind][l], len(halves[1]) / len(windows))
     if cfg.calib.shrink:
-        share = [len(half) / len(windows) for half in halves]
-        moments = {kind: {l: sum(m[kind][l] * n for m, n in zip(found, share)) for l in layers} for kind, layers in moments.items()}
-    for kind, parts in moments.items():
-        for l, C in parts.items():
-            expect(torch.isfinite(C).all(), f"{ckpt.dir}: expected finite moments in calibration, found NaN or Inf in layer {l} "
-                                            f"({kind}): do sums overflow in {dtype}?")
-    if cfg.calib.shrink:
-        ridge = chosen_ridge(ckpt, found, cfg.bank.ratio or 0.6)
         say(f"shrinkage of the covariances: {ridge} of their mean diagonal (calib.shrink)")
         moments["ridge"] = {l: torch.tensor(ridge, dtype=torch.float64) for l in moments["inputs"]}
     if cfg.calib.save:
@@ -5022,31 +5099,36 @@ def kept_moments(ckpt: Checkpoint, cfg: Config, device: torch.device, run: Path,
         with contextlib.suppress(UserError):  # of other settings
             if resume and path.is_file():
                 return load_moments(path, ckpt, tag)
-        moments = calibrate(ckpt, cfg, device)
+        scratch = run / "state" / "means"
+        moments = calibrate(ckpt, cfg, device, scratch)
         save_moments(path, {k: v for k, v in moments.items() if k != "hidden" or "down" in families_of(cfg.model)}, tag)
+        shutil.rmtree(scratch, ignore_errors=True)
     return load_moments(path, ckpt, tag)
 
 
 PASS_RATE = 0.6  # of the machine's product rate, which a whole pass reaches (bench.py fit --preset qwen15)
 
 
-def flops_per_pass(n: int, m: int, r: int, D: Dims, right: bool) -> float:
-    """Floating-point operations of one pass of varpro over n experts; right: with a metric that the bank has not absorbed."""
+def flops_per_pass(n: int, m: int, r: int, D: Dims, right: bool, means: bool = False) -> float:
+    """Floating-point operations of one pass of varpro over n experts; right: with a metric that the bank has not absorbed;
+    means: with the rows' mean inputs."""
     p, d = D.p, D.d
     products = 4 * p * r * d + 4 * r * r * d + 2 * r * r * p + 2 * r * d * d * right  # V X^T, A^T V; K, P X C; A^T A; X C
+    products += (2 * p * r * d + 2 * r * r * p) * means
     return n * (products + r ** 3 / 3 + 2 * r * r * p + 6 * m * r * d + 2 * m * r * r)  # ... solve; compose and back
 
 
-def fit_needs(cfg: Config, n: int, layers: int, m: int, r: int, groups: int, D: Dims, budget: float, numbers: int, size: int) -> tuple:
+def fit_needs(cfg: Config, n: int, layers: int, m: int, r: int, groups: int, D: Dims, budget: float, numbers: int, size: int,
+              means: bool = False) -> tuple:
     """(bytes of memory, bytes on disk) of the fit of one job of n experts that stores `numbers` of `size` bytes."""
     bank, data = 4 * groups * m * r * D.d, cfg.fit.metric == "data"
-    pairs, experts, metrics = 2 * cfg.fit.memory * bank, 4 * n * D.p * D.d, 8 * layers * D.d ** 2 * data
+    pairs, experts, metrics = 2 * cfg.fit.memory * bank, 4 * n * D.p * D.d * (1 + means), 8 * layers * D.d ** 2 * data
     spill, stream = pairs > budget / 4, experts > budget / 4
     batch = cfg.fit.batch or batch_for(budget, D.p, D.d)
     batch = min(batch, -(-n // layers))
-    at_once = 4 * batch * (2 * D.p * D.d + 4 * r * D.d + 2 * D.p * r + 4 * r * r)
+    at_once = 4 * batch * ((2 + 2 * means) * D.p * D.d + 4 * r * D.d + (2 + 2 * means) * D.p * r + 4 * r * r)
     memory = 6 * bank + 8 * groups * m * r * r + at_once + (not spill) * (pairs + metrics) + (not stream) * experts
-    return memory, bank + pairs + stream * data * experts + spill * (metrics // 2 + numbers * size) + numbers * size
+    return memory, bank + pairs + stream * data * 4 * n * D.p * D.d + 2 * n * D.p * D.d * means + spill * (metrics // 2 + numbers * size) + numbers * size
 
 
 def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict, groups: int, device: torch.device) -> dict:
@@ -5058,8 +5140,9 @@ def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict
     for job, (name, (m, r)) in zip(jobs, shapes.items()):
         n = len(job) * len(keys)
         numbers = n * D.p * r + groups * m * r * D.d + 2 * n * min(cfg.sparsity.support, m) + 2 * len(job)
-        memory, files = fit_needs(cfg, n, layers, m, r, groups, D, fit_budget(cfg, device), numbers, size)
-        work, held, disk = work + flops_per_pass(n, m, r, D, right and "down" not in job), max(held, memory + 2 ** 29), disk + files
+        means = cfg.fit.metric == "data" and cfg.calib.means and "down" not in job
+        memory, files = fit_needs(cfg, n, layers, m, r, groups, D, fit_budget(cfg, device), numbers, size, means)
+        work, held, disk = work + flops_per_pass(n, m, r, D, right and "down" not in job, means), max(held, memory + 2 ** 29), disk + files
         stored, dense = stored + numbers, dense + n * D.p * D.d
         rows.append((name, n, m, r, numbers / (n * D.p * D.d)))
     a, b, done = torch.randn(8, D.p, D.d, device=device), torch.randn(8, D.d, D.p, device=device), 0

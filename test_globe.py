@@ -231,9 +231,11 @@ def test_the_gradients_of_the_objective_are_its_finite_differences(activation):
     for metric in ("weights", "data", "down"):
         size = p if metric == "down" else d
         L, keys = {l: spd_root(size, l) for l in range(2)}, [(l, e) for l in range(2) for e in range(3)]
-        sides = {"weights": {}, "data": {"right": L, "left": {k: 0.5 + torch.rand(p, generator=gen(k[1])) for k in keys}},
+        sides = {"weights": {}, "data": {"right": L, "left": {k: 0.5 + torch.rand(p, generator=gen(k[1])) for k in keys},
+                                             "means": lambda l, e: 2 * torch.randn(p, d, generator=gen(20 + 3 * l + e))},
                  "down": {"left": {k: L[k[0]] for k in keys}}}[metric] if metric != "weights" else {}
         experts = Experts(lambda l, e: W[3 * l + e], keys, "global", normalize="scale", **sides)
+        assert len([*experts.stream()][0]) == 6 and ([*experts.stream()][0][5] is not None) == (metric == "data")
         for method, sort in (("varpro", "entmax15"), ("am", "signed"), ("adam", "entmax15"), ("adam", "signed")):
             cfg = load_config(None, [f"bank.activation={activation}", f"fit.method={method}", "fit.dtype=float64", "sparsity.l1=0.01",
                                      "fit.lambda_B=0.1", "fit.spectral=0.02", f"fit.lambda_A={1e-3 if method == 'adam' else 1e-7}"])
@@ -1751,7 +1753,7 @@ def test_byte_tokens_are_the_bytes_of_the_text_and_come_back(tmp_path):
 
 def slow_moments(model, windows: torch.Tensor, batch: int, share: float, fisher: bool) -> dict:
     """The moments by autograd through the whole model: experts written out token by token, with a leaf added to their outputs."""
-    out = {kind: {} for kind in ("inputs", "weighted", "hidden", "gate", "up")}
+    out = {kind: {} for kind in ("inputs", "weighted", "hidden", "gate", "up", "gate_x", "up_x")}
     generator, leaf, seen, seen_weight, stream = torch.Generator().manual_seed(0), {}, {}, {}, {}
     for l, (_, _, m) in globe.experts_modules(model).items():
         def forward(x, index, weight, l=l, m=m):
@@ -1780,6 +1782,8 @@ def slow_moments(model, windows: torch.Tensor, batch: int, share: float, fisher:
             for kind, part_of in zip(("gate", "up"), squares.chunk(2, -1)):
                 rows = torch.zeros(E, h.shape[-1]).index_add_(0, index.flatten(), part_of.flatten(0, 1)).double()
                 out[kind][l] = out[kind].get(l, 0) + rows / windows.numel()
+                means = torch.zeros(*rows.shape, x.shape[1]).index_add_(0, index.flatten(), torch.einsum("tkp,td->tkpd", part_of, x).flatten(0, 1))
+                out[f"{kind}_x"][l] = out[f"{kind}_x"].get(l, 0) + means / windows.numel()
             h = h.flatten(0, 1).double()
             out["inputs"][l] = out["inputs"].get(l, 0) + x.double().T @ x.double() / windows.numel()
             out["hidden"][l] = out["hidden"].get(l, 0) + h.T @ h / windows.numel()
@@ -1788,12 +1792,13 @@ def slow_moments(model, windows: torch.Tensor, batch: int, share: float, fisher:
 
 @pytest.mark.parametrize("share, at_once, fisher", ((1.0, 2, True), (0.5, 4, True), (0.5, 4, False)))
 @pytest.mark.parametrize("arch", ("qwen2_moe", "mixtral", "deepseek_v3"))
-def test_the_moments_are_those_of_the_whole_model_of_which_one_layer_is_in_memory(arch, share, at_once, fisher, checkpoints, monkeypatch):
+def test_the_moments_are_those_of_the_whole_model_of_which_one_layer_is_in_memory(arch, share, at_once, fisher, checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(globe, "CLIP", share)
     windows, held = torch.cat([IDS, IDS.flip(0), IDS.roll(1, 1)]), []
     want = slow_moments(stock(checkpoints[arch]).requires_grad_(False), windows, 2, share, fisher)
     walk = globe.Walk(Checkpoint(checkpoints[arch]), torch.device("cpu"), torch.float32, 2)
-    got = globe.activation_moments(walk, windows, at_once, fisher, tick=lambda: held.append(sum(not w.is_meta for w in walk.layers.parameters())))
+    got = globe.activation_moments(walk, windows, at_once, fisher, tick=lambda: held.append(sum(not w.is_meta for w in walk.layers.parameters())),
+                                   means=True, scratch=tmp_path if at_once == 2 else None)
     assert held == [0] * len(walk.layers) * (1 + fisher) * -(-len(windows) // at_once)
     for kind in want:
         assert want[kind].keys() == got[kind].keys() and len(want[kind])
@@ -1808,12 +1813,12 @@ def test_labels_are_drawn_from_the_models_distribution():
     torch.testing.assert_close(torch.bincount(v.flatten(), minlength=4) / len(v), q, atol=0.01, rtol=0)
 
 
-def test_a_sampled_window_holds_two_texts(run):
+def test_a_sampled_window_holds_four_texts(run):
     cfg = globe.run_config(run, types.SimpleNamespace(overrides=["calib.sampled=70", "calib.length=33", "calib.text=builtin"], config=None))
     ckpt, cpu = Checkpoint(cfg.model.path), torch.device("cpu")
     got = globe.calibration_windows(ckpt, cfg, cpu, 99)
-    want = globe.sample_windows(globe.load_dense(ckpt.dir, cpu, None), 4, 17, cfg.fit.seed)
-    assert got.shape == (5, 33) and torch.equal(got[3:], torch.cat([want[0::2], want[1::2, :16]], 1))
+    want = globe.sample_windows(globe.load_dense(ckpt.dir, cpu, None), 8, 9, cfg.fit.seed)
+    assert got.shape == (5, 33) and torch.equal(got[3:], want.view(2, 36)[:, :33])
 
 
 @torch.no_grad()
