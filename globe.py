@@ -4580,8 +4580,11 @@ class Walk:
 def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor whose memory is a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    size = math.prod(shape) * dtype.itemsize
     with open(path, "wb") as f:
-        os.posix_fallocate(f.fileno(), 0, math.prod(shape) * dtype.itemsize)  # a full disk says so here, not in the middle
+        if hasattr(os, "posix_fallocate"):  # a full disk says so here, not in the middle; macOS has no such call
+            os.posix_fallocate(f.fileno(), 0, size)
+        f.truncate(size)
     return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
 
 
@@ -5068,11 +5071,16 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device, scratch: Path
     layers = len(walk.layers)
     states = windows[0].numel() * ckpt.dims.d * dtype.itemsize * (layers * fisher + 1)
     at_once = max(1, free_memory(torch.device("cpu")) // 4 // states // walk.batch) * walk.batch  # whole batches: the same result whatever is free
-    means = 8 * len(ckpt.dims.layers) * ckpt.dims.experts * ckpt.dims.p * ckpt.dims.d * cfg.calib.means
-    scratch = scratch if len(halves) * means > free_memory(torch.device("cpu")) / 4 else None
+    means, size = cfg.calib.means, 8 * len(halves) * len(ckpt.dims.layers) * ckpt.dims.experts * ckpt.dims.p * ckpt.dims.d
+    scratch = scratch if means and size > free_memory(torch.device("cpu")) / 4 else None
+    if scratch:
+        scratch.mkdir(parents=True, exist_ok=True)
+        if 1.6 * size > (free := shutil.disk_usage(scratch).free):  # and half of it again in the file that is kept
+            say(f"calib.means: expected {1.6 * size / 2 ** 30:.3g} GiB of disk in {scratch}, found {free / 2 ** 30:.3g}: going without")
+            means, scratch = False, None
     with (threads_for(ckpt.dims.p, ckpt.dims.d), memory_kept(),
           tqdm(total=sum(-(-len(half) // at_once) for half in halves) * (1 + fisher) * layers, desc="calibrate", file=sys.stderr, leave=False) as line):
-        found = [activation_moments(walk, half, at_once, fisher, cfg.fit.seed + i, line.update, cfg.calib.means, scratch and scratch / str(i))
+        found = [activation_moments(walk, half, at_once, fisher, cfg.fit.seed + i, line.update, means, scratch and scratch / str(i))
                  for i, half in enumerate(halves)]
     for kind, l, C in ((kind, l, C) for m in found for kind, parts in m.items() for l, C in parts.items()):
         expect(torch.isfinite(C).all(), f"{ckpt.dir}: expected finite moments in calibration, found NaN or Inf in layer {l} "
@@ -5128,7 +5136,7 @@ def fit_needs(cfg: Config, n: int, layers: int, m: int, r: int, groups: int, D: 
     batch = min(batch, -(-n // layers))
     at_once = 4 * batch * ((2 + 2 * means) * D.p * D.d + 4 * r * D.d + (2 + 2 * means) * D.p * r + 4 * r * r)
     memory = 6 * bank + 8 * groups * m * r * r + at_once + (not spill) * (pairs + metrics) + (not stream) * experts
-    return memory, bank + pairs + stream * data * 4 * n * D.p * D.d + 2 * n * D.p * D.d * means + spill * (metrics // 2 + numbers * size) + numbers * size
+    return memory, bank + pairs + stream * data * 4 * n * D.p * D.d + 6 * n * D.p * D.d * means + spill * (metrics // 2 + numbers * size) + numbers * size
 
 
 def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict, groups: int, device: torch.device) -> dict:

@@ -492,18 +492,21 @@ def test_normalisation_is_undone_on_the_way_out():
         assert (torch.stack([f.weight(l, e) for l, e in KEYS]) - W).norm() < 2e-3 * W.norm(), scope
 
 
-def test_a_bank_that_absorbs_the_metric_gives_the_same_fit():
+@pytest.mark.parametrize("means", (False, True))
+def test_a_bank_that_absorbs_the_metric_gives_the_same_fit(means):
     W, right = torch.randn(N, 6, 10, generator=gen()), {l: spd_root(10, l) for l in range(4)}
     cfg, errors = load_config(None, ["fit.steps=60", "bank.m=3", "sparsity.support=3", "bank.init=experts"]), []
+    U = 3 * torch.randn(N, 6, 10, generator=gen(1)) if means else torch.zeros(N, 6, 10)
     for absorb in (False, True):
-        experts = Experts(lambda l, e: W[8 * l + e], KEYS, "layer", right=right, absorb=absorb)
+        experts = Experts(lambda l, e: W[8 * l + e], KEYS, "layer", right=right, absorb=absorb, means=(lambda l, e: U[8 * l + e]) if means else None)
         assert experts.absorbed == absorb
         fitter = Fitter(experts, cfg, (3, 4))
         while not fitter.done:
             fitter.step()
         f = fitter.factors()
-        R = torch.stack([(f.weight(l, e) - W[8 * l + e]) @ right[l] * experts.level[l] for l, e in KEYS])
-        errors.append(float(R.square().sum()) / N / 60)
+        lost = torch.stack([(f.weight(l, e) - W[8 * l + e]) * experts.level[l] for l, e in KEYS])
+        R, at_means = lost @ torch.stack([right[l] for l, _ in KEYS]), (lost * U).sum(-1)
+        errors.append(float(R.square().sum() + at_means.square().sum()) / float(experts.energy.sum()))
         assert errors[-1] == pytest.approx(fitter.here.error, rel=1e-3)
     assert errors[1] == pytest.approx(errors[0], rel=0.1)  # other coordinates, so perhaps another local minimum
 
@@ -1875,6 +1878,25 @@ def test_a_chosen_ridge_is_kept_with_the_moments_and_used(small, tmp_path, capsy
     with pytest.raises(UserError, match="found no ridge"):
         loaded("plain.st", "calib.shrink=auto")
     torch.testing.assert_close(moments["inputs"][1], plain["inputs"][1], rtol=1e-5, atol=1e-8)
+
+
+def test_the_largest_moments_rest_on_disk_or_are_left_out(small, words, tmp_path, monkeypatch, capsys):
+    ckpt, cpu = Checkpoint(small), torch.device("cpu")
+    cfg = globe.load_config(None, ["calib.tokens=512", "calib.length=64", f"calib.text={words}"])
+    plain = globe.calibrate(ckpt, cfg, cpu)
+    monkeypatch.setattr(globe, "free_memory", lambda device: 10_000)
+    there = globe.calibrate(ckpt, cfg, cpu, tmp_path / "means")
+    assert len([*(tmp_path / "means").rglob("gate_x.*")]) == len(ckpt.dims.layers)
+    for kind, parts in plain.items():
+        for l, C in parts.items():
+            assert torch.equal(C, there[kind][l]), (kind, l)
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    assert plain.keys() - globe.calibrate(ckpt, cfg, cpu, tmp_path / "means").keys() == set(globe.MEANS)
+    assert "calib.means: expected" in capsys.readouterr().err
+    globe.save_moments(tmp_path / "m.st", plain, ckpt.fingerprint())
+    off = globe.load_config(None, [f"calib.load={tmp_path / 'm.st'}", "calib.means=false"])
+    assert plain.keys() - globe.calibrate(ckpt, off, cpu).keys() == set(globe.MEANS)
 
 
 # ======================================================================================================
