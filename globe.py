@@ -1534,7 +1534,7 @@ class Experts:
         self.at_means, self.kept_means = [t * self.level[l] for t, (_, l) in zip(self.at_means, self.plan)], kept_means
         more = torch.zeros_like(self.energy)
         for t, (ids, _) in zip(self.at_means, self.plan):
-            more[ids] = t.square().sum(-1).double().cpu()
+            more[ids] = t.square().sum(-1).cpu().double()
         all_sum(more)
         self.energy += more
         self.kept = [V.mul_(self.level[l]) for V, (_, l) in zip(kept, self.plan)] if kept is not None else None
