@@ -188,7 +188,7 @@ class CalibConfig:
     fisher: bool = True                 # weigh errors by the gradient of the model's own predictions (a backward pass, in all
                                         # four forward passes' work); false: by what they move in the residual stream (one)
     means: bool = True                  # each row's mean input too: its error counts most where its neuron acts (the fit takes
-                                        # a sixth more time; the moments' file, half of the experts' numbers more)
+                                        # a quarter more time; the moments' file, half of the experts' numbers more)
     sampled: int = 0                    # more tokens, sampled from the dense model itself (it must fit in memory): they
                                         # bring in domains that the text lacks
     dtype: str | None = None            # that the dense model works in, in heal too; default: the checkpoint's
