@@ -235,7 +235,7 @@ def test_the_gradients_of_the_objective_are_its_finite_differences(activation):
                                              "means": lambda l, e: 2 * torch.randn(p, d, generator=gen(20 + 3 * l + e))},
                  "down": {"left": {k: L[k[0]] for k in keys}}}[metric] if metric != "weights" else {}
         experts = Experts(lambda l, e: W[3 * l + e], keys, "global", normalize="scale", **sides)
-        assert len([*experts.stream()][0]) == 6 and ([*experts.stream()][0][5] is not None) == (metric == "data")
+        assert (next(experts.stream())[5] is not None) == (metric == "data")
         for method, sort in (("varpro", "entmax15"), ("am", "signed"), ("adam", "entmax15"), ("adam", "signed")):
             cfg = load_config(None, [f"bank.activation={activation}", f"fit.method={method}", "fit.dtype=float64", "sparsity.l1=0.01",
                                      "fit.lambda_B=0.1", "fit.spectral=0.02", f"fit.lambda_A={1e-3 if method == 'adam' else 1e-7}"])
