@@ -243,11 +243,12 @@ def fit_adam(start: list, build, steps: int, lr: float = 2e-3) -> torch.Tensor:
     """build(*x) after Adam on ||W - build(*x)||^2 for start [*x, W (G, ...)]: G independent fits; each as it began where that is no worse."""
     *x, W = start
     x = [t.clone().requires_grad_() for t in x]
-    opt, start = torch.optim.Adam(x, lr), build(*x).detach()
+    opt, start = torch.optim.Adam(x, lr, fused=True), build(*x).detach()
     for step in tqdm(range(steps), desc="adam", leave=False):
         opt.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         opt.zero_grad()
-        (len(W) * (W - build(*x)).square().mean()).backward()  # the sum of the fits' means
+        out = build(*x)
+        out.backward((out.detach() - W) * (2 / W[0].numel()))  # of the sum of the fits' mean squares
         opt.step()
     end = build(*x).detach()
     better = (W - end).flatten(1).norm(dim=1) < (W - start).flatten(1).norm(dim=1)
@@ -390,9 +391,10 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
                     small, size = pruned(ckpt, asked, globe.token_windows(tokenizer, calibration, cfg.calib.tokens, cfg.calib.length), device)
                     add("reap", small, size, {}, time.perf_counter() - begin, "expert")
             else:
-                weights, stored = {"svd": lambda: peer_svd(ckpt, asked, {}), "svd-llm": lambda: peer_svd(ckpt, asked, L),
-                                   "layer-pca": lambda: peer_layer_pca(ckpt, asked, L), "d2": lambda: peer_d2(ckpt, asked, L),
-                                   "slbf": lambda: peer_slbf(ckpt, asked, args.steps or 3000, device)}[variant]()
+                with globe.threads_for(D.p, D.d), globe.memory_kept():
+                    weights, stored = {"svd": lambda: peer_svd(ckpt, asked, {}), "svd-llm": lambda: peer_svd(ckpt, asked, L),
+                                       "layer-pca": lambda: peer_layer_pca(ckpt, asked, L), "d2": lambda: peer_d2(ckpt, asked, L),
+                                       "slbf": lambda: peer_slbf(ckpt, asked, args.steps or 3000, device)}[variant]()
                 seconds = time.perf_counter() - begin
                 put_experts(model, weights, D.p)
                 add(variant, model, stored / (2 * len(D.layers) * D.experts * D.p * D.d), frobenius(ckpt, weights), seconds,

@@ -67,6 +67,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.adam import adam
 from tqdm import tqdm
 
 __version__ = "0.1.0"
@@ -593,6 +594,7 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+@functools.cache
 def onednn_keeps_float32() -> bool:
     """Whether oneDNN multiplies float32 matrices as float32 where it would be allowed bfloat16: true without AMX."""
     if getattr(torch.backends.mkldnn, "matmul", None) is None or not torch.backends.mkldnn.is_available():
@@ -2008,8 +2010,7 @@ def blend(z: Tensor, activation: str, lam: float) -> tuple:
     if activation == "identity" or lam == 0:
         return z, None
     if activation == "silu":
-        s = torch.sigmoid(z)
-        f, df = z * s, s * (1 + z * (1 - s))
+        f, df = F.silu(z), torch.ops.aten.silu_backward(torch.ones_like(z), z)
     else:
         f = torch.tanh(z)
         df = 1 - f * f
@@ -2272,28 +2273,38 @@ def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s:
         for ids, g, layer, V, norm, means in experts.stream():
             V, a, flat, C = V.to(wide), alpha[ids], B[g].view(m, -1), experts.metric(layer)
             X, dX = blend(torch.mm(a, flat, out=buffers("X", (len(ids), r * d), B)).view(-1, r, d), cfg.bank.activation, s.lam)
-            N, K, XC = normal_equations(V, X, C, dtype, buffers)
-            factor = None if "A" in x else spd_factor(K, f.lambda_A)
-            A = x["A"][ids] if "A" in x else solve_right(buffers("A", N.shape, N).copy_(N), factor)
-            if means:  # left: what each row lacks at its mean input
-                U = means[0].to(wide)
-                XU = product(U, X.mT, dtype, buffers("XU", N.shape, N))
-                left = means[1] - (A * XU).sum(-1)
-                if factor is not None:
-                    Q = solve_right(buffers("Q", N.shape, N).copy_(XU), factor)
-                    left /= 1 + (Q * XU).sum(-1)
-                    A.addcmul_(left[..., None], Q)
-            P = product(A.mT, A, dtype, buffers("P", K.shape, K))
-            fitted, along = torch.stack([inner(P, K, buffers), inner(A, N, buffers)]).tolist()  # one wait for the device
-            part = norm + fitted - 2 * along
-            T = torch.addcmul(V, left[..., None], U, out=buffers("T", V.shape, V)) if means else V
-            if part > 1e-4 * norm:
-                gX = product(A.mT, T, dtype, buffers("gX", X.shape, X))
-                gX -= product(P, XC, dtype, buffers("PX", X.shape, X))  # A^T (W - A X) C
-            else:  # differences of large numbers would drown it
-                R = V - product(A, XC, dtype)
-                gX = product(A.mT, torch.addcmul(R, left[..., None], U) if means else R, dtype, buffers("gX", X.shape, X))
-                part = float((R if C is None else torch.linalg.solve_triangular(experts.right[layer].to(wide), R.mT, upper=False)).square().sum())
+            if gA is not None and C is None and not means:  # joint descent on the weights: three products from the residual alone
+                A = x["A"][ids]
+                R = torch.sub(V, product(A, X, dtype, buffers("AX", V.shape, V)), out=buffers("R", V.shape, V))
+                part, pull_A = float(inner(R, R, buffers)), product(R, X.mT, dtype, buffers("N", A.shape, A))
+                gX = product(A.mT, R, dtype, buffers("gX", X.shape, X))
+            else:
+                N, K, XC = normal_equations(V, X, C, dtype, buffers)
+                factor = None if "A" in x else spd_factor(K, f.lambda_A)
+                A = x["A"][ids] if "A" in x else solve_right(buffers("A", N.shape, N).copy_(N), factor)
+                if means:  # left: what each row lacks at its mean input
+                    U = means[0].to(wide)
+                    XU = product(U, X.mT, dtype, buffers("XU", N.shape, N))
+                    left = means[1] - (A * XU).sum(-1)
+                    if factor is not None:
+                        Q = solve_right(buffers("Q", N.shape, N).copy_(XU), factor)
+                        left /= 1 + (Q * XU).sum(-1)
+                        A.addcmul_(left[..., None], Q)
+                P = product(A.mT, A, dtype, buffers("P", K.shape, K))
+                fitted, along = torch.stack([inner(P, K, buffers), inner(A, N, buffers)]).tolist()  # one wait for the device
+                part = norm + fitted - 2 * along
+                T = torch.addcmul(V, left[..., None], U, out=buffers("T", V.shape, V)) if means else V
+                if part > 1e-4 * norm:
+                    gX = product(A.mT, T, dtype, buffers("gX", X.shape, X))
+                    gX -= product(P, XC, dtype, buffers("PX", X.shape, X))  # A^T (W - A X) C
+                else:  # differences of large numbers would drown it
+                    R = V - product(A, XC, dtype)
+                    gX = product(A.mT, torch.addcmul(R, left[..., None], U) if means else R, dtype, buffers("gX", X.shape, X))
+                    part = float((R if C is None else torch.linalg.solve_triangular(experts.right[layer].to(wide), R.mT, upper=False)).square().sum())
+                if gA is not None:
+                    pull_A = N - product(A, K, dtype)
+                    if means:
+                        pull_A.addcmul_(left[..., None], XU)
             error += part + float(left.square().sum()) if means else part
             if am:
                 dZ = target_shift(P, gX, None if C is None else experts.right[layer], s.beta, f.lambda_T)
@@ -2308,9 +2319,7 @@ def evaluate(x: dict, experts: Experts, cfg: Config, kind: str, mask: Tensor, s:
             gB[g].view(m, -1).addmm_(a.T, gZ)
             ga[ids] = gZ @ flat.T
             if gA is not None:
-                gA[ids] = -2 * (N - product(A, K, dtype)) + 2 * f.lambda_A * A + (gAs if f.spectral else 0)
-                if means:
-                    gA[ids] -= 2 * left[..., None] * XU
+                gA[ids] = -2 * pull_A + 2 * f.lambda_A * A + (gAs if f.spectral else 0)
                 penalty += f.lambda_A * float(A.square().sum())
             if pre:
                 M[g].view(m, -1).addmm_((a * a).T, P.flatten(1))
@@ -2582,15 +2591,15 @@ class Fitter:
 
     def _adam(self) -> dict:
         """One Adam step of all parameters, at rates relative to their own size at the start."""
-        a, f, k = self.cfg.fit.adam, self.cfg.fit, self.step_done + 1
+        a, f = self.cfg.fit.adam, self.cfg.fit
         fade = 0.5 * (1 + math.cos(math.pi * self.step_done / f.steps)) + 0.01
         rate, delta = {"B": 1.0, "z": a.lr_z, "A": a.lr_A}, {}
         for key, g in self.here.grad.items():
             m, v = self.moments.get(key) or self.moments.setdefault(key, (torch.zeros_like(g), torch.zeros_like(g)))
-            m.lerp_(g, 1 - a.beta1)
-            v.mul_(a.beta2).addcmul_(g, g, value=1 - a.beta2)
-            size = torch.sqrt(v, out=self._take() if key == "B" else None).mul_((1 - a.beta2 ** k) ** -0.5).add_(a.eps)
-            delta[key] = torch.div(m, size, out=size).mul_(-f.lr * fade * rate[key] * self.unit[key] * self.scale / (1 - a.beta1 ** k))
+            delta[key] = (self._take() if key == "B" else torch.empty_like(g)).zero_()
+            count = torch.tensor(float(self.step_done), device=g.device)
+            adam([delta[key]], [g], [m], [v], [], [count], fused=True, amsgrad=False, beta1=a.beta1, beta2=a.beta2, weight_decay=0.0,
+                 lr=f.lr * fade * rate[key] * self.unit[key] * self.scale, eps=a.eps, maximize=False)
         return delta
 
     # -- one step
@@ -3934,13 +3943,14 @@ def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = 
     """(mean negative log-likelihood in nats per predicted token, number of them) over windows (N, length).
     With stride, windows overlap: of all but the first only the last `stride` tokens count (the WikiText recipe)."""
     device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for part in progress(windows.split(batch)):
-        logits = model(part.to(device)).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten().to(device), reduction="none").view(len(part), -1)
-        scored = torch.ones_like(loss, dtype=torch.bool)
-        scored[0 if count else 1:, :-(stride or loss.shape[1])] = False
-        total, count = total + float(loss[scored].sum()), count + int(scored.sum())
+    total, count, d = 0.0, 0, model.get_input_embeddings().weight.shape[1]
+    with threads_for(d, d), memory_kept():
+        for part in progress(windows.split(batch)):
+            loss = torch.stack([F.cross_entropy(z[:-1].float(), ids[1:], reduction="none")  # no copy of a batch's logits
+                                for z, ids in zip(model(part.to(device)).logits, part.to(device))])
+            scored = torch.ones_like(loss, dtype=torch.bool)
+            scored[0 if count else 1:, :-(stride or loss.shape[1])] = False
+            total, count = total + float(loss[scored].sum()), count + int(scored.sum())
     return total / count, count
 
 
