@@ -1268,7 +1268,7 @@ def main(argv=None) -> int:
                         "SMOL_DIR or the hub). Default: tiny, and for decode, asked for by name, qwen15-layer too")
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.8, 0.6], help="quality: stored / dense sizes")
     parser.add_argument("--experts", type=int, default=8, help="smol-moe: slices per layer (8 of 192, or 4 of 384)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="config of the fits and of the tiny model")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="config of the fits and of the tiny model")
     parser.add_argument("--peers", nargs="+", default=["closed"], choices=(*PEERS, "closed", "all", "none"),
                         help="quality: which peers; closed: those in closed form (default); mobe and slbf take hours on smol-moe")
     parser.add_argument("--heal", action="store_true", help="quality: heal globe's factors too (variant globe+heal)")
