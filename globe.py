@@ -3944,7 +3944,7 @@ def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = 
     With stride, windows overlap: of all but the first only the last `stride` tokens count (the WikiText recipe)."""
     device = next(model.parameters()).device
     total, count, d = 0.0, 0, model.get_input_embeddings().weight.shape[1]
-    with threads_for(d, d), memory_kept():
+    with threads_for(d, d):
         for part in progress(windows.split(batch)):
             loss = torch.stack([F.cross_entropy(z[:-1].float(), ids[1:], reduction="none")  # no copy of a batch's logits
                                 for z, ids in zip(model(part.to(device)).logits, part.to(device))])
