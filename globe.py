@@ -3946,8 +3946,9 @@ def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = 
     total, count, d = 0.0, 0, model.get_input_embeddings().weight.shape[1]
     with threads_for(d, d):
         for part in progress(windows.split(batch)):
+            part = part.to(device)
             loss = torch.stack([F.cross_entropy(z[:-1].float(), ids[1:], reduction="none")  # no copy of a batch's logits
-                                for z, ids in zip(model(part.to(device)).logits, part.to(device))])
+                                for z, ids in zip(model(part).logits, part)])
             scored = torch.ones_like(loss, dtype=torch.bool)
             scored[0 if count else 1:, :-(stride or loss.shape[1])] = False
             total, count = total + float(loss[scored].sum()), count + int(scored.sum())
