@@ -1625,6 +1625,133 @@ def test_what_healing_does_not_train_stays_bit_identical(checkpoints, tmp_path):
         healed(ckpt, random_factors(ckpt), tmp_path / "x", "heal.stack=1", "heal.bank=train")
 
 
+def refined(ckpt: Checkpoint, factors: Factors, *settings: str, tokens: int = 32 * 32) -> list:
+    """rows of a refinement on random tokens"""
+    ids = torch.randint(64, (tokens // 32, 32), generator=gen(4))
+    return globe.refine(ckpt, factors, ids, load_config(None, list(settings)), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+def test_refinement_lowers_every_layers_error_and_goes_wherever_the_factors_go(kind, checkpoints, tmp_path):
+    ckpt, want = Checkpoint(checkpoints[kind]), logits(stock(checkpoints[kind]))
+    factors = random_factors(ckpt)
+    start, old, size = gap(logits(globe.assemble(ckpt, factors)), want), tensors_of(factors), factors.ratio()
+    rows = refined(ckpt, factors, "fit.down=false")
+    assert [r["layer"] for r in rows] == list(ckpt.dims.layers) and all(r["after"] < 0.9 * r["before"] for r in rows)
+    assert {name.rpartition("_")[2] for name, t in tensors_of(factors).items() if not torch.equal(t, old[name])} == {"A"} and not factors.down
+    assert all(b["after"] < 0.95 * a["after"] for a, b in zip(rows, refined(ckpt, factors, "fit.refine=0")))
+    assert all(len(t) == ckpt.dims.experts + ckpt.dims.shared for t in factors.down.values()) and factors.ratio() == size
+    globe.save_factors(factors, tmp_path / "factors.safetensors")
+    again, mine = globe.load_factors(tmp_path), logits(globe.assemble(ckpt, factors))
+    assert gap(mine, want) < 0.9 * start
+    dense = stock(checkpoints[kind])
+    assert gap(logits(globe.patch(dense, again)), mine) < 1e-4
+    assert torch.equal(logits(globe.unpatch(dense)), want)
+    for form, write, read in (("dense", globe.export_dense, stock), ("globe", globe.export_globe, globe.load)):
+        write(ckpt, again, fresh_dir(tmp_path / form))
+        assert gap(logits(read(tmp_path / form)), mine) < 1e-4
+    before = [healed(ckpt, copy.deepcopy(f), tmp_path / f"heal{i}", "heal.stack=1", "heal.steps=1")[0][0]["before"]
+              for i, f in enumerate((again, dataclasses.replace(again, down={})))]
+    assert before[0] < before[1]  # heal begins with down as it was refined
+    layer = ckpt.dims.layers[-1]
+    for bad in (factors.down[layer][:1], factors.down[layer].int(), torch.full_like(factors.down[layer], math.nan)):
+        globe.save_factors(dataclasses.replace(factors, down={layer: bad}), tmp_path / "factors.safetensors")
+        with pytest.raises(UserError, match=f"layers.{layer}.down"):
+            globe.load_factors(tmp_path)
+
+
+def test_some_layers_and_experts_and_the_shared_one_are_refined_alone(checkpoints):
+    ckpt, D = Checkpoint(checkpoints["qwen2_moe"]), Checkpoint(checkpoints["qwen2_moe"]).dims
+    every = random_factors(ckpt)
+    for experts in ([1, 3], [0, 2, D.experts, D.experts + 1]):  # the shared expert is D.experts and + 1
+        pick = lambda t: {1: t[1][[e % D.experts for e in experts]]}  # noqa: E731
+        families = {f: dataclasses.replace(fam, A=pick(fam.A), idx=pick(fam.idx), val=pick(fam.val), group={1: 0}) for f, fam in every.families.items()}
+        factors, dense = dataclasses.replace(every, families=families, experts={1: experts}, down={}), stock(ckpt.dir)
+        row, = refined(ckpt, factors)
+        assert row["layer"] == 1 and row["after"] < 0.8 * row["before"] and factors.refined(1) == [e for e in experts if e < D.experts] + [D.experts, D.experts + 1]
+        model = globe.assemble(ckpt, factors)
+        module, other = globe.experts_modules(model)[1][2], globe.experts_modules(dense)[1][2]
+        assert [e for e in range(D.experts) if torch.equal(module.down_proj[e], other.down_proj[e])] == [e for e in range(D.experts) if e not in experts]
+        assert torch.equal(globe.experts_modules(model)[0][2].down_proj, globe.experts_modules(dense)[0][2].down_proj)
+        mine = logits(model)
+        assert gap(logits(globe.patch(dense, factors)), mine) < 1e-4
+        assert torch.equal(logits(globe.unpatch(dense)), logits(stock(ckpt.dir)))
+
+
+def one_layer(ckpt: Checkpoint, factors: Factors, always: bool) -> tuple:
+    """(parent, experts module, inputs, router's choice, its weights) of layer 1 of a stock model on random inputs, in float32."""
+    parent, _, module = globe.experts_modules(stock(ckpt.dir))[1]
+    x, k = torch.randn(500, ckpt.dims.d, generator=gen(8)), ckpt.dims.experts if always else 2
+    weight, index = torch.randn(500, ckpt.dims.experts, generator=gen(9)).softmax(-1).topk(k)
+    return parent, module, x, index, weight
+
+
+@pytest.mark.parametrize("always", [True, False])
+@torch.no_grad()
+def test_refined_adapters_and_down_are_the_least_squares_solutions(always, checkpoints, monkeypatch):
+    """The output is linear in up's adapters, and in down: against a dense solver, features written out token by token."""
+    ckpt, l, D = Checkpoint(checkpoints["qwen2_moe"]), 1, Checkpoint(checkpoints["qwen2_moe"]).dims
+    factors = random_factors(ckpt, "up", r=3)
+    parent, module, x, index, weight = one_layer(ckpt, factors, always)
+    X, up = factors.families["up"].composed(l), [factors.families["up"].weight(l, e) for e in range(D.experts)]
+    gates, downs = [ckpt.expert("gate", l, e) for e in range(D.experts)], [ckpt.expert("down", l, e) for e in range(D.experts)]
+
+    def outputs(ups) -> torch.Tensor:  # (N, d), and the hidden activations (N, E, p), times the router's weights
+        h = torch.zeros(len(x), D.experts, D.p)
+        for t in range(len(x)):
+            for e, w in zip(index[t].tolist(), weight[t].tolist()):
+                h[t, e] = w * torch.nn.functional.silu(gates[e] @ x[t]) * (ups[e] @ x[t])
+        return h.flatten(1) @ torch.cat(downs), h
+    want = outputs([ckpt.expert("up", l, e) for e in range(D.experts)])[0]
+    shares, lacks, _ = globe.shares_of(parent, module, factors, l, True, x, index, weight)
+    now, h = outputs(up)
+    torch.testing.assert_close(lacks, want - now, atol=1e-5, rtol=1e-4)
+    assert [s.experts for s in shares] == ([[0, 1, 2, 3], [4, 5]] if always else [[0], [1], [2], [3], [4, 5]])
+    # down: ridge regression, every expert's own ridge; the shared expert has a part in it
+    shared = parent.shared_expert_gate(x).sigmoid() * torch.nn.functional.silu(parent.shared_expert.gate_proj(x)) * parent.shared_expert.up_proj(x)
+    H = torch.cat([h.flatten(1), shared], 1).double()
+    groups = [range(64), range(64, 96)] if always else [range(16 * e, 16 * e + 16) for e in range(4)] + [range(64, 96)]
+    ridge = torch.cat([globe.DOWN_RIDGE * H[:, g].square().sum(0).mean().expand(len(g)) for g in groups])
+    solved = torch.linalg.solve(H.T @ H + torch.diag(ridge), H.T @ (want - now).double())
+    expected = torch.cat([*downs, parent.shared_expert.down_proj.weight.T]).double() + solved
+    got = globe.refine_down(shares, left := lacks.clone(), D.p, sweeps=200)
+    torch.testing.assert_close(got.transpose(1, 2).flatten(0, 1).double(), expected, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(left.double(), (want - now).double() - H @ solved, atol=1e-4, rtol=1e-3)
+    # adapters of up, with no anchor
+    monkeypatch.setattr(globe, "ANCHOR", 0.0)
+    columns = []
+    for e, row, j in itertools.product(range(D.experts), range(D.p), range(3)):
+        slope = torch.stack([weight[t][index[t] == e].sum() * torch.nn.functional.silu(gates[e][row] @ x[t]) for t in range(len(x))])
+        columns.append(((slope * (x @ X[e, j]))[:, None] * downs[e][row]).flatten())
+    J, y = torch.stack(columns, 1).double(), (want - now).double().flatten()[:, None]
+    best = (y - J @ torch.linalg.lstsq(J, y).solution).norm()
+    globe.refine_adapters(shares, factors, l, x, lacks, 400, at_once=96)
+    left = (want - outputs([factors.families["up"].weight(l, e) for e in range(D.experts)])[0]).norm()
+    assert float(left) == pytest.approx(float(best), rel=2e-3) and float(best) < 0.95 * float((want - now).norm())
+
+
+def test_the_calibrations_windows_are_kept_for_the_refinement(small, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = ["--config", "none", f"model.path={small}", f"calib.text={words}", *QUICK][2:]
+    first = answer("fit", "--out", "a", *settings, "calib.sampled=512", "calib.save=m.st", capsys=capsys)
+    assert 0.1 < first["ratio"] < 1 and len(json.loads(Path("a/refined.json").read_text())) == len(Checkpoint(small).dims.layers)
+    monkeypatch.setattr(globe, "calibration_windows", None)  # they need not be made again
+    answer("fit", "--out", "b", *settings, "calib.load=m.st", capsys=capsys)
+    assert Path("a/factors.safetensors").read_bytes()[-4096:] == Path("b/factors.safetensors").read_bytes()[-4096:]
+    plain = answer("fit", "--out", "c", *settings, "calib.load=m.st", "fit.refine=0", "fit.down=false", capsys=capsys)
+    assert plain["ratio"] == first["ratio"] and not globe.load_factors("c").down and not Path("c/refined.json").exists()
+    tensors = load_file("m.st")
+    ids = tensors.pop("windows.0")
+    tag = {"globe_moments": Checkpoint(small).fingerprint()}
+    save_file(tensors, "old.st", metadata=tag)
+    globe.main(["fit", "--out", "d", *settings, "calib.load=old.st"])
+    assert "without its windows" in capsys.readouterr().err and not globe.load_factors("d").down
+    for bad in (ids.float(), ids[0], -ids - 1, ids + 10 ** 6):
+        save_file(tensors | {"windows.0": bad.contiguous()}, "bad.st", metadata=tag)
+        assert globe.main(["fit", "--out", "e", *settings, "calib.load=bad.st"]) == 2 and not Path("e").exists()
+        assert "token ids" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
 def test_healed_norms_go_wherever_the_factors_go(kind, checkpoints, tmp_path):
     ckpt = Checkpoint(checkpoints[kind])
