@@ -173,7 +173,7 @@ class FitConfig:
     lambda_T: float = 1e-4              # method am: ridge on the targets, relative likewise
     spectral: float = 0.0               # on the squared spectral norms of A and B
     tol: float = 0.0                    # stop where ten steps gain less than this, relatively
-    refine: int = 6                     # behind the fit, on the calibration's tokens: steps for each layer's adapters by its own output;
+    refine: int = 3                     # behind the fit, on the calibration's tokens: steps for each layer's adapters by its own output;
     down: bool = True                   # ... and its down projections, which stay dense, solved for once more
     seed: int = 0
     save_every: int = 25
@@ -4648,7 +4648,7 @@ class Share:
 
     def at_work(self, module: nn.Module, x: Tensor, slopes: bool) -> Tensor:
         x, made = x[self.tokens], []
-        for part, weight in zip(x.split(2048), self.weight.split(2048)):
+        for part, weight in zip(x.split(1024), self.weight.split(1024)):
             z = torch.cat([F.linear(part, w) for w in self.gate_up], -1)
             h, both = gate_slopes(module, z) if slopes else (module._apply_gate(z).float(), ())
             made.append([t.mul_(weight).to(x.dtype) for t in (h, *both)])
@@ -4766,8 +4766,8 @@ def refine_down(shares: list, lacks: Tensor, p: int, sweeps: int = 3) -> Tensor:
         s = shares[i]
         if i not in factor:
             K = torch.zeros(s.h.shape[1], s.h.shape[1], device=lacks.device)
-            for part in s.h.split(4096):
-                K.addmm_(part.float().T, part.float())
+            for part in s.h.split(4096):  # sums in float32
+                K += part.T @ part
             ridge = float(DOWN_RIDGE * K.diagonal().mean().clamp_min(1e-30))
             factor[i] = ridge, spd_factor(K + ridge * torch.eye(len(K), device=K.device), 0)
         ridge, L = factor[i]
