@@ -4204,7 +4204,7 @@ tags: [moe, globe, compressed]
 # {base}, experts compressed by GloBE ({form})
 
 {' and '.join(factors.families).capitalize()} of the routed experts of `{base}` are `W = shift + scale * A phi(sum_j alpha_j B_j)`: an adapter A
-per expert, and a sparse mixture over a bank of bases B that layers share. {stored:,} bytes of weights; the source has
+per expert, and a sparse mixture over a bank of bases B that layers share{"; down is dense, refitted to them" if factors.down else ""}. {stored:,} bytes of weights; the source has
 {weight_bytes(ckpt.dir):,}. Stored / dense numbers: {factors.ratio():.4f} of the compressed matrices, {factors.model_ratio(ckpt.num_parameters()):.4f} of the model.
 
 {sizes}
@@ -4686,8 +4686,8 @@ def shares_of(parent: nn.Module, module: nn.Module, factors: Factors, l: int, sl
     return shares, lacks, size
 
 
-def refine_adapters(shares: list, factors: Factors, l: int, x: Tensor, lacks: Tensor, steps: int, at_once: int = 2048) -> None:
-    """One Gauss-Newton step in A of a layer's gates and ups, in place in factors, that makes up for what its output `lacks` (N, d):
+def refine_adapters(shares: list, factors: Factors, l: int, x: Tensor, lacks: Tensor, steps: int, at_once: int = 2048) -> dict:
+    """{family: A (E_l, p, r)} of a layer's gates and ups after a Gauss-Newton step that makes up for what its output `lacks` (N, d):
     `steps` conjugate gradients on ||J q - lacks||^2 + ANCHOR ||q||^2. q is in units of what each row's change alone would move
     in the output: J^T J is the identity where rows do not interact, and the anchor holds to the fit's solution."""
     shares = [(s, [factors.experts[l].index(e) for e in s.experts]) for s in shares if set(s.experts) <= {*factors.experts[l]} and len(s.h)]
@@ -4753,8 +4753,9 @@ def refine_adapters(shares: list, factors: Factors, l: int, x: Tensor, lacks: Te
         step = {f: g[f].add(step[f], alpha=size / old) for f in families}
     for f in families:
         fam = factors.families[f]
-        change = torch.linalg.solve_triangular(L[f], q[f] / unit[f], upper=False, left=False) / fam.scale
-        fam.A[l] = (fam.A[l].float() + change.cpu()).to(fam.A[l].dtype)
+        q[f] = torch.linalg.solve_triangular(L[f], q[f] / unit[f], upper=False, left=False) / fam.scale
+        q[f] = (fam.A[l].to(x.device, torch.float32) + q[f]).to(fam.A[l].dtype)
+    return q
 
 
 def refine_down(shares: list, lacks: Tensor, p: int, sweeps: int = 3) -> Tensor:
@@ -4779,12 +4780,15 @@ def refine_down(shares: list, lacks: Tensor, p: int, sweeps: int = 3) -> Tensor:
 
 
 @torch.no_grad()
-def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, device: torch.device) -> list:
+def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, device: torch.device, scratch: Path | None = None) -> list:
     """Behind the fit, in place: each layer's adapters of gate and up, and its down projections, by what its experts give together on
     windows (N, T) of token ids. The fit counts each row of gate and up by itself; here errors that cancel or add up in a token's
     output count as they do. Inputs are the dense model's, a layer at a time is in memory, and no gradient leaves a layer.
     Down stays dense and of its size (least squares behind what was cut: He et al. 2017, arXiv:1707.06168, for channels).
-    Returns a row {"layer", "before", "after"} per layer: relative error of the output."""
+    Returns a row {"layer", "before", "after"} per layer: relative error of the output. What is new lies in files below
+    `scratch` where that is given: all layers' may not fit in memory."""
+    def kept(name: str, t: Tensor) -> Tensor:
+        return t.cpu() if scratch is None else on_disk(scratch / name, t.shape, t.dtype).copy_(t)
     rows, last, dtype = [], max(factors.experts), as_dtype(cfg.calib.dtype) or ckpt.dtype
     walk = Walk(ckpt, device, compute_dtype(dtype, device), min(cfg.calib.batch, len(windows)))
     places = experts_modules(walk.model)
@@ -4804,11 +4808,12 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
             shares, lacks, size = shares_of(parent, module, factors, l, cfg.fit.refine > 0, *some)
             before = float(lacks.square().mean())
             if cfg.fit.refine:
-                refine_adapters(shares, factors, l, some[0], lacks, cfg.fit.refine)
+                for f, A in refine_adapters(shares, factors, l, some[0], lacks, cfg.fit.refine).items():
+                    factors.families[f].A[l] = kept(f"{f}.{l}", A)
                 del shares, lacks
                 shares, lacks, size = shares_of(parent, module, factors, l, False, *inputs)
             if cfg.fit.down:
-                factors.down[l] = refine_down(shares, lacks, ckpt.dims.p).to(ckpt.dtype).cpu()
+                factors.down[l] = kept(f"down.{l}", refine_down(shares, lacks, ckpt.dims.p).to(ckpt.dtype))
             rows.append({"layer": l, "before": math.sqrt(before / size), "after": math.sqrt(float(lacks.square().mean()) / size)})
         walk.empty([l])
     return rows
@@ -5391,6 +5396,8 @@ def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict
         work, held, disk = work + flops_per_pass(n, m, r, D, right and "down" not in job, means), max(held, memory + 2 ** 29), disk + files
         stored, dense = stored + numbers, dense + n * D.p * D.d
         rows.append((name, n, m, r, numbers / (n * D.p * D.d)))
+    if cfg.fit.metric == "data" and cfg.fit.down and "down" not in families_of(cfg.model):
+        disk += 2 * len(keys) * D.p * D.d * size  # the refined down projections, once more while they are written
     a, b, done = torch.randn(8, D.p, D.d, device=device), torch.randn(8, D.d, D.p, device=device), 0
     with threads_for(D.p, D.d, cfg.fit.dtype):
         begin = time.perf_counter()
@@ -5404,7 +5411,7 @@ def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict
     say(text_table(("families", "experts", "m", "r", "ratio"), rows))
     say(f"model {total * size / 2 ** 30:.3g} -> {after / 2 ** 30:.3g} GiB; memory of the fit about {held / 2 ** 30:.3g} GiB, disk about "
         f"{disk / 2 ** 30:.3g} GiB; {work:.3g} operations a pass at {PASS_RATE * rate / 1e9:.3g} GFLOP/s, "
-        f"{cfg.fit.steps} steps in about {seconds / 60:.3g} minutes, calibration not counted")
+        f"{cfg.fit.steps} steps in about {seconds / 60:.3g} minutes, calibration and refinement not counted")
     return {"dry_run": True, "families": list(families_of(cfg.model)), "r": {row[0]: row[3] for row in rows}, "ratio": stored / dense,
             "model_ratio": (total - dense + stored) / total, "bytes_dense": total * size, "bytes": after, "memory_bytes": int(held),
             "disk_bytes": int(disk), "flops_per_pass": work, "flops_per_second": PASS_RATE * rate, "seconds": round(seconds, 1)}
@@ -5499,8 +5506,9 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
         if windows := moments.get("windows"):
             factors = load_factors(out)
             with threads_for(D.p, D.d), memory_kept():
-                lost = refine(ckpt, factors, windows[0], cfg, device)
+                lost = refine(ckpt, factors, windows[0], cfg, device, out / "state" / "refined")
             save_factors(factors, out / "factors.safetensors")
+            shutil.rmtree(out / "state" / "refined")
             write_text(out / "refined.json", json.dumps(lost))
             before, after = (math.sqrt(sum(row[k] ** 2 for row in lost) / len(lost)) for k in ("before", "after"))
             say(f"refined: relative error of the layers' outputs {before:.4f} -> {after:.4f}")
