@@ -4640,7 +4640,7 @@ class Share:
     h @ down.T, with h and its slopes dh/dgate, dh/dup (n, P) times the router's weights; P = p times their number."""
     experts: list
     tokens: Any                         # (n,) rows of the layer's inputs, or all of them as a slice
-    weight: Tensor                      # (n, P)
+    weight: Tensor                      # (n, number of experts)
     gate_up: list                       # of (P, d), compressed where the experts are
     down: Tensor                        # (d, P)
     h: Tensor = None
@@ -4651,8 +4651,8 @@ class Share:
         for part, weight in zip(x.split(1024), self.weight.split(1024)):
             z = torch.cat([F.linear(part, w) for w in self.gate_up], -1)
             h, both = gate_slopes(module, z) if slopes else (module._apply_gate(z).float(), ())
-            made.append([t.mul_(weight).to(x.dtype) for t in (h, *both)])
-        self.h, *self.slopes = (torch.cat(t) for t in zip(*made)) if made else (x.new_zeros(0, self.weight.shape[1]),) * 3
+            made.append([t.view(*weight.shape, -1).mul_(weight[..., None]).to(x.dtype).flatten(1) for t in (h, *both)])
+        self.h, *self.slopes = (torch.cat(t) for t in zip(*made)) if made else (x.new_zeros(0, self.down.shape[1]),) * 3
         return self.h
 
 
@@ -4673,7 +4673,7 @@ def shares_of(parent: nn.Module, module: nn.Module, factors: Factors, l: int, sl
             mlp, gate, tokens = shared_mlp(parent), getattr(parent, "shared_expert_gate", None), slice(None)
             w = torch.ones(len(x), len(shared), device=x.device) if gate is None else gate(x).float().sigmoid().expand(-1, len(shared))
             gate_up, down = [mlp.gate_proj.weight, mlp.up_proj.weight], mlp.down_proj.weight
-        share = Share(experts, tokens, w.repeat_interleave(D.p, 1), gate_up, down)
+        share = Share(experts, tokens, w, gate_up, down)
         h = share.at_work(module, x, False)
         size += float(F.linear(h, down).float().square().sum()) / x.numel()
         if fitted := [factors.experts[l].index(e) for e in experts if e in factors.experts[l]]:
@@ -4683,7 +4683,7 @@ def shares_of(parent: nn.Module, module: nn.Module, factors: Factors, l: int, sl
                     share.gate_up[i] = (fam.shift + fam.scale * W).flatten(0, 1).to(x.dtype)
             lacks[share.tokens] += F.linear(h - share.at_work(module, x, slopes), down).float()
         shares.append(share)
-    return shares, lacks, size
+    return shares, lacks, max(size, 1e-30)
 
 
 def refine_adapters(shares: list, factors: Factors, l: int, x: Tensor, lacks: Tensor, steps: int, at_once: int = 2048) -> dict:
@@ -4791,8 +4791,12 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
         return t.cpu() if scratch is None else on_disk(scratch / name, t.shape, t.dtype).copy_(t)
     rows, last, dtype = [], max(factors.experts), as_dtype(cfg.calib.dtype) or ckpt.dtype
     walk = Walk(ckpt, device, compute_dtype(dtype, device), min(cfg.calib.batch, len(windows)))
-    places = experts_modules(walk.model)
-    x = torch.empty(*windows.shape, ckpt.dims.d, dtype=walk.dtype)
+    places, D = experts_modules(walk.model), ckpt.dims
+    # what a layer's tokens take: hidden activations and slopes of their experts and the shared one, inputs, outputs
+    each = walk.dtype.itemsize * (3 * D.p * (max(D.top_k, 1) + D.shared) + 4 * D.d) + 12 * D.d
+    most = max(1, int(min(free_memory(device), free_memory(torch.device("cpu"))) / 2 / each / windows.shape[1]))
+    windows = windows[::-(-len(windows) // most)]
+    x = torch.empty(*windows.shape, D.d, dtype=walk.dtype)
     walk.embed(windows, x)
     for l in tqdm(range(last + 1), desc="refine", file=sys.stderr, leave=False):
         walk.fill([l])
@@ -4804,7 +4808,7 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
                 part.copy_(walk.run([l], part))
         if seen:
             inputs = [torch.cat([t.reshape(-1, t.shape[-1]) for t in kind]) for kind in zip(*seen)]
-            some = [t[::max(1, inputs[1].numel() // (REFINE_TOKENS * ckpt.dims.d * ckpt.dims.experts))] for t in inputs]
+            some = [t[::max(1, inputs[1].numel() // (REFINE_TOKENS * D.d * D.experts))] for t in inputs]
             shares, lacks, size = shares_of(parent, module, factors, l, cfg.fit.refine > 0, *some)
             before = float(lacks.square().mean())
             if cfg.fit.refine:
@@ -4813,7 +4817,7 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
                 del shares, lacks
                 shares, lacks, size = shares_of(parent, module, factors, l, False, *inputs)
             if cfg.fit.down:
-                factors.down[l] = kept(f"down.{l}", refine_down(shares, lacks, ckpt.dims.p).to(ckpt.dtype))
+                factors.down[l] = kept(f"down.{l}", refine_down(shares, lacks, D.p).to(ckpt.dtype))
             rows.append({"layer": l, "before": math.sqrt(before / size), "after": math.sqrt(float(lacks.square().mean()) / size)})
         walk.empty([l])
     return rows
