@@ -316,7 +316,7 @@ POSITIVE = ("bank.m", "bank.r", "bank.ratio", "model.max_experts", "sparsity.sup
             "cache.per_layer", "cache.budget", "eval.tokens", "eval.length", "eval.stride", "eval.context",
             *(f"train.{k}" for k in ("hidden_size", "layers", "heads", "kv_heads", "experts", "top_k", "moe_intermediate_size", "batch",
                                      "seq_len", "lr", "clip")))
-NON_NEGATIVE = ("model.single_layer", "sparsity.l1", "sparsity.eps_prune", "fit.batch", "fit.ridge", "fit.lambda_A",
+NON_NEGATIVE = ("fit.refine", "model.single_layer", "sparsity.l1", "sparsity.eps_prune", "fit.batch", "fit.ridge", "fit.lambda_A",
                 "fit.lambda_B", "fit.lambda_T", "fit.spectral", "fit.tol", "fit.seed", "cache.warmup_tokens",
                 "fit.homotopy.lam_steps", "fit.homotopy.beta_steps", "calib.sampled", "heal.warmup",
                 *(f"train.{k}" for k in ("shared_expert_intermediate_size", "upcycle_noise", "dense_steps", "moe_steps", "warmup",
@@ -5505,19 +5505,25 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
     kept["model"] = {k: v for k, v in kept["model"].items() if k not in ("path", "force_download")}
     factors = Factors(fitted, {l: [e for k, e in keys if k == l] for l in dict.fromkeys(l for l, _ in keys)}, D,
                       ckpt.config["model_type"], ckpt.fingerprint(), kept)
+    asked = moments and (cfg.fit.refine or cfg.fit.down)
+    if asked and "down" in fitted:
+        say("down is among the families: no refinement (fit.refine, fit.down)")
+    elif asked and "windows" not in moments:
+        say(f"calib.load: {cfg.calib.load} was saved without its windows: no refinement (fit.refine, fit.down)")
+    elif asked:
+        scratch = out / "state" / "refined"
+        scratch.mkdir(parents=True, exist_ok=True)
+        save_factors(factors, scratch / "factors.safetensors")  # the run is not finished yet
+        factors = load_factors(scratch)
+        with threads_for(D.p, D.d), memory_kept():
+            lost = refine(ckpt, factors, moments["windows"][0], cfg, device, scratch)
+        write_text(out / "refined.json", json.dumps(lost))
+        before, after = (math.sqrt(sum(row[k] ** 2 for row in lost) / len(lost)) for k in ("before", "after"))
+        say(f"refined: relative error of the layers' outputs {before:.4f} -> {after:.4f}")
     save_factors(factors, out / "factors.safetensors")
-    if moments and (cfg.fit.refine or cfg.fit.down) and "down" not in fitted:
-        if windows := moments.get("windows"):
-            factors = load_factors(out)
-            with threads_for(D.p, D.d), memory_kept():
-                lost = refine(ckpt, factors, windows[0], cfg, device, out / "state" / "refined")
-            save_factors(factors, out / "factors.safetensors")
-            shutil.rmtree(out / "state" / "refined")
-            write_text(out / "refined.json", json.dumps(lost))
-            before, after = (math.sqrt(sum(row[k] ** 2 for row in lost) / len(lost)) for k in ("before", "after"))
-            say(f"refined: relative error of the layers' outputs {before:.4f} -> {after:.4f}")
-        else:
-            say(f"calib.load: {cfg.calib.load} was saved without its windows: no refinement (fit.refine, fit.down)")
+    if asked:
+        factors = load_factors(out)
+        shutil.rmtree(out / "state" / "refined", ignore_errors=True)
     rel_frob = {f: e["all"] for f, e in reconstruction(ckpt, factors).items()}
     support = {f: float(fam.support().float().median()) for f, fam in factors.families.items()}
     say(text_table(("family", "relative Frobenius error", "median support", "m", "r"),

@@ -1746,6 +1746,15 @@ def test_the_calibrations_windows_are_kept_for_the_refinement(small, words, tmp_
     save_file(tensors, "old.st", metadata=tag)
     globe.main(["fit", "--out", "d", *settings, "calib.load=old.st"])
     assert "without its windows" in capsys.readouterr().err and not globe.load_factors("d").down
+    globe.main(["fit", "--out", "f", *settings, "calib.load=m.st", "model.families=all"])
+    assert "down is among the families" in capsys.readouterr().err
+    with monkeypatch.context() as m:  # cut short in the refinement: the run is not finished, and goes on from there
+        m.setattr(globe, "refine_down", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        globe.main(["fit", "--out", "g", *settings, "calib.load=m.st"])
+        assert not Path("g/factors.safetensors").exists()
+    answer("fit", "--resume", "--out", "g", capsys=capsys)
+    assert Path("g/factors.safetensors").read_bytes()[-4096:] == Path("b/factors.safetensors").read_bytes()[-4096:]
+    assert not Path("g/state/refined").exists()
     for bad in (ids.float(), ids[0], -ids - 1, ids + 10 ** 6):
         save_file(tensors | {"windows.0": bad.contiguous()}, "bad.st", metadata=tag)
         assert globe.main(["fit", "--out", "e", *settings, "calib.load=bad.st"]) == 2 and not Path("e").exists()
