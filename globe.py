@@ -5505,13 +5505,12 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
     kept["model"] = {k: v for k, v in kept["model"].items() if k not in ("path", "force_download")}
     factors = Factors(fitted, {l: [e for k, e in keys if k == l] for l in dict.fromkeys(l for l, _ in keys)}, D,
                       ckpt.config["model_type"], ckpt.fingerprint(), kept)
-    asked = moments and (cfg.fit.refine or cfg.fit.down)
+    asked, scratch = moments and (cfg.fit.refine or cfg.fit.down), out / "state" / "refined"
     if asked and "down" in fitted:
         say("down is among the families: no refinement (fit.refine, fit.down)")
     elif asked and "windows" not in moments:
         say(f"calib.load: {cfg.calib.load} was saved without its windows: no refinement (fit.refine, fit.down)")
     elif asked:
-        scratch = out / "state" / "refined"
         scratch.mkdir(parents=True, exist_ok=True)
         save_factors(factors, scratch / "factors.safetensors")  # the run is not finished yet
         factors = load_factors(scratch)
@@ -5521,9 +5520,9 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
         before, after = (math.sqrt(sum(row[k] ** 2 for row in lost) / len(lost)) for k in ("before", "after"))
         say(f"refined: relative error of the layers' outputs {before:.4f} -> {after:.4f}")
     save_factors(factors, out / "factors.safetensors")
-    if asked:
+    if scratch.exists():
         factors = load_factors(out)
-        shutil.rmtree(out / "state" / "refined", ignore_errors=True)
+        shutil.rmtree(scratch)
     rel_frob = {f: e["all"] for f, e in reconstruction(ckpt, factors).items()}
     support = {f: float(fam.support().float().median()) for f, fam in factors.families.items()}
     say(text_table(("family", "relative Frobenius error", "median support", "m", "r"),
