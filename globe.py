@@ -4803,12 +4803,14 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
         seen, (parent, _, module) = [], places.get(l, (None,) * 3)
         with contextlib.ExitStack() as hooks:
             if l in factors.experts:
-                hooks.callback(module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((*args, *kwargs.values())[:3]), with_kwargs=True).remove)
+                hooks.enter_context(module.register_forward_pre_hook(
+                    lambda _, args, kwargs: seen.append((*args, *kwargs.values())[:3]), with_kwargs=True))
             for part in x.split(walk.batch):
                 part.copy_(walk.run([l], part))
         if seen:
             inputs = [torch.cat([t.reshape(-1, t.shape[-1]) for t in kind]) for kind in zip(*seen)]
-            some = [t[::max(1, inputs[1].numel() // (REFINE_TOKENS * D.d * D.experts))] for t in inputs]
+            every = max(1, inputs[1].numel() // (REFINE_TOKENS * D.d * D.experts)) if cfg.fit.refine else 1  # down takes them all
+            some = [t[::every] for t in inputs]
             shares, lacks, size = shares_of(parent, module, factors, l, cfg.fit.refine > 0, *some)
             before = float(lacks.square().mean())
             if cfg.fit.refine:
