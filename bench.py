@@ -1156,7 +1156,7 @@ def time_to_mobes_end(preset: str, ckpt: globe.Checkpoint, args: argparse.Namesp
             flat += next(r["seconds"] for r in mine if r["rel_frob"] <= 1.01 * mine[-1]["rel_frob"])
         rows = [{"variant": "mobe", "test": f"{args.mobe_steps} steps, flat at {flat:.0f} of {whole:.0f} s", "value": round(flat, 2), "error": goal, "ratio": None}]
         for steps in (1, 3, 6, 12, 25, 50, 100, 200):
-            seconds, error, _ = fit(f"globe-{steps}", "--config", config, "calib.fisher=false", "calib.sampled=0", "calib.tokens=16384", "fit.refine=0",
+            seconds, error, _ = fit(f"globe-{steps}", "--config", config, "calib.fisher=false", "calib.sampled=0", "calib.tokens=4096", "fit.refine=0",
                                     "fit.down=false", *args.set, f"fit.steps={steps}")
             if error <= goal:
                 break
