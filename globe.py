@@ -173,7 +173,7 @@ class FitConfig:
     lambda_T: float = 1e-4              # method am: ridge on the targets, relative likewise
     spectral: float = 0.0               # on the squared spectral norms of A and B
     tol: float = 0.0                    # stop where ten steps gain less than this, relatively
-    refine: int = 3                     # behind the fit, on the calibration's tokens: steps for each layer's adapters by its own output;
+    refine: int = 6                     # behind the fit, on the calibration's tokens: steps for each layer's adapters by its own output;
     down: bool = True                   # ... and its down projections, which stay dense, solved for once more
     seed: int = 0
     save_every: int = 25
@@ -1636,6 +1636,7 @@ MEANS = ("gate_x", "up_x")  # moments of the size of the experts themselves
 CLIP = 0.99  # quantile of the tokens' weights in a batch above which they are cut down to it
 ANCHOR = 0.1      # refinement of adapters: weight of staying at the fit's solution, beside the tokens'
 DOWN_RIDGE = 0.3  # refinement of down: relative to the mean square of the hidden activations
+FEW_TOKENS = 10   # both hold on by as much more where an expert sees few: times its unknowns in a row over its tokens
 REFINE_TOKENS = 40  # adapters are refined on every n-th token where an expert has more than this times hidden_size
 ROW_FLOOR = 0.01  # of a layer's mean row weight, added to every row: an expert that calibration never met still counts
 # Never trained or calibrated on: benchmarks use them as unseen domains.
@@ -3480,13 +3481,15 @@ def shared_mlp(parent: nn.Module) -> nn.Module | None:
     return getattr(parent, "shared_expert", getattr(parent, "shared_experts", None))
 
 
-def put_dense(model: nn.Module, factors: Factors, layers: Iterable[int] | None = None) -> list:
-    """Put healed norms and refined down projections in place, as tensors of their own; returns [(module, key, what was there)].
-    layers: of these alone, and no norms."""
+def put_dense(model: nn.Module, factors: Factors, layers: Iterable[int] | None = None, keep: bool = False) -> list:
+    """Put healed norms and refined down projections in place, as tensors of their own; returns [(module, key, what was there)]
+    with keep, else []. layers: of these alone, and no norms."""
     old = []
 
     def put(module: nn.Module, key: str, change: Callable[[Tensor], Tensor]) -> None:
-        old.append((module, key, was := getattr(module, key).detach()))
+        was = getattr(module, key).detach()
+        if keep:
+            old.append((module, key, was))
         _assign(module, key, change(was))
     weights = dict(model.named_parameters())
     for name, t in factors.norms.items() if layers is None else ():
@@ -3521,7 +3524,7 @@ def patch(model: nn.Module, factors: Factors | str | Path, cache: CacheConfig | 
                 if hasattr(new, f"{f}_proj"):
                     _assign(new, f"{f}_proj", (w[rows] if f in new.families else w).contiguous())
     _assign_factors(model, factors, device, dtype)
-    replaced = put_dense(model, factors)
+    replaced = put_dense(model, factors, keep=keep_dense)
     model._globe_dense = (old, replaced) if keep_dense else None
     return model
 
@@ -4535,7 +4538,8 @@ class Student:
     @torch.no_grad()
     def write(self, params: Mapping | None = None) -> None:
         if not self.refined:
-            self.refined = put_dense(self.model, self.factors, self.at) or True
+            put_dense(self.model, self.factors, self.at)
+            self.refined = True
         for l, name in itertools.product(self.at, self.factors.families):
             for W, (matrix, cut) in zip(self.weights(l, name, params), self._places(l, name)):
                 cut(matrix.data).copy_(W)
@@ -4647,19 +4651,21 @@ class Share:
     slopes: Sequence = ()
 
     def at_work(self, module: nn.Module, x: Tensor, slopes: bool) -> Tensor:
-        x, made = x[self.tokens], []
-        for part, weight in zip(x.split(1024), self.weight.split(1024)):
-            z = torch.cat([F.linear(part, w) for w in self.gate_up], -1)
+        x = x[self.tokens]
+        made = [x.new_empty(len(x), self.down.shape[1]) for _ in range(1 + 2 * slopes)]
+        for i in range(0, len(x), 1024):
+            z, weight = torch.cat([F.linear(x[i:i + 1024], w) for w in self.gate_up], -1), self.weight[i:i + 1024, :, None]
             h, both = gate_slopes(module, z) if slopes else (module._apply_gate(z).float(), ())
-            made.append([t.view(*weight.shape, -1).mul_(weight[..., None]).to(x.dtype).flatten(1) for t in (h, *both)])
-        self.h, *self.slopes = (torch.cat(t) for t in zip(*made)) if made else (x.new_zeros(0, self.down.shape[1]),) * 3
+            for to, t in zip(made, (h, *both)):
+                to[i:i + 1024] = t.unflatten(1, (weight.shape[1], -1)).mul_(weight).flatten(1)
+        self.h, *self.slopes = made
         return self.h
 
 
 def shares_of(parent: nn.Module, module: nn.Module, factors: Factors, l: int, slopes: bool, x: Tensor, index: Tensor, weight: Tensor) -> tuple:
     """([Share] of the experts that factors.refined(l) names, gate and up compressed where they were fitted; (N, d) float32: what
-    the layer's output lacks with these; the mean square of what the dense ones give, added up) of inputs x (N, d)."""
-    D, E, shares, lacks, size = factors.dims, factors.dims.experts, [], torch.zeros(x.shape, device=x.device), 0.0
+    the layer's output lacks with these; the mean square of what all of them give when dense) of inputs x (N, d)."""
+    E, shares, dense, lacks = factors.dims.experts, [], *torch.zeros(2, *x.shape, device=x.device)
     routed, shared = ([e for e in factors.refined(l) if (e >= E) == there] for there in (False, True))
     seen = {e: (index == e).nonzero(as_tuple=True) for e in routed}
     always = all(len(tokens) == len(x) for tokens, _ in seen.values())
@@ -4675,32 +4681,34 @@ def shares_of(parent: nn.Module, module: nn.Module, factors: Factors, l: int, sl
             gate_up, down = [mlp.gate_proj.weight, mlp.up_proj.weight], mlp.down_proj.weight
         share = Share(experts, tokens, w, gate_up, down)
         h = share.at_work(module, x, False)
-        size += float(F.linear(h, down).float().square().sum()) / x.numel()
+        dense[tokens] += F.linear(h, down).float()
         if fitted := [factors.experts[l].index(e) for e in experts if e in factors.experts[l]]:
             for i, f in enumerate(("gate", "up")):
                 if fam := factors.families.get(f):
                     W = fam.A[l][fitted].to(x.device, torch.float32) @ fam.composed(l, fitted).to(x.device, torch.float32)
                     share.gate_up[i] = (fam.shift + fam.scale * W).flatten(0, 1).to(x.dtype)
-            lacks[share.tokens] += F.linear(h - share.at_work(module, x, slopes), down).float()
+            lacks[tokens] += F.linear(h - share.at_work(module, x, slopes), down).float()
         shares.append(share)
-    return shares, lacks, max(size, 1e-30)
+    return shares, lacks, max(float(dense.square().mean()), 1e-30)
 
 
 def refine_adapters(shares: list, factors: Factors, l: int, x: Tensor, lacks: Tensor, steps: int, at_once: int = 2048) -> dict:
     """{family: A (E_l, p, r)} of a layer's gates and ups after a Gauss-Newton step that makes up for what its output `lacks` (N, d):
-    `steps` conjugate gradients on ||J q - lacks||^2 + ANCHOR ||q||^2. q is in units of what each row's change alone would move
+    `steps` conjugate gradients on ||J q - lacks||^2 + anchor ||q||^2. q is in units of what each row's change alone would move
     in the output: J^T J is the identity where rows do not interact, and the anchor holds to the fit's solution."""
     shares = [(s, [factors.experts[l].index(e) for e in s.experts]) for s in shares if set(s.experts) <= {*factors.experts[l]} and len(s.h)]
     C = x.float().T @ x.float() / len(x)
-    families, L, U, unit = [f for f in ("gate", "up") if f in factors.families], {}, {}, {}
+    families, L, U, unit, anchor = [f for f in ("gate", "up") if f in factors.families], {}, {}, {}, {}
     for f in families:
         X = factors.families[f].composed(l).to(x.device, torch.float32)  # (E_l, r, d)
         L[f] = spd_factor(X @ C @ X.mT, 1e-4)
         U[f] = torch.linalg.solve_triangular(L[f], X, upper=False).to(x.dtype)
-        unit[f] = torch.zeros(*factors.families[f].A[l].shape[:2], 1, device=x.device)
+        unit[f], anchor[f] = torch.zeros(len(X), factors.dims.p, 1, device=x.device), torch.full((len(X), 1, 1), ANCHOR, device=x.device)
         for s, rows in shares:
+            anchor[f][rows] += FEW_TOKENS * X.shape[1] / len(s.h)
             unit[f][rows] = (s.down.float().norm(dim=0) * s.slopes[f == "up"].float().norm(dim=0)).view(len(rows), -1, 1)
-        unit[f] += 1e-3 * unit[f].mean().clamp_min(1e-30)
+        unit[f] = (unit[f] + 1e-3 * unit[f].mean().clamp_min(1e-30)) * (1 + anchor[f]).sqrt()  # all as stiff: few gradients do
+        anchor[f] /= 1 + anchor[f]
 
     def pieces(start: int) -> list:
         """[(share, its rows in factors, its tokens within start .. start + at_once, their places in the share)]"""
@@ -4745,10 +4753,11 @@ def refine_adapters(shares: list, factors: Factors, l: int, x: Tensor, lacks: Te
         if size <= done:
             break
         curved, length = normal(step)
-        t = size / (length + ANCHOR * _dot(step, step))
+        held = {f: anchor[f] * step[f] for f in families}
+        t = size / (length + _dot(held, step))
         _add(q, t, step)
         _add(g, -t, curved)
-        _add(g, -t * ANCHOR, step)
+        _add(g, -t, held)
         size, old = _dot(g, g), size
         step = {f: g[f].add(step[f], alpha=size / old) for f in families}
     for f in families:
@@ -4759,8 +4768,8 @@ def refine_adapters(shares: list, factors: Factors, l: int, x: Tensor, lacks: Te
 
 
 def refine_down(shares: list, lacks: Tensor, p: int, sweeps: int = 3) -> Tensor:
-    """Down projections (n, d, p) of the shares' experts that give what the output `lacks` (N, d), which is left in place: least squares
-    with a ridge towards what they are, a share after the other on what the others leave (block Gauss-Seidel). Taken each
+    """Down projections (n, d, p) of the shares' experts that give what the output `lacks` (N, d), which becomes what it then still
+    lacks: least squares with a ridge towards what they are, a share after the other on what the others leave (block Gauss-Seidel). Taken each
     alone, experts mend a fifth as much: what one lacks shows in the hidden activations of all."""
     down, factor = [s.down.float().clone() for s in shares], {}
     for i in [i for _ in range(sweeps if len(shares) > 1 else 1) for i, s in enumerate(shares) if len(s.h)]:
@@ -4769,7 +4778,7 @@ def refine_down(shares: list, lacks: Tensor, p: int, sweeps: int = 3) -> Tensor:
             K = torch.zeros(s.h.shape[1], s.h.shape[1], device=lacks.device)
             for part in s.h.split(4096):  # sums in float32
                 K += part.T @ part
-            ridge = float(DOWN_RIDGE * K.diagonal().mean().clamp_min(1e-30))
+            ridge = float((DOWN_RIDGE + FEW_TOKENS * p / len(s.h)) * K.diagonal().mean().clamp_min(1e-30))
             factor[i] = ridge, spd_factor(K + ridge * torch.eye(len(K), device=K.device), 0)
         ridge, L = factor[i]
         pull = (s.h.T @ lacks[s.tokens].to(s.h.dtype)).float() - ridge * (down[i] - s.down.float()).T
@@ -4789,13 +4798,15 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
     `scratch` where that is given: all layers' may not fit in memory."""
     def kept(name: str, t: Tensor) -> Tensor:
         return t.cpu() if scratch is None else on_disk(scratch / name, t.shape, t.dtype).copy_(t)
-    rows, last, dtype = [], max(factors.experts), as_dtype(cfg.calib.dtype) or ckpt.dtype
+    rows, last, dtype = [], max(factors.experts), with_gradients(as_dtype(cfg.calib.dtype) or ckpt.dtype)
     walk = Walk(ckpt, device, compute_dtype(dtype, device), min(cfg.calib.batch, len(windows)))
-    places, D = experts_modules(walk.model), ckpt.dims
+    places, D, whole = experts_modules(walk.model), ckpt.dims, len(windows)
     # what a layer's tokens take: hidden activations and slopes of their experts and the shared one, inputs, outputs
-    each = walk.dtype.itemsize * (3 * D.p * (max(D.top_k, 1) + D.shared) + 4 * D.d) + 12 * D.d
-    most = max(1, int(min(free_memory(device), free_memory(torch.device("cpu"))) / 2 / each / windows.shape[1]))
-    windows = windows[::-(-len(windows) // most)]
+    each = walk.dtype.itemsize * (3 * D.p * (D.top_k + D.shared) + 4 * D.d) + 12 * D.d
+    most = max(1, int(min(fit_budget(cfg, device), free_memory(torch.device("cpu"))) / 2 / each / windows.shape[1]))
+    windows = windows[::-(-whole // most)]
+    if len(windows) < whole:
+        say(f"refinement: on {len(windows)} of the calibration's {whole} windows, for want of memory")
     x = torch.empty(*windows.shape, D.d, dtype=walk.dtype)
     walk.embed(windows, x)
     for l in tqdm(range(last + 1), desc="refine", file=sys.stderr, leave=False):
@@ -4809,18 +4820,24 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
                 part.copy_(walk.run([l], part))
         if seen:
             inputs = [torch.cat([t.reshape(-1, t.shape[-1]) for t in kind]) for kind in zip(*seen)]
-            every = max(1, inputs[1].numel() // (REFINE_TOKENS * D.d * D.experts)) if cfg.fit.refine else 1  # down takes them all
-            some = [t[::every] for t in inputs]
+            every = max(1, inputs[1].numel() // (REFINE_TOKENS * D.d * D.experts))
+            some = [t[::every] for t in inputs] if cfg.fit.refine else inputs
             shares, lacks, size = shares_of(parent, module, factors, l, cfg.fit.refine > 0, *some)
-            before = float(lacks.square().mean())
+            before = float(lacks.square().mean()) / size
             if cfg.fit.refine:
-                for f, A in refine_adapters(shares, factors, l, some[0], lacks, cfg.fit.refine).items():
-                    factors.families[f].A[l] = kept(f"{f}.{l}", A)
-                del shares, lacks
-                shares, lacks, size = shares_of(parent, module, factors, l, False, *inputs)
+                old = {f: factors.families[f].A[l] for f in ("gate", "up") if f in factors.families}
+                for change in (refine_adapters(shares, factors, l, some[0], lacks, cfg.fit.refine), old):
+                    for f, A in change.items():
+                        factors.families[f].A[l] = kept(f"{f}.{l}", A)
+                    del shares, lacks
+                    shares, lacks, size = shares_of(parent, module, factors, l, False, *inputs)
+                    if float(lacks.square().mean()) <= before * size:
+                        break  # else back: the step was too long
             if cfg.fit.down:
                 factors.down[l] = kept(f"down.{l}", refine_down(shares, lacks, D.p).to(ckpt.dtype))
-            rows.append({"layer": l, "before": math.sqrt(before / size), "after": math.sqrt(float(lacks.square().mean()) / size)})
+            after = float(lacks.square().mean()) / size
+            expect(math.isfinite(after), f"refinement: layer {l}: expected a finite error of the output, found {after}")
+            rows.append({"layer": l, "before": math.sqrt(before), "after": math.sqrt(after)})
         walk.empty([l])
     return rows
 
@@ -5402,8 +5419,10 @@ def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict
         work, held, disk = work + flops_per_pass(n, m, r, D, right and "down" not in job, means), max(held, memory + 2 ** 29), disk + files
         stored, dense = stored + numbers, dense + n * D.p * D.d
         rows.append((name, n, m, r, numbers / (n * D.p * D.d)))
-    if cfg.fit.metric == "data" and cfg.fit.down and "down" not in families_of(cfg.model):
-        disk += 2 * len(keys) * D.p * D.d * size  # the refined down projections, once more while they are written
+    if cfg.fit.metric == "data" and "down" not in families_of(cfg.model):  # the refinement: what it starts from, what it makes, and the end
+        down = cfg.fit.down * (len(keys) + layers * D.shared) * D.p * D.d
+        adapters = sum(n * D.p * r for _, n, _, r, _ in rows)
+        disk += size * ((cfg.fit.refine > 0) * adapters + (cfg.fit.refine > 0 or cfg.fit.down) * stored + 2 * down)
     a, b, done = torch.randn(8, D.p, D.d, device=device), torch.randn(8, D.d, D.p, device=device), 0
     with threads_for(D.p, D.d, cfg.fit.dtype):
         begin = time.perf_counter()
@@ -5507,17 +5526,23 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
     kept["model"] = {k: v for k, v in kept["model"].items() if k not in ("path", "force_download")}
     factors = Factors(fitted, {l: [e for k, e in keys if k == l] for l in dict.fromkeys(l for l, _ in keys)}, D,
                       ckpt.config["model_type"], ckpt.fingerprint(), kept)
-    asked, scratch = moments and (cfg.fit.refine or cfg.fit.down), out / "state" / "refined"
+    asked, scratch, source = moments and (cfg.fit.refine or cfg.fit.down), out / "state" / "refined", cfg.calib.load or out / "state" / "moments.st"
+    (out / "refined.json").unlink(missing_ok=True)
     if asked and "down" in fitted:
         say("down is among the families: no refinement (fit.refine, fit.down)")
     elif asked and "windows" not in moments:
-        say(f"calib.load: {cfg.calib.load} was saved without its windows: no refinement (fit.refine, fit.down)")
+        say(f"{source} was saved without the calibration's windows: no refinement (fit.refine, fit.down)")
     elif asked:
         scratch.mkdir(parents=True, exist_ok=True)
         save_factors(factors, scratch / "factors.safetensors")  # the run is not finished yet
+        del fitted
         factors = load_factors(scratch)
-        with threads_for(D.p, D.d), memory_kept():
-            lost = refine(ckpt, factors, moments["windows"][0], cfg, device, scratch)
+        try:
+            with threads_for(D.p, D.d), memory_kept():
+                lost = refine(ckpt, factors, moments["windows"][0], cfg, device, scratch)
+        except (KeyboardInterrupt, OSError, Diverged, UserError) as e:
+            raise type(e)(f"{one_line(e) or 'refinement: cut short'}; the fit is saved, go on with: python globe.py fit --resume --out {out} "
+                          "(without a refinement: fit.refine=0 fit.down=false)") from None
         write_text(out / "refined.json", json.dumps(lost))
         before, after = (math.sqrt(sum(row[k] ** 2 for row in lost) / len(lost)) for k in ("before", "after"))
         say(f"refined: relative error of the layers' outputs {before:.4f} -> {after:.4f}")
@@ -5531,8 +5556,8 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
                    [(f, rel_frob[f], support[f], *fam.bank[0].shape[:2]) for f, fam in factors.families.items()]))
     result = {"factors": str(out), "ratio": factors.ratio(), "model_ratio": factors.model_ratio(ckpt.num_parameters()), "rel_frob": rel_frob,
               "support": support, "steps": cfg.fit.steps, "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(peak_rss_gib(), 2)}
-    for scratch in (*out.glob("state/*/[AL]-*.safetensors"), *out.glob("state/*/rank-*")):  # adapters may lie there until here
-        scratch.unlink() if scratch.is_file() else shutil.rmtree(scratch)
+    for left in (*out.glob("state/*/[AL]-*.safetensors"), *out.glob("state/*/rank-*")):  # adapters may lie there until here
+        left.unlink() if left.is_file() else shutil.rmtree(left)
     return result
 
 

@@ -1711,7 +1711,7 @@ def test_refined_adapters_and_down_are_the_least_squares_solutions(always, check
     shared = parent.shared_expert_gate(x).sigmoid() * torch.nn.functional.silu(parent.shared_expert.gate_proj(x)) * parent.shared_expert.up_proj(x)
     H = torch.cat([h.flatten(1), shared], 1).double()
     groups = [range(64), range(64, 96)] if always else [range(16 * e, 16 * e + 16) for e in range(4)] + [range(64, 96)]
-    ridge = torch.cat([globe.DOWN_RIDGE * H[:, g].square().sum(0).mean().expand(len(g)) for g in groups])
+    ridge = torch.cat([(globe.DOWN_RIDGE + globe.FEW_TOKENS * D.p / len(s.h)) * H[:, g].square().sum(0).mean().expand(len(g)) for s, g in zip(shares, groups)])
     solved = torch.linalg.solve(H.T @ H + torch.diag(ridge), H.T @ (want - now).double())
     expected = torch.cat([*downs, parent.shared_expert.down_proj.weight.T]).double() + solved
     got = globe.refine_down(shares, left := lacks.clone(), D.p, sweeps=200)
@@ -1719,6 +1719,7 @@ def test_refined_adapters_and_down_are_the_least_squares_solutions(always, check
     torch.testing.assert_close(left.double(), (want - now).double() - H @ solved, atol=1e-4, rtol=1e-3)
     # adapters of up, with no anchor
     monkeypatch.setattr(globe, "ANCHOR", 0.0)
+    monkeypatch.setattr(globe, "FEW_TOKENS", 0.0)
     columns = []
     for e, row, j in itertools.product(range(D.experts), range(D.p), range(3)):
         slope = torch.stack([weight[t][index[t] == e].sum() * torch.nn.functional.silu(gates[e][row] @ x[t]) for t in range(len(x))])
@@ -1728,6 +1729,53 @@ def test_refined_adapters_and_down_are_the_least_squares_solutions(always, check
     factors.families["up"].A |= {l: globe.refine_adapters(shares, factors, l, x, lacks, 400, at_once=96)["up"]}
     left = (want - outputs([factors.families["up"].weight(l, e) for e in range(D.experts)])[0]).norm()
     assert float(left) == pytest.approx(float(best), rel=2e-3) and float(best) < 0.95 * float((want - now).norm())
+
+
+@torch.no_grad()
+def test_experts_that_see_no_token_or_few_keep_to_the_fit(checkpoints, monkeypatch):
+    """Router of layer 1: expert 0 for every token, expert 1 for three of them, 2 and 3 for none."""
+    ckpt, real, moved = Checkpoint(checkpoints["qwen2_moe"]), globe.shares_of, {}
+
+    def routed(parent, module, factors, l, slopes, x, index, weight):
+        index = torch.zeros(len(x), 1, dtype=index.dtype)
+        index[:3] = 1
+        return real(parent, module, factors, l, slopes, x, index, weight[:, :1])
+    monkeypatch.setattr(globe, "shares_of", routed)
+    for few in (10, 0):
+        monkeypatch.setattr(globe, "FEW_TOKENS", few)
+        factors, dense = random_factors(ckpt), [ckpt.expert("down", 1, e) for e in range(4)]
+        old = factors.families["gate"].A[1].clone()
+        rows = refined(ckpt, factors)
+        assert all(r["after"] < r["before"] for r in rows)
+        moved[few] = [float((a - b).norm()) for a, b in zip(factors.families["gate"].A[1], old)]
+        assert moved[few][0] > 0 and moved[few][2:] == [0, 0]
+        assert [torch.equal(factors.down[1][e], dense[e].T.to(factors.down[1])) or torch.equal(factors.down[1][e], dense[e].to(factors.down[1]))
+                for e in range(4)] == [False, False, True, True]
+    assert moved[10][1] < 0.3 * moved[0][1] and moved[10][0] > 0.8 * moved[0][0]
+
+
+def test_a_refinement_that_went_too_far_is_taken_back(checkpoints, monkeypatch):
+    ckpt, real = Checkpoint(checkpoints["qwen2_moe"]), globe.refine_adapters
+    factors = random_factors(ckpt)
+    old = tensors_of(factors)
+    monkeypatch.setattr(globe, "refine_adapters", lambda *args: {f: -9 * A for f, A in real(*args).items()})
+    rows = refined(ckpt, factors, "fit.down=false")
+    assert all(r["after"] == pytest.approx(r["before"], rel=1e-5) for r in rows)
+    assert all(torch.equal(t, old[name]) for name, t in tensors_of(factors).items())
+
+
+def test_a_float16_checkpoint_is_refined_in_float32(checkpoints, tmp_path):
+    model = stock(checkpoints["qwen2_moe"])
+    for block, _, module in globe.experts_modules(model).values():
+        module.down_proj.data /= 50
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight.data *= 50
+    model.half().save_pretrained(tmp_path)
+    ckpt = Checkpoint(tmp_path)
+    factors = random_factors(ckpt)
+    rows = refined(ckpt, factors, tokens=256 * 32)
+    assert ckpt.dtype == torch.float16 and all(r["after"] < 0.9 * r["before"] for r in rows)
+    assert all(bool(t.isfinite().all()) for t in tensors_of(factors).values() if t.is_floating_point())
 
 
 def test_the_calibrations_windows_are_kept_for_the_refinement(small, words, tmp_path, monkeypatch, capsys):
@@ -1745,16 +1793,18 @@ def test_the_calibrations_windows_are_kept_for_the_refinement(small, words, tmp_
     tag = {"globe_moments": Checkpoint(small).fingerprint()}
     save_file(tensors, "old.st", metadata=tag)
     globe.main(["fit", "--out", "d", *settings, "calib.load=old.st"])
-    assert "without its windows" in capsys.readouterr().err and not globe.load_factors("d").down
+    assert "without the calibration's windows" in capsys.readouterr().err and not globe.load_factors("d").down
     globe.main(["fit", "--out", "f", *settings, "calib.load=m.st", "model.families=all"])
     assert "down is among the families" in capsys.readouterr().err
     with monkeypatch.context() as m:  # cut short in the refinement: the run is not finished, and goes on from there
         m.setattr(globe, "refine_down", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-        globe.main(["fit", "--out", "g", *settings, "calib.load=m.st"])
-        assert not Path("g/factors.safetensors").exists()
+        assert globe.main(["fit", "--out", "g", *settings, "calib.load=m.st"]) == 130
+        assert not Path("g/factors.safetensors").exists() and "fit --resume --out g" in capsys.readouterr().err
     answer("fit", "--resume", "--out", "g", capsys=capsys)
     assert Path("g/factors.safetensors").read_bytes()[-4096:] == Path("b/factors.safetensors").read_bytes()[-4096:]
-    assert not Path("g/state/refined").exists()
+    assert not Path("g/state/refined").exists() and Path("g/refined.json").exists()
+    answer("fit", "--resume", "--out", "g", "fit.refine=0", "fit.down=false", capsys=capsys)
+    assert not Path("g/refined.json").exists() and not globe.load_factors("g").down
     for bad in (ids.float(), ids[0], -ids - 1, ids + 10 ** 6):
         save_file(tensors | {"windows.0": bad.contiguous()}, "bad.st", metadata=tag)
         assert globe.main(["fit", "--out", "e", *settings, "calib.load=bad.st"]) == 2 and not Path("e").exists()
