@@ -1754,6 +1754,13 @@ def test_experts_that_see_no_token_or_few_keep_to_the_fit(checkpoints, monkeypat
     assert moved[10][1] < 0.3 * moved[0][1] and moved[10][0] > 0.8 * moved[0][0]
 
 
+def test_a_refinement_that_wants_memory_takes_fewer_windows_and_says_so(checkpoints, monkeypatch, capsys):
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    monkeypatch.setattr(globe, "free_memory", lambda device: 10 ** 6)
+    assert all(r["after"] < r["before"] for r in refined(ckpt, random_factors(ckpt)))
+    assert re.search(r"refinement: on \d+ of the calibration's 32 windows", capsys.readouterr().err)
+
+
 def test_a_refinement_that_went_too_far_is_taken_back(checkpoints, monkeypatch):
     ckpt, real = Checkpoint(checkpoints["qwen2_moe"]), globe.refine_adapters
     factors = random_factors(ckpt)
