@@ -4803,7 +4803,7 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
     places, D, whole = experts_modules(walk.model), ckpt.dims, len(windows)
     # what a layer's tokens take: hidden activations and slopes of their experts and the shared one, inputs, outputs
     each = walk.dtype.itemsize * (3 * D.p * (D.top_k + D.shared) + 4 * D.d) + 12 * D.d
-    most = max(1, int(min(fit_budget(cfg, device), free_memory(torch.device("cpu"))) / 2 / each / windows.shape[1]))
+    most = max(1, int(min(free_memory(device), free_memory(torch.device("cpu"))) / 2 / each / windows.shape[1]))
     windows = windows[::-(-whole // most)]
     if len(windows) < whole:
         say(f"refinement: on {len(windows)} of the calibration's {whole} windows, for want of memory")
