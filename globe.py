@@ -4662,14 +4662,18 @@ class Share:
         return self.h
 
 
-def shares_of(parent: nn.Module, module: nn.Module, factors: Factors, l: int, slopes: bool, x: Tensor, index: Tensor, weight: Tensor) -> tuple:
+def shares_of(parent: nn.Module, module: nn.Module, factors: Factors, l: int, slopes: bool, x: Tensor, index: Tensor, weight: Tensor,
+              y: Tensor) -> tuple:
     """([Share] of the experts that factors.refined(l) names, gate and up compressed where they were fitted; (N, d) float32: what
-    the layer's output lacks with these; the mean square of what all of them give when dense) of inputs x (N, d)."""
-    E, shares, dense, lacks = factors.dims.experts, [], *torch.zeros(2, *x.shape, device=x.device)
-    routed, shared = ([e for e in factors.refined(l) if (e >= E) == there] for there in (False, True))
+    the layer's output lacks with these; the mean square of what all of them give when dense) of inputs x (N, d), of which the
+    routed experts make y (N, d)."""
+    E, shares, dense = factors.dims.experts, [], y.to(torch.float32, copy=True)
+    lacks, refined = dense.clone(), factors.refined(l)
+    routed, shared = range(E), [e for e in refined if e >= E]
     seen = {e: (index == e).nonzero(as_tuple=True) for e in routed}
     always = all(len(tokens) == len(x) for tokens, _ in seen.values())
-    for experts in [*([routed] if always and routed else [[e] for e in routed]), *([shared] if shared else [])]:
+    together = [e for e in routed if always and e in refined]
+    for experts in [*([together] if together else []), *([e] for e in routed if e not in together), *([shared] if shared else [])]:
         if experts[0] < E:
             tokens = slice(None) if always else seen[experts[0]][0]
             w = torch.stack([weight[seen[e]] for e in experts], 1).float()
@@ -4680,15 +4684,20 @@ def shares_of(parent: nn.Module, module: nn.Module, factors: Factors, l: int, sl
             w = torch.ones(len(x), len(shared), device=x.device) if gate is None else gate(x).float().sigmoid().expand(-1, len(shared))
             gate_up, down = [mlp.gate_proj.weight, mlp.up_proj.weight], mlp.down_proj.weight
         share = Share(experts, tokens, w, gate_up, down)
-        h = share.at_work(module, x, False)
-        dense[tokens] += F.linear(h, down).float()
+        if experts is shared:
+            given = F.linear(share.at_work(module, x, False), down).float()
+            dense += given
+            lacks += given
         if fitted := [factors.experts[l].index(e) for e in experts if e in factors.experts[l]]:
             for i, f in enumerate(("gate", "up")):
                 if fam := factors.families.get(f):
                     W = fam.A[l][fitted].to(x.device, torch.float32) @ fam.composed(l, fitted).to(x.device, torch.float32)
                     share.gate_up[i] = (fam.shift + fam.scale * W).flatten(0, 1).to(x.dtype)
-            lacks[tokens] += F.linear(h - share.at_work(module, x, slopes), down).float()
-        shares.append(share)
+        if fitted or share.h is None:
+            share.at_work(module, x, slopes and bool(fitted))
+        lacks[tokens] -= F.linear(share.h, down).float()
+        if experts[0] in refined:
+            shares.append(share)
     return shares, lacks, max(float(dense.square().mean()), 1e-30)
 
 
@@ -4733,8 +4742,8 @@ def refine_adapters(shares: list, factors: Factors, l: int, x: Tensor, lacks: Te
                     G[f][rows] += ((s.slopes[f == "up"][at] * h).T @ part[tokens]).view(len(rows), -1, x.shape[1])
         return {f: (G[f].to(x.dtype) @ U[f].mT).float() / unit[f] for f in families}
 
-    def normal(q: dict) -> tuple:
-        """J^T J q, and |J q|^2"""
+    def normal(q: dict, last: bool) -> tuple:
+        """J^T J q (but the last, which nothing asks for), and |J q|^2"""
         W, size = {f: (q[f] / unit[f]).to(x.dtype) @ U[f] for f in families}, 0.0
 
         def moved(start: int, here: list, part: Tensor) -> Tensor:
@@ -4745,17 +4754,22 @@ def refine_adapters(shares: list, factors: Factors, l: int, x: Tensor, lacks: Te
                 y[tokens] += F.linear(h, s.down)
             size += float(y.square().sum())
             return y
-        return back(moved), size
+        if last:
+            for start, part in zip(range(0, len(x), at_once), x.split(at_once)):
+                moved(start, pieces(start), part)
+        return {} if last else back(moved), size
     g = back(lambda start, here, part: lacks[start:start + at_once])
     q, step, size = {f: torch.zeros_like(t) for f, t in g.items()}, {f: t.clone() for f, t in g.items()}, _dot(g, g)
     done = 1e-12 * size  # nothing left to gain
-    for _ in range(steps):
+    for left in reversed(range(steps)):
         if size <= done:
             break
-        curved, length = normal(step)
+        curved, length = normal(step, not left)
         held = {f: anchor[f] * step[f] for f in families}
         t = size / (length + _dot(held, step))
         _add(q, t, step)
+        if not left:
+            break
         _add(g, -t, curved)
         _add(g, -t, held)
         size, old = _dot(g, g), size
@@ -4802,7 +4816,7 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
     walk = Walk(ckpt, device, compute_dtype(dtype, device), min(cfg.calib.batch, len(windows)))
     places, D, whole = experts_modules(walk.model), ckpt.dims, len(windows)
     # what a layer's tokens take: hidden activations and slopes of their experts and the shared one, inputs, outputs
-    each = walk.dtype.itemsize * (3 * D.p * (D.top_k + D.shared) + 4 * D.d) + 12 * D.d
+    each = walk.dtype.itemsize * (3 * D.p * (D.top_k + D.shared) + 5 * D.d) + 16 * D.d
     most = max(1, int(min(free_memory(device), free_memory(torch.device("cpu"))) / 2 / each / windows.shape[1]))
     windows = windows[::-(-whole // most)]
     if len(windows) < whole:
@@ -4814,8 +4828,8 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
         seen, (parent, _, module) = [], places.get(l, (None,) * 3)
         with contextlib.ExitStack() as hooks:
             if l in factors.experts:
-                hooks.enter_context(module.register_forward_pre_hook(
-                    lambda _, args, kwargs: seen.append((*args, *kwargs.values())[:3]), with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(
+                    lambda _, args, kwargs, y: seen.append((*(*args, *kwargs.values())[:3], y)), with_kwargs=True))
             for part in x.split(walk.batch):
                 part.copy_(walk.run([l], part))
         if seen:

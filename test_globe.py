@@ -1679,11 +1679,11 @@ def test_some_layers_and_experts_and_the_shared_one_are_refined_alone(checkpoint
 
 
 def one_layer(ckpt: Checkpoint, factors: Factors, always: bool) -> tuple:
-    """(parent, experts module, inputs, router's choice, its weights) of layer 1 of a stock model on random inputs, in float32."""
+    """(parent, experts module, inputs, router's choice, its weights, outputs) of layer 1 of a stock model on random inputs, in float32."""
     parent, _, module = globe.experts_modules(stock(ckpt.dir))[1]
     x, k = torch.randn(500, ckpt.dims.d, generator=gen(8)), ckpt.dims.experts if always else 2
     weight, index = torch.randn(500, ckpt.dims.experts, generator=gen(9)).softmax(-1).topk(k)
-    return parent, module, x, index, weight
+    return parent, module, x, index, weight, module(x, index, weight)
 
 
 @pytest.mark.parametrize("always", [True, False])
@@ -1692,7 +1692,7 @@ def test_refined_adapters_and_down_are_the_least_squares_solutions(always, check
     """The output is linear in up's adapters, and in down: against a dense solver, features written out token by token."""
     ckpt, l, D = Checkpoint(checkpoints["qwen2_moe"]), 1, Checkpoint(checkpoints["qwen2_moe"]).dims
     factors = random_factors(ckpt, "up", r=3)
-    parent, module, x, index, weight = one_layer(ckpt, factors, always)
+    parent, module, x, index, weight, y = one_layer(ckpt, factors, always)
     X, up = factors.families["up"].composed(l), [factors.families["up"].weight(l, e) for e in range(D.experts)]
     gates, downs = [ckpt.expert("gate", l, e) for e in range(D.experts)], [ckpt.expert("down", l, e) for e in range(D.experts)]
 
@@ -1703,7 +1703,7 @@ def test_refined_adapters_and_down_are_the_least_squares_solutions(always, check
                 h[t, e] = w * torch.nn.functional.silu(gates[e] @ x[t]) * (ups[e] @ x[t])
         return h.flatten(1) @ torch.cat(downs), h
     want = outputs([ckpt.expert("up", l, e) for e in range(D.experts)])[0]
-    shares, lacks, _ = globe.shares_of(parent, module, factors, l, True, x, index, weight)
+    shares, lacks, _ = globe.shares_of(parent, module, factors, l, True, x, index, weight, y)
     now, h = outputs(up)
     torch.testing.assert_close(lacks, want - now, atol=1e-5, rtol=1e-4)
     assert [s.experts for s in shares] == ([[0, 1, 2, 3], [4, 5]] if always else [[0], [1], [2], [3], [4, 5]])
@@ -1736,10 +1736,10 @@ def test_experts_that_see_no_token_or_few_keep_to_the_fit(checkpoints, monkeypat
     """Router of layer 1: expert 0 for every token, expert 1 for three of them, 2 and 3 for none."""
     ckpt, real, moved = Checkpoint(checkpoints["qwen2_moe"]), globe.shares_of, {}
 
-    def routed(parent, module, factors, l, slopes, x, index, weight):
+    def routed(parent, module, factors, l, slopes, x, index, weight, y):
         index = torch.zeros(len(x), 1, dtype=index.dtype)
         index[:3] = 1
-        return real(parent, module, factors, l, slopes, x, index, weight[:, :1])
+        return real(parent, module, factors, l, slopes, x, index, weight[:, :1], module(x, index, weight[:, :1]))
     monkeypatch.setattr(globe, "shares_of", routed)
     for few in (10, 0):
         monkeypatch.setattr(globe, "FEW_TOKENS", few)
