@@ -174,7 +174,7 @@ class FitConfig:
     spectral: float = 0.0               # on the squared spectral norms of A and B
     tol: float = 0.0                    # stop where ten steps gain less than this, relatively
     refine: int = 6                     # behind the fit, on the calibration's tokens: steps for each layer's adapters by its own output;
-    down: bool = True                   # ... and its down projections, which stay dense, solved for once more
+    down: bool = True                   # ... and its down projections solved for once more (adapters where down was fitted, else dense)
     seed: int = 0
     save_every: int = 25
     budget: float | None = None         # GiB that the fit may plan on; default: what is free
@@ -2898,7 +2898,7 @@ def load_factors(path: Path | str) -> Factors:
     check_meta(meta, str(path))
     meta["experts"] = dict(sorted(meta["experts"].items(), key=lambda item: int(item[0])))  # JSON's keys are text: 10 before 2
     dims, families = _meta_dims(meta), {}
-    for name, f in meta["families"].items():
+    for name, f in ((f, meta["families"][f]) for f in FAMILIES if f in meta["families"]):  # in the order of a fit
         def take(key: str, shape: tuple) -> Tensor:
             if key not in tensors or tensors[key].shape != shape:
                 found = tuple(tensors[key].shape) if key in tensors else "none"
@@ -4668,12 +4668,13 @@ def shares_of(parent: nn.Module, module: nn.Module, factors: Factors, l: int, sl
     the layer's output lacks with these; the mean square of what all of them give when dense) of inputs x (N, d), of which the
     routed experts make y (N, d)."""
     E, shares, dense = factors.dims.experts, [], y.to(torch.float32, copy=True)
-    lacks, refined = dense.clone(), factors.refined(l)
-    routed, shared = range(E), [e for e in refined if e >= E]
-    seen = {e: (index == e).nonzero(as_tuple=True) for e in routed}
+    lacks, refined, seen = dense.clone(), factors.refined(l), {e: (index == e).nonzero(as_tuple=True) for e in range(E)}
     always = all(len(tokens) == len(x) for tokens, _ in seen.values())
-    together = [e for e in routed if always and e in refined]
-    for experts in [*([together] if together else []), *([e] for e in routed if e not in together), *([shared] if shared else [])]:
+    together = [e for e in refined if e < E and always]
+    groups = [together, *([e] for e in range(E) if e not in together), [e for e in refined if e >= E]]
+    if "down" in factors.families:  # whose adapters are solved for one expert after the other
+        groups = [[e] for group in groups for e in group]
+    for experts in filter(None, groups):
         if experts[0] < E:
             tokens = slice(None) if always else seen[experts[0]][0]
             w = torch.stack([weight[seen[e]] for e in experts], 1).float()
@@ -4681,21 +4682,25 @@ def shares_of(parent: nn.Module, module: nn.Module, factors: Factors, l: int, sl
             down = torch.cat([module.down_proj[e] for e in experts], 1)
         else:
             mlp, gate, tokens = shared_mlp(parent), getattr(parent, "shared_expert_gate", None), slice(None)
-            w = torch.ones(len(x), len(shared), device=x.device) if gate is None else gate(x).float().sigmoid().expand(-1, len(shared))
-            gate_up, down = [mlp.gate_proj.weight, mlp.up_proj.weight], mlp.down_proj.weight
+            w = torch.ones(len(x), len(experts), device=x.device) if gate is None else gate(x).float().sigmoid().expand(-1, len(experts))
+            part = slice((experts[0] - E) * factors.dims.p, (experts[-1] + 1 - E) * factors.dims.p)
+            gate_up, down = [mlp.gate_proj.weight[part], mlp.up_proj.weight[part]], mlp.down_proj.weight[:, part]
         share = Share(experts, tokens, w, gate_up, down)
-        if experts is shared:
+        if experts[0] >= E:
             given = F.linear(share.at_work(module, x, False), down).float()
             dense += given
             lacks += given
         if fitted := [factors.experts[l].index(e) for e in experts if e in factors.experts[l]]:
-            for i, f in enumerate(("gate", "up")):
-                if fam := factors.families.get(f):
-                    W = fam.A[l][fitted].to(x.device, torch.float32) @ fam.composed(l, fitted).to(x.device, torch.float32)
-                    share.gate_up[i] = (fam.shift + fam.scale * W).flatten(0, 1).to(x.dtype)
+            for f, fam in factors.families.items():
+                W = fam.A[l][fitted].to(x.device, torch.float32) @ fam.composed(l, fitted).to(x.device, torch.float32)
+                W = (fam.shift + fam.scale * W).flatten(0, 1).to(x.dtype)
+                if f == "down":
+                    share.down = W.T
+                else:
+                    share.gate_up[f == "up"] = W
         if fitted or share.h is None:
             share.at_work(module, x, slopes and bool(fitted))
-        lacks[tokens] -= F.linear(share.h, down).float()
+        lacks[tokens] -= F.linear(share.h, share.down).float()
         if experts[0] in refined:
             shares.append(share)
     return shares, lacks, max(float(dense.square().mean()), 1e-30)
@@ -4781,10 +4786,11 @@ def refine_adapters(shares: list, factors: Factors, l: int, x: Tensor, lacks: Te
     return q
 
 
-def refine_down(shares: list, lacks: Tensor, p: int, sweeps: int = 3) -> Tensor:
+def refine_down(shares: list, lacks: Tensor, p: int, sweeps: int = 3, onto: Callable[[Share, Tensor], Tensor] = lambda share, change: change) -> Tensor:
     """Down projections (n, d, p) of the shares' experts that give what the output `lacks` (N, d), which becomes what it then still
     lacks: least squares with a ridge towards what they are, a share after the other on what the others leave (block Gauss-Seidel). Taken each
-    alone, experts mend a fifth as much: what one lacks shows in the hidden activations of all."""
+    alone, experts mend a fifth as much: what one lacks shows in the hidden activations of all. onto(share, change (d, P)): the
+    part of a change that its experts can make, an orthogonal projection of its columns."""
     down, factor = [s.down.float().clone() for s in shares], {}
     for i in [i for _ in range(sweeps if len(shares) > 1 else 1) for i, s in enumerate(shares) if len(s.h)]:
         s = shares[i]
@@ -4796,10 +4802,25 @@ def refine_down(shares: list, lacks: Tensor, p: int, sweeps: int = 3) -> Tensor:
             factor[i] = ridge, spd_factor(K + ridge * torch.eye(len(K), device=K.device), 0)
         ridge, L = factor[i]
         pull = (s.h.T @ lacks[s.tokens].to(s.h.dtype)).float() - ridge * (down[i] - s.down.float()).T
-        change = torch.cholesky_solve(pull, L).T
+        change = onto(s, torch.cholesky_solve(pull, L).T)
         down[i] += change
         lacks[s.tokens] -= F.linear(s.h, change.to(s.h.dtype))
     return torch.cat([part for d in down for part in d.split(p, 1)]).view(-1, len(down[0]), p)
+
+
+def refine_down_adapters(shares: list, factors: Factors, l: int, lacks: Tensor) -> Tensor:
+    """A (E_l, p, r) of a layer's downs, W^T = A X, in place of whole projections; lacks as in refine_down. The best A for given
+    hidden activations is the best W^T put orthogonally onto the rows of X, for the metric is on the other side."""
+    fam, p, shares = factors.families["down"], factors.dims.p, [s for s in shares if s.experts[0] in factors.experts[l]]
+    X, rows = fam.composed(l).to(lacks.device, torch.float32), [factors.experts[l].index(s.experts[0]) for s in shares]
+    L = spd_factor(X @ X.mT, 1e-6)
+
+    def within(change: Tensor, rows: list | int) -> Tensor:  # (..., d, p) -> (..., p, r)
+        return torch.cholesky_solve(X[rows] @ change, L[rows]).mT
+    new = refine_down(shares, lacks, p, onto=lambda s, change: (within(change, i := factors.experts[l].index(s.experts[0])) @ X[i]).mT)
+    A = fam.A[l].to(lacks.device, torch.float32).clone()
+    A[rows] += within(new - torch.stack([s.down.float() for s in shares]), rows) / fam.scale
+    return A.to(fam.A[l].dtype)
 
 
 @torch.no_grad()
@@ -4807,7 +4828,8 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
     """Behind the fit, in place: each layer's adapters of gate and up, and its down projections, by what its experts give together on
     windows (N, T) of token ids. The fit counts each row of gate and up by itself; here errors that cancel or add up in a token's
     output count as they do. Inputs are the dense model's, a layer at a time is in memory, and no gradient leaves a layer.
-    Down stays dense and of its size (least squares behind what was cut: He et al. 2017, arXiv:1707.06168, for channels).
+    Down, where it was not fitted, stays dense and of its size (least squares behind what was cut: He et al. 2017,
+    arXiv:1707.06168, for channels).
     Returns a row {"layer", "before", "after"} per layer: relative error of the output. What is new lies in files below
     `scratch` where that is given: all layers' may not fit in memory."""
     def kept(name: str, t: Tensor) -> Tensor:
@@ -4847,7 +4869,9 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
                     shares, lacks, size = shares_of(parent, module, factors, l, False, *inputs)
                     if float(lacks.square().mean()) <= before * size:
                         break  # else back: the step was too long
-            if cfg.fit.down:
+            if cfg.fit.down and "down" in factors.families:
+                factors.families["down"].A[l] = kept(f"A.{l}", refine_down_adapters(shares, factors, l, lacks))
+            elif cfg.fit.down:
                 factors.down[l] = kept(f"down.{l}", refine_down(shares, lacks, D.p).to(ckpt.dtype))
             after = float(lacks.square().mean()) / size
             expect(math.isfinite(after), f"refinement: layer {l}: expected a finite error of the output, found {after}")
@@ -5433,10 +5457,9 @@ def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict
         work, held, disk = work + flops_per_pass(n, m, r, D, right and "down" not in job, means), max(held, memory + 2 ** 29), disk + files
         stored, dense = stored + numbers, dense + n * D.p * D.d
         rows.append((name, n, m, r, numbers / (n * D.p * D.d)))
-    if cfg.fit.metric == "data" and "down" not in families_of(cfg.model):  # the refinement: what it starts from, what it makes, and the end
-        down = cfg.fit.down * (len(keys) + layers * D.shared) * D.p * D.d
-        adapters = sum(n * D.p * r for _, n, _, r, _ in rows)
-        disk += size * ((cfg.fit.refine > 0) * adapters + (cfg.fit.refine > 0 or cfg.fit.down) * stored + 2 * down)
+    if cfg.fit.metric == "data" and (cfg.fit.refine or cfg.fit.down):  # the refinement: what it starts from, what it makes, and the end
+        down = (cfg.fit.down and "down" not in families_of(cfg.model)) * (len(keys) + layers * D.shared) * D.p * D.d
+        disk += size * (stored + sum(n * D.p * r for _, n, _, r, _ in rows) + 2 * down)
     a, b, done = torch.randn(8, D.p, D.d, device=device), torch.randn(8, D.d, D.p, device=device), 0
     with threads_for(D.p, D.d, cfg.fit.dtype):
         begin = time.perf_counter()
@@ -5542,9 +5565,7 @@ def fit_run(args: argparse.Namespace, cfg: Config, ckpt: Checkpoint, jobs: list,
                       ckpt.config["model_type"], ckpt.fingerprint(), kept)
     asked, scratch, source = moments and (cfg.fit.refine or cfg.fit.down), out / "state" / "refined", cfg.calib.load or out / "state" / "moments.st"
     (out / "refined.json").unlink(missing_ok=True)
-    if asked and "down" in fitted:
-        say("down is among the families: no refinement (fit.refine, fit.down)")
-    elif asked and "windows" not in moments:
+    if asked and "windows" not in moments:
         say(f"{source} was saved without the calibration's windows: no refinement (fit.refine, fit.down)")
     elif asked:
         scratch.mkdir(parents=True, exist_ok=True)
