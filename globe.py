@@ -4870,7 +4870,7 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
                     if float(lacks.square().mean()) <= before * size:
                         break  # else back: the step was too long
             if cfg.fit.down and "down" in factors.families:
-                factors.families["down"].A[l] = kept(f"A.{l}", refine_down_adapters(shares, factors, l, lacks))
+                factors.families["down"].A[l] = kept(f"down.{l}", refine_down_adapters(shares, factors, l, lacks))
             elif cfg.fit.down:
                 factors.down[l] = kept(f"down.{l}", refine_down(shares, lacks, D.p).to(ckpt.dtype))
             after = float(lacks.square().mean()) / size
