@@ -388,7 +388,7 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
             L = factor_of_inputs() if variant in ("svd-llm", "layer-pca", "d2", "globe") else {}
             begin = time.perf_counter()  # the calibration is nobody's own
             if variant == "globe":
-                fitted("globe", "--config", config_of(preset), *args.set, f"calib.load={scratch}/calibration.safetensors")
+                fitted("globe", "--config", config_of(preset), *args.set, "calib.save=null", f"calib.load={scratch}/calibration.safetensors")
             elif variant == "mobe":  # its own form, r fitted to the size instead of r = p; data-free
                 fitted("mobe", "--config", str(CONFIGS / "mobe.yaml"), f"fit.steps={args.steps or 3000}")
             elif variant == "reap":
