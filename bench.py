@@ -406,6 +406,7 @@ def bench_quality(preset: str, args: argparse.Namespace) -> list:
                     {"layer-pca": "layer", "d2": "layer", "slbf": "layer"}.get(variant, "expert"))
             if args.json:
                 globe.write_text(Path(f"{args.json}.part"), json.dumps({"rows": rows}))
+    rows.sort(key=lambda r: -r["asked"])  # kept ones and new ones of a size together
     say(globe.text_table(("method", "ratio", "scope", *windows, "seconds"),
                          [(r["variant"], r["ratio"], r["scope"], *(q["delta_nats"] for q in group), r["seconds"])
                           for group in grouped(rows, len(windows)) for r in group[:1]]))

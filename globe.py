@@ -5459,7 +5459,7 @@ def plan_fit(cfg: Config, ckpt: Checkpoint, keys: list, jobs: list, shapes: dict
         rows.append((name, n, m, r, numbers / (n * D.p * D.d)))
     if cfg.fit.metric == "data" and (cfg.fit.refine or cfg.fit.down):  # the refinement: what it starts from, what it makes, and the end
         down = (cfg.fit.down and "down" not in families_of(cfg.model)) * (len(keys) + layers * D.shared) * D.p * D.d
-        disk += size * (stored + sum(n * D.p * r for _, n, _, r, _ in rows) + 2 * down)
+        disk += size * (stored + sum(n * D.p * r for name, n, _, r, _ in rows if cfg.fit.refine or "down" in name) + 2 * down)
     a, b, done = torch.randn(8, D.p, D.d, device=device), torch.randn(8, D.d, D.p, device=device), 0
     with threads_for(D.p, D.d, cfg.fit.dtype):
         begin = time.perf_counter()
