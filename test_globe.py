@@ -3767,6 +3767,9 @@ def test_a_quality_benchmark_that_was_cut_short_goes_on(small, monkeypatch, caps
     rows = json.loads(Path("q.json").read_text())["rows"]
     assert [r for r in rows if r["variant"] == "svd"] == part["rows"]
     assert {(r["variant"], r["asked"]) for r in rows} == {(v, 0.8) for v in ("svd", "layer-pca", "globe")}
+    Path("q.json").write_text(json.dumps({"rows": [{**r, "asked": 0.6} for r in part["rows"]] + rows}))  # nothing left to measure
+    assert bench.main([*argv, "--windows", "1", "--resume"]) == 0
+    assert [r["asked"] for r in json.loads(Path("q.json").read_text())["rows"]] == [0.8] * len(rows) + [0.6] * len(part["rows"])
     assert bench.main([*argv, "--windows", "1", "--resume", "--peers", "mobe", "--steps", "2"]) == 0  # another setting: alone
     assert {r["variant"] for r in json.loads(Path("q.json").read_text())["rows"]} == {"mobe", "globe"}
     Path("q.json").write_text('{"rows": 3}')
