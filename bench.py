@@ -1,20 +1,33 @@
-"""Speed, memory and quality of GloBE against peers; the last line of stdout is one JSON document.
+"""Speed, memory and quality of GloBE beside its peers; reports; grids of fits. Last line of stdout: JSON.
 
     python bench.py                                    decode on tiny: tokens/s and memory
-    python bench.py compose sparsemax decode           the operators and one layer at Qwen1.5-MoE's shapes, and tiny
-    python bench.py quality --preset tiny smol-moe --ratio 0.8 0.6
-    python bench.py fit --preset tiny
-    python bench.py all --json out.json
+    python bench.py compose sparsemax decode           operators, a layer of Qwen1.5-MoE's shapes, tiny
+    python bench.py quality --preset tiny smol-moe --ratio 0.8 0.6 --json rows.json --png rows.png
+    python bench.py report --factors runs/tiny-001 --tasks builtin
+    python bench.py sweep --config configs/tiny.yaml --out runs/grid bank.m=8,16 fit.steps=50,99
 
-Peers run in the same process, turn by turn with ours; a figure is the median of the repeats. `ratio` is the speed-up
-over the best peer (compose, sparsemax, decode), or stored / dense size (quality). In the operator suites `native` is ours,
-`gbps` the bytes that must move over the time, and `share_of_bandwidth` that over what this machine copies or reads in the
-same run.
+Suites (several in one command, or all) and commands:
+    compose     composed bases at Qwen1.5-MoE's shapes, against torch's best ways
+    sparsemax   sparsemax and entmax-1.5, forward and backward, against the package entmax
+    decode      tokens/s, seconds to load, memory of models: dense in each of transformers' ways, GloBE
+    fit         seconds, passes, error of the fit's methods on tiny, beside MoBE's setting
+    quality     nats lost per token at one stored size, beside the peers, with the same calibration
+    report      tables and plots of a run: errors, spectra, routing, quality by size, zero-shot tasks
+    sweep       a fit per combination of a grid, one table; the same command goes on where it stopped
 
-decode: `pp512` is a prompt of 512 tokens, `tg128` the next 128 one at a time, of a held-out text; `load` seconds to a model.
-`cache`: all experts held; warm, a quarter of them, filled from calibration text; cold, the same, empty at first. `peak_gib` is
-the process's peak while that variant alone is loaded and run. qwen15 is Qwen1.5-MoE-A2.7B's shapes with random weights, and
-routers that reproduce the popularity of experts measured on tiny; qwen15-layer is one layer of it with a small vocabulary.
+Glossary:
+    preset      tiny: the default model; smol-moe: SmolLM2-135M in --experts N slices that act as experts;
+                qwen15: Qwen1.5-MoE-A2.7B's shapes, random weights, tiny's popularity of experts; qwen15-layer
+    variant     what is measured: a peer, or globe; `native` is our operator, `twin` its torch form
+    ratio       speed: times as fast as the best peer; quality: stored / dense numbers of gate and up
+    bits        stored bits per dense weight of gate and up
+    cache       of composed bases: all experts held; warm: a quarter of them, filled from calibration
+                text; cold: the same, empty at first; direct: nothing is composed
+    ppN, tgN    a prompt of N tokens; N more tokens of a held-out text, one at a time
+    peak_gib    the process's peak while that variant alone is loaded and run
+    gbps        bytes that must move over the time; share_of_bandwidth: that over what can move
+
+Peers run in the same process, turn by turn with ours; a figure is the median of the repeats.
 """
 from __future__ import annotations
 
@@ -24,7 +37,7 @@ import dataclasses
 import gc
 import hashlib
 import importlib.util
-import io
+import itertools
 import json
 import math
 import os
@@ -37,606 +50,100 @@ import sysconfig
 import tempfile
 import time
 import zlib
+from argparse import Namespace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Callable
 
-import numpy as np
 import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import globe
-from globe import UserError, say
+from globe import Checkpoint, UserError, expect, say
 
-SUITES = ("compose", "sparsemax", "decode", "fit", "quality")
-PRESETS = {"compose": (), "sparsemax": (), "decode": ("tiny", "qwen15-layer", "qwen15"), "fit": ("tiny", "smol-moe", "qwen15"), "quality": ("tiny", "smol-moe")}
-CONFIGS = Path(globe.__file__).parent / "configs"
+HERE = Path(globe.__file__).resolve().parent
+CONFIGS = HERE / "configs"
 SMOL_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CPU = torch.device("cpu")
+PAIR = ("gate", "up")  # the families that every peer compresses
 
 
-# ---- presets -----------------------------------------------------------------------------------------
-def smol_source() -> str:
-    """$SMOL_DIR (a folder with SmolLM2's GGUF, or a Hugging Face checkpoint), else the hub id."""
-    return os.environ.get("SMOL_DIR") or SMOL_HUB_ID
+# ---- 1. Helpers: rows, tables, plots, timing -----------------------------------------------------
+# one figure of a benchmark, numbers to six digits; `ratio` is None where nothing is compared
+def new_row(suite: str, preset: str, test: str, variant: str, value: float | None, unit: str, **more) -> dict:
+    row = {"suite": suite, "preset": preset, "test": test, "variant": variant, "value": value, "unit": unit}
+    row["ratio"] = None
+    for key, value in (row | more).items():
+        row[key] = float(f"{value:.6g}") if isinstance(value, float) else value
+    return row
 
 
-def load_dense(source: str):
-    """(dense Llama, tokenizer) from a folder that holds a .gguf, a Hugging Face folder, or a hub id."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    folder, more = Path(source), {}
-    ggufs = sorted(folder.rglob("*.gguf")) if folder.is_dir() and not (folder / "config.json").exists() else []
-    if ggufs:
-        for package in ("gguf", "accelerate"):
-            if not importlib.util.find_spec(package):
-                raise UserError(f"preset smol-moe: reading a GGUF needs {package}: pip install gguf accelerate")
-        source, more = str(ggufs[0].parent), {"gguf_file": ggufs[0].name}
-    elif not folder.is_dir():
-        source = str(globe.resolve_model(source))
-    tokenizer = AutoTokenizer.from_pretrained(source, **more)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **more).eval()
-    if ggufs:  # the loader marks the model quantized, and then it cannot be saved
-        model.hf_quantizer = None
-        model.config.__dict__.pop("quantization_config", None)
-    return model, tokenizer
+# print these keys of rows as a table; what a row does not have stays empty
+def show(rows: list, *keys: str) -> None:
+    cells = []
+    for row in rows:
+        found = map(row.get, keys)
+        cells.append(["" if value is None else value for value in found])
+    say(globe.text_table(keys, cells))
 
 
-def build_smol_moe(source: str, out: Path, experts: int = 8) -> Path:
-    """Write a stock Qwen2-MoE checkpoint that computes what the dense Llama `source` computes; its logits are compared.
-
-    The FFN's hidden units are cut into `experts` equal slices, all of them active. The router is zero, so every
-    softmax weight is 1/experts; down takes the factor `experts` (exact in floating point for a power of two).
-    """
-    from safetensors.torch import save_file
-    from transformers import Qwen2MoeConfig
-    dense, tokenizer = load_dense(source)
-    c, tied, shared = dense.config, dense.config.tie_word_embeddings, 8
-    if c.model_type != "llama" or c.intermediate_size % experts:
-        raise UserError(f"{source}: expected a Llama whose FFN width divides by {experts}, found {c.model_type} of width "
-                        f"{c.intermediate_size}")
-    d, p, state = c.hidden_size, c.intermediate_size // experts, {}
-    for name, w in dense.state_dict().items():
-        prefix, _, rest = name.rpartition(".mlp.")
-        if not prefix:  # attention, norms, embeddings: as they are; Qwen2 has biases, zero here
-            if not (tied and name == "lm_head.weight"):
-                state[name] = w
-            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-                state[name.replace(".weight", ".bias")] = w.new_zeros(w.shape[0])
-            continue
-        proj = rest.split(".")[0]
-        for e, part in enumerate((w * experts).split(p, 1) if proj == "down_proj" else w.split(p, 0)):
-            state[f"{prefix}.mlp.experts.{e}.{proj}.weight"] = part
-        state[f"{prefix}.mlp.shared_expert.{proj}.weight"] = w.new_zeros((d, shared) if proj == "down_proj" else (shared, d))
-        state[f"{prefix}.mlp.gate.weight"] = w.new_zeros(experts, d)
-        state[f"{prefix}.mlp.shared_expert_gate.weight"] = w.new_zeros(1, d)
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-            "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
-            "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    config = Qwen2MoeConfig(**{k: getattr(c, k) for k in same if getattr(c, k, None) is not None}, moe_intermediate_size=p,
-                            num_experts=experts, num_experts_per_tok=experts, shared_expert_intermediate_size=shared,
-                            norm_topk_prob=False, architectures=["Qwen2MoeForCausalLM"], dtype=torch.float32)
-    with globe.written(out) as tmp:
-        tmp.mkdir()
-        config.save_pretrained(tmp)
-        dense.generation_config.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
-        save_file({k: v.contiguous() for k, v in state.items()}, tmp / "model.safetensors", metadata={"format": "pt"})
-        ids = tokenizer("The Python language reference describes the syntax of assignment.", return_tensors="pt").input_ids
-        with torch.no_grad():
-            error = float((globe.load_dense(tmp, torch.device("cpu"), None)(ids).logits - dense(ids).logits).abs().max())
-        if error > 1e-3:
-            raise RuntimeError(f"smol-moe: logits expected to equal the dense model's, found an error of {error}")
-        say(f"smol-moe ({experts} experts of {p}): largest logit difference to the dense model {error:.1e}")
-    return out
+# value / reference; None where either is missing
+def times(value: float | None, reference: float | None) -> float | None:
+    return round(value / reference, 3) if value and reference else None
 
 
-def checkpoint_of(preset: str, args: argparse.Namespace) -> globe.Checkpoint:
-    """The checkpoint of a preset, made on first use in the user's cache."""
-    if preset == "tiny":
-        return globe.open_model(globe.load_config(None, args.set), torch.device("cpu"))
-    path = globe.user_cache() / f"smol-moe-{args.experts}"
-    return globe.Checkpoint(path if (path / "config.json").is_file() else build_smol_moe(smol_source(), path, args.experts))
+# one key of many rows
+def column(rows: list, key: str) -> list:
+    return [row[key] for row in rows]
 
 
-def config_of(preset: str) -> str:
-    """The config file of a preset's fits; tiny's holds the defaults."""
-    return str(CONFIGS / ("smol.yaml" if preset == "smol-moe" else "tiny.yaml"))
+# the rows that have these values
+def where(rows: list, **wanted) -> list:
+    return [row for row in rows if wanted.items() <= row.items()]
 
 
-# ---- quality -----------------------------------------------------------------------------------------
-def quality_texts(tokenizer, count: int = 12, files: list | tuple = ()) -> tuple:
-    """({text name: windows (N, 512)}, calibration text): evaluation windows are never in the calibration text.
-
-    topics: tokens i * 4096 + 512 .. i * 4096 + 1024 of pydoc_data.topics, i = 0..count-1; code: argparse.py and tarfile.py;
-    license: CPython's LICENSE.txt; files: more texts, each named by its stem. Prints Python's version and the texts' hashes, since
-    the figures depend on them. UserError: a file of a name that is taken, or whose text is calibrated on.
-    """
-    from pydoc_data.topics import topics
-    root = Path(sysconfig.get_path("stdlib"))
-    prose = "\n\n".join(topics[k] for k in sorted(topics))
-    ids = torch.tensor(tokenizer(prose, add_special_tokens=False, verbose=False)["input_ids"])
-    chunks = [(i * 4096 + 512, i * 4096 + 1024) for i in range(count) if i * 4096 + 1024 <= len(ids)]
-    texts = {"code": "".join((root / f).read_text() for f in ("argparse.py", "tarfile.py"))}
-    if (root / "LICENSE.txt").is_file():
-        texts["license"] = (root / "LICENSE.txt").read_text()
-    for f in files:
-        if Path(f).stem in ("topics", *texts):
-            raise UserError(f"--text {f}: expected a file of another name than the texts' {['topics', *texts]}")
-        texts[Path(f).stem] = globe.read_text(f, "test")
-    windows = {"topics": torch.stack([ids[a:b] for a, b in chunks])}
-    windows |= {k: globe.token_windows(tokenizer, v, count * 512, 512) for k, v in texts.items()}
-    sums = {k: hashlib.sha256(v.encode()).hexdigest()[:12] for k, v in (texts | {"topics": prose}).items()}
-    say(f"texts: Python {sys.version.split()[0]}, sha256 {sums}")
-    rest = [ids[b:a] for (_, b), (a, _) in zip([(0, 0), *chunks], [*chunks, (len(ids), 0)])]
-    others = globe.builtin_text("train")[:len(prose)] + globe.builtin_text("calibration")[:len(prose)]
-    calibration = "\n\n".join([tokenizer.decode(r) for r in rest] + [others])
-    for f in files:
-        parts = [tokenizer.decode(w[:64]) for w in windows[Path(f).stem]]
-        if found := sum(part in calibration for part in parts):
-            raise UserError(f"--text {f}: expected a text that is not calibrated on, found {found} of {len(parts)} windows in the calibration text")
-    return windows, calibration
+# in hex, of UTF-8
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-# Peers, written from their papers: each gives ({(family, layer, expert): W^ (p, d)}, stored numbers) of gate and up.
-# L: {layer: (d, d)} is the Cholesky factor of the inputs' second moment, the same that GloBE's fit uses.
-def layer_weights(ckpt: globe.Checkpoint, family: str, layer: int) -> torch.Tensor:  # -> (E, p, d)
-    return torch.stack([ckpt.expert(family, layer, e).float() for e in range(ckpt.dims.experts)])
+# the result of a command of globe.py, run in this process; its errors come through as they are
+def run_globe(*argv: object) -> dict:
+    args = globe.parse(list(map(str, argv)))
+    return args.run(args)
 
 
-def low_rank(W: torch.Tensor, rank: int, L: torch.Tensor | None) -> torch.Tensor:
-    """argmin over rank-`rank` matrices of ||(W - W^) L|| for W (E, p, d): truncated SVD of W L (SVD-LLM, eq. 4)."""
-    U, S, V = torch.linalg.svd(W if L is None else W @ L, full_matrices=False)
-    out = U[..., :rank] * S[:, None, :rank] @ V[:, :rank]
-    return out if L is None else torch.linalg.solve_triangular(L, out, upper=False, left=False)
-
-
-def peer_svd(ckpt: globe.Checkpoint, ratio: float, L: dict) -> tuple:
-    """Truncated SVD of every matrix; with L whitened, as in SVD-LLM (Wang et al. 2024)."""
-    D = ckpt.dims
-    rank = max(1, int(ratio * D.p * D.d / (D.p + D.d)))
-    out = {(f, l, e): W for l in D.layers for f in ("gate", "up")
-           for e, W in enumerate(low_rank(layer_weights(ckpt, f, l), rank, L.get(l)))}
-    return out, len(out) * rank * (D.p + D.d)
-
-
-def peer_layer_pca(ckpt: globe.Checkpoint, ratio: float, L: dict) -> tuple:
-    """One basis (r, d) per layer for all its gates and ups: the leading right singular directions of W L, stacked."""
-    D, out = ckpt.dims, {}
-    r = int(ratio * 2 * D.experts * D.p * D.d / (2 * D.experts * D.p + D.d))
-    for l in D.layers:
-        WL = torch.cat([layer_weights(ckpt, f, l) for f in ("gate", "up")]) @ L[l]
-        Q = torch.linalg.eigh((WL.mT @ WL).sum(0).double())[1][:, -r:].float()
-        W = torch.linalg.solve_triangular(L[l], WL @ Q @ Q.T, upper=False, left=False)
-        out |= {(f, l, e): W[i * D.experts + e] for i, f in enumerate(("gate", "up")) for e in range(D.experts)}
-    return out, len(D.layers) * r * (2 * D.experts * D.p + D.d)
-
-
-def peer_d2(ckpt: globe.Checkpoint, ratio: float, L: dict) -> tuple:
-    """The mean of a layer's experts plus a whitened low-rank delta for each (D2-MoE, Gu et al. 2025; plain mean)."""
-    D, out = ckpt.dims, {}
-    rank = int((ratio * D.experts - 1) * D.p * D.d / (D.experts * (D.p + D.d)))
-    for l in D.layers:
-        for f in ("gate", "up"):
-            W = layer_weights(ckpt, f, l)
-            delta = low_rank(W - W.mean(0), rank, L[l]) if rank > 0 else torch.zeros_like(W)
-            out |= {(f, l, e): w for e, w in enumerate(W.mean(0) + delta)}
-    return out, 2 * len(D.layers) * (D.p * D.d + max(0, rank) * D.experts * (D.p + D.d))
-
-
-def peer_slbf(ckpt: globe.Checkpoint, ratio: float, steps: int, device: torch.device) -> tuple:
-    """Low-rank bases shared by a layer's experts, data-free: W_i = sum_j alpha_ij U_j V_j, two bases per expert, from each
-    expert's own SVD (so it starts at the plain SVD), then Adam on U, V and alpha; on a GPU for all layers and families at once."""
-    D, E = ckpt.dims, ckpt.dims.experts
-    m, keys = 2 * E, [(f, l) for l in D.layers for f in ("gate", "up")]
-    k = int((ratio * E * D.p * D.d - E * m) / (m * (D.p + D.d)))
-    W = torch.stack([layer_weights(ckpt, f, l) for f, l in keys])  # (G, E, p, d)
-    scale = W.square().mean((1, 2, 3), keepdim=True).sqrt()
-    U, S, V = torch.linalg.svd(W / scale, full_matrices=False)
-    root = S[..., :2 * k].sqrt()
-    U = (U[..., :2 * k] * root[..., None, :]).unflatten(-1, (2, k)).movedim(-2, 2).reshape(-1, m, D.p, k)
-    x = [U, (root[..., None] * V[..., :2 * k, :]).reshape(-1, m, k, D.d), (torch.eye(E).repeat_interleave(2, 1) + 1e-3).repeat(len(keys), 1, 1), W / scale]
-    at_once = 1 if device.type == "cpu" else len(keys)  # what one fit moves stays in a CPU's cache
-    build = lambda U, V, a: (a @ (U @ V).flatten(2)).unflatten(2, (D.p, D.d))  # noqa: E731
-    best = torch.cat([fit_adam([t.to(device) for t in part], build, steps).cpu() for part in zip(*(t.split(at_once) for t in x))]) * scale
-    out = {(*key, e): w for key, each in zip(keys, best) for e, w in enumerate(each)}
-    return out, len(keys) * m * (k * (D.p + D.d) + E)
-
-
-def fit_adam(start: list, build, steps: int, lr: float = 2e-3) -> torch.Tensor:
-    """build(*x) after Adam on ||W - build(*x)||^2 for start [*x, W (G, ...)]: G independent fits; each as it began where that is no worse."""
-    *x, W = start
-    x = [t.clone().requires_grad_() for t in x]
-    opt, start = torch.optim.Adam(x, lr, fused=True), build(*x).detach()
-    for step in tqdm(range(steps), desc="adam", leave=False):
-        opt.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        opt.zero_grad()
-        out = build(*x)
-        out.backward((out.detach() - W) * (2 / W[0].numel()))  # of the sum of the fits' mean squares
-        opt.step()
-    end = build(*x).detach()
-    better = (W - end).flatten(1).norm(dim=1) < (W - start).flatten(1).norm(dim=1)
-    return torch.where(better.view(-1, *[1] * (W.ndim - 1)), end, start)
-
-
-@torch.no_grad()
-def pruned(ckpt: globe.Checkpoint, ratio: float, windows: torch.Tensor, device: torch.device) -> tuple:
-    """(model without its least useful experts, equivalent ratio): REAP (Lasby et al. 2025) at the whole model's equal size.
-
-    Saliency of an expert: mean over its tokens of router weight times the norm of its output. Dropping one expert saves
-    its gate, up and down, so the size of gate+up that the others are held to allows fewer drops; rounded in its favour.
-    """
-    from transformers import AutoModelForCausalLM
-    D, model, score, hooks = ckpt.dims, globe.load_dense(ckpt.dir, device, None), {}, []
-
-    def hook(layer):
-        def collect(module, args, kwargs):
-            x, index, weight = (*args, *kwargs.values())[:3]
-            total, count = score.setdefault(layer, (torch.zeros(D.experts), torch.zeros(D.experts)))
-            for e in index.unique().tolist():
-                token, slot = (index == e).nonzero(as_tuple=True)
-                h = module._apply_gate(torch.nn.functional.linear(x[token], module.gate_up_proj[e]))
-                out = torch.nn.functional.linear(h, module.down_proj[e]).norm(dim=-1)
-                total[e] += float((weight[token, slot] * out).sum())
-                count[e] += len(token)
-        return collect
-    for l, (_, _, m) in globe.experts_modules(model).items():
-        hooks.append(m.register_forward_pre_hook(hook(l), with_kwargs=True))
-    globe.nll(model, windows)
-    for h in hooks:
-        h.remove()
-    keep_n = math.ceil(D.experts - (1 - ratio) * 2 * D.experts / 3)
-    config = type(model.config)(**{**model.config.to_dict(), "num_experts": keep_n})
-    small = AutoModelForCausalLM.from_config(config, dtype=ckpt.dtype).eval()
-    state, like = model.state_dict(), small.state_dict()
-    for name, t in state.items():
-        if t.shape != like[name].shape:
-            total, count = score[int(name.split("layers.")[1].split(".")[0])]
-            keep = (total / count.clamp_min(1)).topk(keep_n).indices.sort().values
-            state[name] = t[keep]
-    small.load_state_dict(state)
-    return small.to(device), 1 - (D.experts - keep_n) * 3 / (2 * D.experts)
-
-
-@torch.no_grad()
-def put_experts(model: torch.nn.Module, weights: dict, p: int) -> None:
-    """Write dense weights {(family, layer, expert): (p, d)} into a stock model's fused gate_up_proj."""
-    modules = globe.experts_modules(model)
-    for (f, layer, e), W in weights.items():
-        row = slice(0, p) if f == "gate" else slice(p, None)
-        modules[layer][2].gate_up_proj[e, row] = W.to(modules[layer][2].gate_up_proj.dtype)
-
-
-def frobenius(ckpt: globe.Checkpoint, weights: dict) -> dict:
-    """Relative Frobenius error per family of reconstructed weights."""
-    out = {}
-    for f in ("gate", "up"):
-        pairs = [(ckpt.expert(f, layer, e).float(), W) for (g, layer, e), W in weights.items() if g == f]
-        out[f] = math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs))
-    return out
-
-
-CLOSED_FORM = ("svd", "svd-llm", "layer-pca", "d2")
-PEERS = (*CLOSED_FORM, "mobe", "slbf", "reap")
-
-
-def bench_quality(preset: str, args: argparse.Namespace) -> list:
-    """Perplexity change of GloBE and its peers at the same stored size, on the same calibration and evaluation text. With --json FILE
-    every method's rows are in FILE.part once it is measured; --resume keeps what is in either, of the same texts and settings."""
-    ckpt, device = checkpoint_of(preset, args), globe.pick_device(args.device)
-    D, tokenizer = ckpt.dims, globe.load_tokenizer(ckpt.dir)
-    windows, calibration = quality_texts(tokenizer, args.windows, args.text)
-    settings = dataclasses.asdict(globe.load_config(config_of(preset), args.set))
-    same = [ckpt.fingerprint(), {k: w.tolist() for k, w in windows.items()}, calibration, settings, args.steps, args.heal]
-    run, before = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16], {}
-    for file in (Path(args.json), Path(f"{args.json}.part")) if args.resume else ():
-        if file.is_file():
-            try:
-                before |= {(r["asked"], r["variant"], r["text"]): r for r in json.loads(file.read_text(encoding="utf-8"))["rows"] if r.get("run") == run}
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise UserError(f"--resume: {file}: expected what bench.py wrote, found something else") from None
-    rows = list(before.values())
-    if args.resume:
-        say(f"--resume: {len(rows) // len(windows)} methods and sizes were measured on these texts with these settings")
-    model = globe.load_dense(ckpt.dir, device, None)
-
-    def losses(model) -> dict:
-        if device.type == "cpu":
-            model.set_experts_implementation("eager")  # a sixth faster than grouped_mm on smol-moe
-        return {k: globe.nll(model, w)[0] for k, w in windows.items()}
-    dense = losses(model)
-    say(f"{preset}: dense perplexity " + ", ".join(f"{k} {math.exp(v):.2f}" for k, v in dense.items()))
-
-    def add(variant: str, model, ratio: float, rel_frob: dict, seconds: float, scope, support=None, **more) -> None:
-        for text, loss in losses(model).items():
-            delta = loss - dense[text]
-            rows.append({"suite": "quality", "preset": preset, "test": f"{D.experts}x{D.p}", "variant": variant, "text": text,
-                         "ratio": ratio, "value": delta, "unit": "nats", "delta_nats": delta, "rel_frob": rel_frob,
-                         "seconds": round(seconds, 1), "scope": scope, "support": support, "asked": asked, "run": run, **more})
-            say(f"  {variant:9s} ratio {ratio:.3f} {text:8s} delta {delta:+.4f} nats, error {rel_frob}, {seconds:.0f} s")
-
-    def fitted(variant: str, *settings: str) -> None:
-        nonlocal model
-        model = None  # one model in memory at a time
-        result = quiet(["fit", *settings, "--out", f"{scratch}/{variant}-{asked}", f"model.path={ckpt.dir}", f"bank.ratio={asked}", "bank.r=null",
-                        "--device", str(device)])
-        factors, seconds = globe.load_factors(result["factors"]), result["seconds"]
-
-        def measure(name: str, factors: globe.Factors, errors: dict, seconds: float) -> None:
-            add(name, globe.assemble(ckpt, factors, device), result["ratio"], errors, seconds,
-                factors.config["bank"]["scope"], result["support"], metric=factors.config["fit"]["metric"])
-        measure(variant, factors, result["rel_frob"], seconds)
-        if args.heal and variant == "globe":
-            healed = quiet(["heal", "--factors", result["factors"], "--out", f"{scratch}/healed-{asked}", f"calib.text={text}", "calib.sampled=0",
-                            "--device", str(device), *(s for s in args.set if s.startswith("heal."))])
-            factors = globe.load_factors(healed["factors"])
-            errors = {f: e["all"] for f, e in globe.reconstruction(ckpt, factors).items()}
-            measure("globe+heal", factors, errors, seconds + healed["seconds"])
-        model = globe.load_dense(ckpt.dir, device, None)
-
-    def factor_of_inputs() -> dict:
-        """{layer: Cholesky factor of the inputs' second moment}; calibrates when first asked. The peers' ridge is the default: 0.1
-        is worse for them (README)."""
-        if not moments:
-            moments.update(globe.calibrate(ckpt, cfg, device))
-            globe.save_moments(Path(scratch) / "calibration.safetensors", moments, ckpt.fingerprint())
-        return {l: globe.metric_factor(C, globe.FitConfig().ridge) for l, C in moments["inputs"].items()}
-    peers, moments = [q for p in args.peers for q in {"closed": CLOSED_FORM, "all": PEERS, "none": ()}.get(p, (p,))], {}
-    with tempfile.TemporaryDirectory() as scratch:
-        text = Path(scratch) / "calibration.txt"
-        text.write_text(calibration, encoding="utf-8")
-        cfg = globe.load_config(config_of(preset), [*args.set, f"calib.text={text}"])
-        for asked, variant in ((ratio, v) for ratio in args.ratio for v in (*peers, "globe")):
-            if (asked, variant, "topics") in before:
-                continue
-            L = factor_of_inputs() if variant in ("svd-llm", "layer-pca", "d2", "globe") else {}
-            begin = time.perf_counter()  # the calibration is nobody's own
-            if variant == "globe":
-                fitted("globe", "--config", config_of(preset), *args.set, "calib.save=null", f"calib.load={scratch}/calibration.safetensors")
-            elif variant == "mobe":  # its own form, r fitted to the size instead of r = p; data-free
-                fitted("mobe", "--config", str(CONFIGS / "mobe.yaml"), f"fit.steps={args.steps or 3000}")
-            elif variant == "reap":
-                if preset == "tiny":  # smol-moe has no routing to prune by
-                    small, size = pruned(ckpt, asked, globe.token_windows(tokenizer, calibration, cfg.calib.tokens, cfg.calib.length), device)
-                    add("reap", small, size, {}, time.perf_counter() - begin, "expert")
-            else:
-                with globe.threads_for(D.p, D.d), globe.memory_kept():
-                    weights, stored = {"svd": lambda: peer_svd(ckpt, asked, {}), "svd-llm": lambda: peer_svd(ckpt, asked, L),
-                                       "layer-pca": lambda: peer_layer_pca(ckpt, asked, L), "d2": lambda: peer_d2(ckpt, asked, L),
-                                       "slbf": lambda: peer_slbf(ckpt, asked, args.steps or 3000, device)}[variant]()
-                seconds = time.perf_counter() - begin
-                put_experts(model, weights, D.p)
-                add(variant, model, stored / (2 * len(D.layers) * D.experts * D.p * D.d), frobenius(ckpt, weights), seconds,
-                    {"layer-pca": "layer", "d2": "layer", "slbf": "layer"}.get(variant, "expert"))
-            if args.json:
-                globe.write_text(Path(f"{args.json}.part"), json.dumps({"rows": rows}))
-    rows.sort(key=lambda r: -r["asked"])  # kept ones and new ones of a size together
-    say(globe.text_table(("method", "ratio", "scope", *windows, "seconds"),
-                         [(r["variant"], r["ratio"], r["scope"], *(q["delta_nats"] for q in group), r["seconds"])
-                          for group in grouped(rows, len(windows)) for r in group[:1]]))
-    if args.png:
-        plot_quality(rows, Path(args.png))
-    return rows
-
-
-def grouped(rows: list, n: int) -> list:
-    return [rows[i:i + n] for i in range(0, len(rows), n)]
-
-
-def plot_quality(rows: list, path: Path) -> None:
-    """delta_nats against size, a panel per text, a marker per method; readable in greyscale."""
+# matplotlib.pyplot that draws into files
+def pyplot():
+    expect(importlib.util.find_spec("matplotlib"), "plots need matplotlib: pip install matplotlib")
     import matplotlib
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    texts, variants = list(dict.fromkeys(r["text"] for r in rows)), list(dict.fromkeys(r["variant"] for r in rows))
-    fig, axes = plt.subplots(1, len(texts), figsize=(4.5 * len(texts), 4), sharey=True, squeeze=False)
-    for ax, text in zip(axes[0], texts):
-        for variant, marker, line in zip(variants, "osv^D*PX<", ("-", ":", "--", "-.", ":", "--", "-.", "-", "--")):
-            mine = sorted((r["ratio"], r["delta_nats"]) for r in rows if (r["text"], r["variant"]) == (text, variant))
-            ours = variant.startswith("globe")
-            ax.plot(*zip(*mine), marker=marker, linestyle="-" if variant == "globe" else line, color="black" if ours else "0.5", label=variant)
-        ax.set(title=text, xlabel="stored / dense size of gate and up", yscale="log")
-        ax.locator_params(axis="x", nbins=4)
-    axes[0][0].set_ylabel("increase of the loss (nats per token)")
-    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+# (figure, its panels): n of them beside each other
+def panels(n: int, width: float = 4.3, **more) -> tuple:
+    fig, axes = pyplot().subplots(1, n, figsize=(width * n, 3.8), squeeze=False, **more)
+    return fig, axes[0]
+
+
+# write a figure as PNG, whole or not at all
+def save_plot(fig, path: Path | str) -> Path:
     fig.tight_layout()
-    with globe.written(path) as tmp:
+    with globe.written(Path(path)) as tmp:
         fig.savefig(tmp, dpi=120, format="png")
-    plt.close(fig)
+    pyplot().close(fig)
+    return Path(path)
 
 
-def quiet(argv: list) -> dict:
-    """Run a globe command in this process; its JSON, with stdout kept for ours."""
-    with contextlib.redirect_stdout(out := io.StringIO()):
-        code = globe.main(argv)
-    if code:
-        raise UserError(f"globe {' '.join(argv)} ended with exit code {code}")
-    return json.loads(out.getvalue().splitlines()[-1])
-
-
-# ---- operators ---------------------------------------------------------------------------------------
-D, P, M, S, E, TOP_K = 2048, 1408, 128, 12, 60, 4  # Qwen1.5-MoE-A2.7B; a bank of 128 bases, supports of 12
-
-
-def bandwidth(device: torch.device) -> float:
-    """Bytes/s that this machine moves, measured now: the better of torch's copy and of a read of 512 MiB."""
-    a = torch.ones(2 ** 27, device=device)
-    b, turns = torch.empty_like(a), range(5)
-    copy = 2 * a.nbytes / min(timed(lambda: b.copy_(a), device) for _ in turns)
-    return max(copy, a.nbytes / min(timed(a.amax, device) for _ in turns))
-
-
-def race(suite: str, test: str, variants: dict, want, traffic: float, tol: float, args: argparse.Namespace, device: torch.device, **more) -> list:
-    """Rows of one operator: each variant's result for input 0 is asserted against `want`, then all are timed turn by turn.
-
-    variants: {name: function of the turn, a rotating index, so that no input is still in a cache}; "native" is ours, "twin"
-    our torch form, the others are peers. traffic: bytes that must move. `value` is milliseconds, `ratio` the best peer's
-    time over this variant's.
-    """
-    peers = [name for name in variants if name not in ("native", "twin")]
-    for name, run in variants.items():
-        with torch.set_grad_enabled(suite == "sparsemax"):
-            got = run(0)
-        error = max(float((g.detach().double() - w.detach().double()).abs().max()) for g, w in zip(got, want))
-        if not error <= tol:
-            raise RuntimeError(f"{suite} {test}: {name} is off by {error}, more than {tol}")
-    seconds, slow, begun, warm, turn = {name: [] for name in variants}, set(), time.perf_counter(), 2, 0
-    while turn < warm + 2 * args.repeats:
-        if turn == 2:  # the first allocations of a process are dear: quick operators get a fifth of a second to settle
-            warm = max(2, min(20, int(0.2 * turn / (time.perf_counter() - begun))))
-            first = {name: min(s) for name, s in seconds.items()}
-            slow = {name for name in peers if first[name] > 5 * min(first[n] for n in peers)}  # those are timed no more
-        for name, run in variants.items():
-            if name in slow:
-                continue
-            globe.synchronize(device)
-            begin = time.perf_counter()
-            with torch.set_grad_enabled(suite == "sparsemax"):
-                run(turn)
-            globe.synchronize(device)
-            seconds[name].append(time.perf_counter() - begin)
-        turn += 1
-    middle = {name: statistics.median(s[warm:] or s) for name, s in seconds.items()}
-    best, top = min((middle[name] for name in peers), default=math.nan), bandwidth(device)
-    rows = [{"suite": suite, "test": test, "variant": name, "value": round(1e3 * t, 4), "unit": "ms", "ratio": round(best / t, 2),
-             "bytes": int(traffic), "gbps": round(traffic / t / 1e9, 2), "share_of_bandwidth": round(traffic / t / top, 3), **more}
-            for name, t in middle.items()]
-    say(globe.text_table(("test", "variant", "ms", "x best peer", "GB/s", "of bandwidth"),
-                         [(test, r["variant"], r["value"], r["ratio"], r["gbps"], r["share_of_bandwidth"]) for r in rows]))
-    return rows
-
-
-def need_native(op: str, device: torch.device) -> None:
-    if not globe._native(op, device.type):
-        raise UserError(f"{op}: no native operator on {device} ({globe.kernels()})")
-
-
-def bench_compose(preset: str, args: argparse.Namespace) -> list:
-    """One pass over 60 experts, and one expert (a cache miss), against torch's best ways; silu."""
-    device, dtype, rows, g = globe.pick_device(args.device), globe.as_dtype(args.dtype) or torch.bfloat16, [], torch.Generator().manual_seed(0)
-    need_native("compose", device)
-    for r in (768, 1408):
-        bank = torch.empty(M, r, D, dtype=dtype, device=device)
-        for b in bank:
-            b.copy_(torch.randn(r, D, generator=g))
-        idx = torch.stack([torch.randperm(M, generator=g)[:S] for _ in range(E)]).to(device)
-        val = torch.rand(E, S, generator=g).to(device)
-        weights = torch.zeros(E, M, device=device).scatter_(1, idx, val).to(dtype)
-        picks, out = [(i, v) for i, v in zip(idx.tolist(), val.tolist())], torch.empty(E, r, D, dtype=dtype, device=device)
-
-        def adds(turn: int, wide: torch.dtype):
-            js, alphas = picks[turn % E]
-            z = (bank[js[0]] * alphas[0]).to(wide)
-            for j, a in zip(js[1:], alphas[1:]):
-                z.add_(bank[j], alpha=a)
-            return torch.nn.functional.silu(z, inplace=True).to(dtype)[None]
-
-        def each(turn: int):
-            for e in range(E):
-                out[e] = adds(turn + e, dtype)[0]
-            return out[:1]
-
-        def widened(turn: int, rows: int = 32):  # the dense product in float32, where those of the dtype are slow; the bank in pieces
-            for a in range(0, r, rows):
-                z = torch.mm(weights.float(), bank[:, a:a + rows].reshape(M, -1).float())
-                out[:, a:a + rows] = torch.nn.functional.silu(z, inplace=True).view(E, rows, D)
-            return out[:1]
-        want = torch.nn.functional.silu(torch.einsum("s,srd->rd", val[0], bank[idx[0]].float()))[None]
-        size, item = r * D, bank.element_size()
-        rows += race("compose", f"60 experts, r {r}", {
-            "native": lambda turn: globe.compose(bank, idx, val, "silu", out=out),
-            **({} if globe.slow_products(dtype, device.type) else {"dense product": lambda turn: torch.nn.functional.silu(
-                torch.mm(weights, bank.view(M, -1), out=out.view(E, -1)), inplace=True).view(E, r, D)[:1]}),
-            "dense product, float32": widened, "scaled adds of each": each,
-        }, want, (len(idx.unique()) + E) * size * item, 0.2, args, device, dtype=str(dtype))
-        rows += race("compose", f"1 expert, r {r}", {
-            "native": lambda turn: globe.compose(bank, idx[turn % E:turn % E + 1], val[turn % E:turn % E + 1], "silu", out=out[:1]),
-            "scaled adds": lambda turn: adds(turn, dtype), "scaled adds, float32": lambda turn: adds(turn, torch.float32),
-            "dense product": lambda turn: torch.nn.functional.silu(weights[turn % E] @ bank.view(M, -1)).view(1, r, D),
-        }, want, (S + 1) * size * item, 0.2, args, device, dtype=str(dtype))
-    return rows
-
-
-def bench_sparsemax(preset: str, args: argparse.Namespace) -> list:
-    """sparsemax and entmax-1.5, forward and backward, against the `entmax` package and our torch form."""
-    device, rows, g = globe.pick_device(args.device), [], torch.Generator().manual_seed(0)
-    need_native("simplex", device)
-    if not importlib.util.find_spec("entmax"):
-        say("sparsemax: the peer is the package entmax, which is not installed: no ratio")
-    for shape in ((1440, 128), (24, 60, 256)):
-        x, grad = (torch.randn(shape, generator=g).to(device) for _ in range(2))
-        for name in ("sparsemax", "entmax15"):
-            def both(f, x=x):
-                leaf = x.detach().requires_grad_()
-                y = f(leaf, dim=-1)
-                y.backward(grad)
-                return y, leaf.grad
-
-            def twin(leaf, dim):
-                return globe._SimplexMap.apply(leaf, 2.0 if name == "sparsemax" else 1.5)
-            variants = {"native": lambda turn: both(getattr(globe, name)), "twin": lambda turn: both(twin)}
-            if importlib.util.find_spec("entmax"):
-                import entmax
-                variants["entmax"] = lambda turn: both(getattr(entmax, name))
-            rows += race("sparsemax", f"{name} {tuple(shape)}", variants, both(twin, x.double()), 5 * x.nbytes, 1e-4, args, device)
-    return rows
-
-
-def bench_operator(args: argparse.Namespace) -> list:
-    """One token through one Qwen1.5-MoE layer, all of it cached: experts_decode against transformers' experts."""
-    from transformers import Qwen2MoeConfig
-    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
-    device, dtype, rows, g = globe.pick_device(args.device), globe.as_dtype(args.dtype) or torch.bfloat16, [], torch.Generator().manual_seed(0)
-    need_native("experts_decode", device)
-    config = Qwen2MoeConfig(hidden_size=D, moe_intermediate_size=P, num_experts=E, num_experts_per_tok=TOP_K)
-    with torch.device("meta"):
-        dense = Qwen2MoeExperts(config)
-    dense = dense.to(dtype).to_empty(device=device)
-
-    def new(*shape: int) -> torch.Tensor:
-        t = torch.empty(shape, dtype=dtype, device=device)
-        for part in t:
-            part.copy_(torch.randn(shape[1:], generator=g) / shape[-1] ** 0.5)
-        return t
-    down, table, shift = new(E, D, P), torch.arange(E, device=device), [0.0] * 3
-    dense.down_proj.data.copy_(down)
-    for r in (768, 1408):
-        A = [new(E, P, r) for _ in "gu"] if r < P else [None, None]
-        held = [new(E, r, D) for _ in "gu"]
-        for i, (a, w) in enumerate(zip(A, held)):  # the peers hold the same weights, multiplied out
-            for e in range(E):
-                dense.gate_up_proj.data[e, i * P:(i + 1) * P] = w[e] if a is None else a[e] @ w[e]
-        x, turns = torch.randn(1, D, generator=g).to(device, dtype), 16
-        index = [torch.randperm(E, generator=g)[None, :TOP_K].to(device) for _ in range(turns)]
-        weights = torch.full((1, TOP_K), 0.25, device=device)
-        want = torch.zeros(1, D, device=device)
-        for e in index[0][0].tolist():
-            gate, up = (w[e].float() @ x[0].float() if a is None else a[e].float() @ (w[e].float() @ x[0].float()) for a, w in zip(A, held))
-            want += 0.25 * (down[e].float() @ (torch.nn.functional.silu(gate) * up))
-
-        def stock(how: str):
-            def run(turn: int):
-                dense.config._experts_implementation = how
-                return dense(x, index[turn % turns], weights.to(dtype))
-            return run
-        variants = {"native": lambda turn: torch.ops.globe.experts_decode(x, index[turn % turns], weights, table, table, held[0], A[0], held[1], A[1],
-                                                                          down, None, [1, 1, 0], [1.0] * 3, shift, "silu")}
-        variants |= {how: stock(how) for how in ("eager", "grouped_mm", "batched_mm")}
-        traffic = TOP_K * (2 * (r * D + (P * r if r < P else 0)) + D * P) * down.element_size()
-        rows += race("decode", f"one token, r {r}" if r < P else "one token, weights held", variants, want, traffic, 0.05, args, device,
-                     preset="qwen15-layer", dtype=str(dtype))
-    return rows
-
-
-# ---- decode: whole models ----------------------------------------------------------------------------
-DENSE = ("eager", "grouped_mm", "batched_mm")  # transformers' ways to run experts; the best of them is the peer
-SHARE = 0.25                                   # of the experts that the caches of `warm` and `cold` hold
-
-
-def tensor_gib(model: torch.nn.Module) -> float:
-    """GiB that parameters, buffers and caches take."""
-    size = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
-    return size / 2 ** 30 + globe.cache_stats(model)["cache_mib"] / 1024
-
-
+# seconds of run(), with what it queued on the device
 @torch.no_grad()
-def timed(run, device: torch.device) -> float:
+def timed(run: Callable, device: torch.device) -> float:
     globe.synchronize(device)
     begin = time.perf_counter()
     run()
@@ -644,702 +151,1697 @@ def timed(run, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+# bytes/s that this machine moves, measured now: the better of torch's copy and of a read of 512 MiB
+def bandwidth(device: torch.device) -> float:
+    a = torch.ones(2 ** 27, device=device)
+    b = torch.empty_like(a)
+    copying = min(timed(partial(b.copy_, a), device) for _ in range(5))
+    reading = min(timed(a.amax, device) for _ in range(5))
+    return max(2 * a.nbytes / copying, a.nbytes / reading)
+
+
+# UserError where our operator is not built for the device
+def need_native(op: str, device: torch.device) -> None:
+    expect(globe.native(op, device.type), f"{op}: no native operator on {device} ({globe.kernels()})")
+
+
+# while the block runs, note(experts module, x (n, d), index (n, top_k), weights (n, top_k)) at every forward
+@contextlib.contextmanager
+def watching(modules: list, note: Callable):
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        note(module, *args, *kwargs.values())
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+
+
+# {layer: experts module} of a transformers model
+def dense_experts(model: nn.Module) -> dict:
+    return {l: module for l, (_, _, module) in globe.experts_modules(model).items()}
+
+
+# ---- 2. Models: SmolLM2 as a mixture of experts, and what a preset stands for --------------------
+# (dense Llama, tokenizer) from a folder that holds a .gguf, a Hugging Face folder, or a hub id
+def load_llama(source: str) -> tuple:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    more = {}
+    ggufs = sorted(Path(source).rglob("*.gguf"))
+    if ggufs and not (Path(source) / "config.json").exists():
+        for package in ("gguf", "accelerate"):
+            found = importlib.util.find_spec(package)
+            expect(found, f"smol-moe: reading a GGUF needs {package}: pip install {package}")
+        source = ggufs[0].parent
+        more["gguf_file"] = ggufs[0].name
+    elif not Path(source).is_dir():
+        source = globe.resolve_model(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, **more)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **more).eval()
+    if more:  # transformers marks the model quantized, and then it cannot be saved
+        model.hf_quantizer = None
+        model.config.__dict__.pop("quantization_config", None)
+    return model, tokenizer
+
+
+NOTHING = 8  # width of the shared expert of smol-moe, which adds nothing
+SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
+        "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def sliced_state(dense: nn.Module, slices: int) -> dict:
+    """The tensors of the Qwen2-MoE that computes what a dense Llama computes.
+
+    The FFN's hidden units are cut into equal slices, all of them active. The router is zero, so every softmax
+    weight is 1/slices; down takes the factor `slices` (exact in floating point for a power of two).
+    """
+    c = dense.config
+    state = {}
+    for name, w in dense.state_dict().items():
+        prefix, _, rest = name.rpartition(".mlp.")
+        if prefix:
+            # rows of gate and up, columns of down; shared experts and routers are zero
+            proj = rest.split(".")[0]
+            parts = w.chunk(slices)
+            nothing = w.new_zeros(NOTHING, c.hidden_size)
+            if proj == "down_proj":
+                parts = (w * slices).chunk(slices, 1)
+                nothing = nothing.T
+            for e, part in enumerate(parts):
+                state[f"{prefix}.mlp.experts.{e}.{proj}.weight"] = part
+            state[f"{prefix}.mlp.shared_expert.{proj}.weight"] = nothing
+            state[f"{prefix}.mlp.gate.weight"] = w.new_zeros(slices, c.hidden_size)
+            state[f"{prefix}.mlp.shared_expert_gate.weight"] = w.new_zeros(1, c.hidden_size)
+        elif name != "lm_head.weight" or not c.tie_word_embeddings:
+            state[name] = w
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):  # Qwen2 has biases, zero here
+            state[name.replace(".weight", ".bias")] = w.new_zeros(w.shape[0])
+    return state
+
+
+# write a stock Qwen2-MoE checkpoint that computes what the Llama `source` does; its logits are compared
+def build_smol_moe(source: str, out: Path, slices: int = 8) -> None:
+    from transformers import Qwen2MoeConfig
+    dense, tokenizer = load_llama(source)
+    c = dense.config
+    width = c.intermediate_size
+    fine = c.model_type == "llama" and width % slices == 0
+    expect(fine, f"{source}: expected a Llama whose width {slices} divides, found {c.model_type} of {width}")
+    known = {key: getattr(c, key) for key in SAME if getattr(c, key, None) is not None}
+    config = Qwen2MoeConfig(
+        **known, moe_intermediate_size=width // slices, num_experts=slices, num_experts_per_tok=slices,
+        shared_expert_intermediate_size=NOTHING, norm_topk_prob=False, architectures=["Qwen2MoeForCausalLM"],
+        dtype=torch.float32)
+    state = sliced_state(dense, slices)
+    shapes = {name: (t.dtype, t.shape) for name, t in state.items()}
+    with globe.written(out) as tmp:
+        # config, generation's defaults, tokenizer, weights
+        tmp.mkdir()
+        for part in (config, dense.generation_config, tokenizer):
+            part.save_pretrained(tmp)
+        globe.write_tensors(tmp / "model.safetensors", shapes, state, {"format": "pt"})
+
+        # both models on one sentence
+        ids = tokenizer("The reference describes the syntax of assignment.", return_tensors="pt").input_ids
+        with torch.no_grad():
+            error = float((globe.load_dense(tmp, CPU, None)(ids).logits - dense(ids).logits).abs().max())
+        if error > 1e-3:
+            raise RuntimeError(f"smol-moe: expected the dense model's logits, found a difference of {error}")
+
+
+# the checkpoint of a preset, built on first use in the user's cache
+def checkpoint_of(preset: str, args: Namespace) -> Checkpoint:
+    if preset == "tiny":
+        return globe.open_model(globe.load_config(None, args.set), CPU)
+    path = globe.user_cache() / f"smol-moe-{args.experts}"
+    if not (path / "config.json").is_file():
+        build_smol_moe(os.environ.get("SMOL_DIR") or SMOL_HUB_ID, path, args.experts)
+    return Checkpoint(path)
+
+
+# the config file of a preset's fits; tiny's holds the defaults
+def config_of(preset: str) -> str:
+    return str(CONFIGS / {"smol-moe": "smol.yaml"}.get(preset, "tiny.yaml"))
+
+
+# ---- 3. Peers, written from their papers ---------------------------------------------------------
+# Each gives ({(family, layer, expert): W^ (p, d)}, stored numbers) of gate and up at a stored size.
+# L: {layer: (d, d)}, Cholesky factor of the inputs' second moment, as in the fit; {}: no data.
+
+
+# (E, p, d) float32
+def layer_weights(ckpt: Checkpoint, family: str, layer: int) -> Tensor:
+    return torch.stack([ckpt.expert(family, layer, e).float() for e in range(ckpt.dims.experts)])
+
+
+# (E, p, d) -> {(family, layer, expert): (p, d)}
+def by_expert(family: str, layer: int, W: Tensor) -> dict:
+    return {(family, layer, e): w for e, w in enumerate(W)}
+
+
+# argmin of ||(W - W^) L|| at that rank, W (E, p, d): truncated SVD of W L (SVD-LLM, eq. 4)
+def low_rank(W: Tensor, rank: int, L: Tensor | None) -> Tensor:
+    U, S, V = torch.linalg.svd(W if L is None else W @ L, full_matrices=False)
+    out = U[..., :rank] * S[:, None, :rank] @ V[:, :rank]
+    return out if L is None else torch.linalg.solve_triangular(L, out, upper=False, left=False)
+
+
+# Truncated SVD of every matrix; with L whitened, as in SVD-LLM (Wang et al. 2024)
+def peer_svd(ckpt: Checkpoint, ratio: float, L: dict, args: Namespace) -> tuple:
+    D = ckpt.dims
+    rank = max(1, int(ratio * D.p * D.d / (D.p + D.d)))
+    out = {}
+    for l, f in itertools.product(D.layers, PAIR):
+        out |= by_expert(f, l, low_rank(layer_weights(ckpt, f, l), rank, L.get(l)))
+    return out, len(out) * rank * (D.p + D.d)
+
+
+# One basis (r, d) per layer for its gates and ups: leading right singular directions of W L, stacked
+def peer_layer_pca(ckpt: Checkpoint, ratio: float, L: dict, args: Namespace) -> tuple:
+    D = ckpt.dims
+    rows = 2 * D.experts * D.p  # of a layer's gates and ups
+    r = int(ratio * rows * D.d / (rows + D.d))
+    out = {}
+    for l in D.layers:
+        # eigenvectors of the summed Gram matrix (d, d), the largest last
+        WL = torch.cat([layer_weights(ckpt, f, l) for f in PAIR]) @ L[l]
+        Q = torch.linalg.eigh((WL.mT @ WL).sum(0).double())[1][:, -r:].float()
+
+        # project, and take L off again
+        W = torch.linalg.solve_triangular(L[l], WL @ Q @ Q.T, upper=False, left=False)
+        for f, part in zip(PAIR, W.split(D.experts)):
+            out |= by_expert(f, l, part)
+    return out, len(D.layers) * r * (rows + D.d)
+
+
+# A layer's mean expert plus a whitened low-rank delta for each (D2-MoE, Gu et al. 2025; plain mean)
+def peer_d2(ckpt: Checkpoint, ratio: float, L: dict, args: Namespace) -> tuple:
+    D = ckpt.dims
+    rank = max(0, int((ratio * D.experts - 1) * D.p * D.d / (D.experts * (D.p + D.d))))
+    out = {}
+    for l, f in itertools.product(D.layers, PAIR):
+        W = layer_weights(ckpt, f, l)
+        mean = W.mean(0)
+        delta = low_rank(W - mean, rank, L[l]) if rank else torch.zeros_like(W)
+        out |= by_expert(f, l, mean + delta)
+    return out, 2 * len(D.layers) * (D.p * D.d + rank * D.experts * (D.p + D.d))
+
+
+def peer_slbf(ckpt: Checkpoint, ratio: float, L: dict, args: Namespace) -> tuple:
+    """Low-rank bases shared by a layer's experts, data-free: W_i = sum_j alpha_ij U_j V_j, two per expert.
+
+    They start from each expert's own SVD (so at the plain SVD); then Adam on U, V and alpha.
+    """
+    D = ckpt.dims
+    m = 2 * D.experts
+    k = int((ratio * D.experts * D.p * D.d - D.experts * m) / (m * (D.p + D.d)))  # rank of a basis
+    out = {}
+    for l, f in itertools.product(D.layers, PAIR):
+        W = layer_weights(ckpt, f, l)  # (E, p, d)
+        scale = W.square().mean().sqrt()
+
+        # the first k and the next k singular directions of an expert are its two bases
+        U, S, V = torch.linalg.svd(W / scale, full_matrices=False)
+        root = S[:, :2 * k].sqrt()
+        U = (U[..., :2 * k] * root[:, None]).unflatten(-1, (2, k)).movedim(-2, 1).reshape(m, D.p, k)
+        V = (root[..., None] * V[:, :2 * k]).reshape(m, k, D.d)
+        alpha = torch.eye(D.experts).repeat_interleave(2, 1) + 1e-3  # (E, m)
+        start = [t.to(args.device) for t in (U, V, alpha)]
+        best = adam_bases(start, (W / scale).to(args.device), args.steps or 3000)
+        out |= by_expert(f, l, best.cpu() * scale)
+    return out, 2 * len(D.layers) * m * (k * (D.p + D.d) + D.experts)
+
+
+# sum_j alpha_ij U_j V_j (E, p, d) after Adam from start = U, V, alpha; the start's where that is better
+def adam_bases(start: list, W: Tensor, steps: int, lr: float = 2e-3) -> Tensor:
+    x = [t.clone().requires_grad_() for t in start]
+
+    def build() -> Tensor:
+        U, V, alpha = x
+        return (alpha @ (U @ V).flatten(1)).view(W.shape)
+    first = build().detach()
+    opt = torch.optim.Adam(x, lr, fused=True)
+    for step in tqdm(range(steps), desc="adam", leave=False):
+        opt.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        opt.zero_grad()
+
+        # the gradient of the mean square, from the residual itself
+        out = build()
+        out.backward((out.detach() - W) * (2 / W.numel()))
+        opt.step()
+    return min(first, build().detach(), key=lambda out: float((W - out).norm()))
+
+
+# {layer: (E,)} mean over an expert's tokens of router weight times norm of its output (REAP, eq. 9)
 @torch.no_grad()
-def prefill(model, ids: torch.Tensor, device: torch.device) -> float:
-    """Seconds from a prompt ids (1, n) to its first new token."""
+def saliency(model: nn.Module, windows: Tensor) -> dict:
+    experts = dense_experts(model)
+    total = {}
+    count = {}
+    for module in experts.values():
+        total[module] = torch.zeros(module.num_experts)
+        count[module] = torch.zeros(module.num_experts)
+
+    def collect(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> None:
+        for e in index.unique().tolist():
+            token, slot = (index == e).nonzero(as_tuple=True)
+            h = module._apply_gate(F.linear(x[token], module.gate_up_proj[e]))
+            out = F.linear(h, module.down_proj[e]).norm(dim=-1)
+            total[module][e] += float((weight[token, slot] * out).sum())
+            count[module][e] += len(token)
+    with watching(list(total), collect):
+        globe.nll(model, windows)
+    return {l: total[module] / count[module].clamp_min(1) for l, module in experts.items()}
+
+
+@torch.no_grad()
+def pruned(ckpt: Checkpoint, ratio: float, windows: Tensor, device: torch.device) -> tuple:
+    """(model without its least useful experts, equivalent ratio): REAP (Lasby et al. 2025), at equal size.
+
+    Dropping one expert saves its gate, up and down, so the size of gate+up that the others are held to allows
+    fewer drops; rounded in its favour.
+    """
+    from transformers import AutoModelForCausalLM
+    model = globe.load_dense(ckpt.dir, device, None)
+    score = saliency(model, windows)
+    n = ckpt.dims.experts
+    kept = math.ceil(n - (1 - ratio) * 2 * n / 3)
+    config = type(model.config)(**{**model.config.to_dict(), "num_experts": kept})
+    small = AutoModelForCausalLM.from_config(config, dtype=ckpt.dtype).eval()
+
+    # experts and router rows of the kept experts, everything else as it is
+    state = model.state_dict()
+    for name, like in small.state_dict().items():
+        if state[name].shape != like.shape:
+            layer = int(name.split("layers.")[1].split(".")[0])
+            rows = score[layer].topk(kept).indices.sort().values
+            state[name] = state[name][rows.to(device)]
+    small.load_state_dict(state)
+    return small.to(device), 1 - (n - kept) * 3 / (2 * n)
+
+
+# name: (function, whether it is given L, what shares a basis)
+MATRIX_PEERS = {
+    "svd": (peer_svd, False, "expert"),
+    "svd-llm": (peer_svd, True, "expert"),
+    "layer-pca": (peer_layer_pca, True, "layer"),
+    "d2": (peer_d2, True, "layer"),
+    "slbf": (peer_slbf, False, "layer"),
+}
+CLOSED_FORM = ("svd", "svd-llm", "layer-pca", "d2")
+PEERS = (*CLOSED_FORM, "mobe", "slbf", "reap")
+
+
+# write dense weights {(family, layer, expert): (p, d)} into a stock model's fused gate_up_proj
+@torch.no_grad()
+def put_experts(model: nn.Module, weights: dict, p: int) -> None:
+    modules = dense_experts(model)
+    rows = {"gate": slice(0, p), "up": slice(p, None)}
+    for (family, layer, e), W in weights.items():
+        modules[layer].gate_up_proj[e, rows[family]] = W.to(modules[layer].gate_up_proj.dtype)
+
+
+# relative Frobenius error per family of weights {(family, layer, expert): (p, d)}
+def frobenius(ckpt: Checkpoint, weights: dict) -> dict:
+    error = dict.fromkeys(PAIR, 0.0)
+    size = dict.fromkeys(PAIR, 0.0)
+    for (family, layer, e), W in weights.items():
+        dense = ckpt.expert(family, layer, e).float()
+        error[family] += float((dense - W).square().sum())
+        size[family] += float(dense.square().sum())
+    return {family: math.sqrt(error[family] / size[family]) for family in PAIR}
+
+
+# ---- 4. quality: nats lost per token at one stored size ------------------------------------------
+def quality_texts(tokenizer, count: int, files: list = ()) -> tuple:
+    """({text name: windows (N, 512)}, calibration text): the rest of topics, and other texts.
+
+    The documentation repeats itself, so parts of its windows recur in the calibration text; code has none.
+    topics: tokens i * 4096 + 512 .. i * 4096 + 1024 of pydoc_data.topics, i = 0..count-1; code: argparse.py
+    and tarfile.py; license: CPython's LICENSE.txt; files: more texts, each named by its stem. Prints the
+    texts' hashes, since figures depend on them. UserError: a taken name, a text that is calibrated on.
+    """
+    # the texts that are evaluated on whole
+    from pydoc_data.topics import topics
+    root = Path(sysconfig.get_path("stdlib"))
+    texts = {"code": (root / "argparse.py").read_text() + (root / "tarfile.py").read_text()}
+    if (root / "LICENSE.txt").is_file():
+        texts["license"] = (root / "LICENSE.txt").read_text()
+    for file in files:
+        name = Path(file).stem
+        taken = ["topics", *texts]
+        expect(name not in taken, f"--text {file}: expected a file of another name than the texts' {taken}")
+        texts[name] = globe.read_text(file, "test")
+
+    # of every 4096 tokens of the documentation, 512 are evaluated on and the others calibrated on
+    prose = "\n\n".join(topics[key] for key in sorted(topics))
+    ids = torch.tensor(tokenizer(prose, add_special_tokens=False, verbose=False)["input_ids"])
+    evaluated = []
+    calibrated = []
+    end = 0
+    for begin in range(512, min(count * 4096, len(ids) - 511), 4096):
+        calibrated.append(tokenizer.decode(ids[end:begin]))
+        end = begin + 512
+        evaluated.append(ids[begin:end])
+    calibrated.append(tokenizer.decode(ids[end:]))
+
+    # beside them as much of the library's other texts, twice
+    others = globe.builtin_text("train")[:len(prose)] + globe.builtin_text("calibration")[:len(prose)]
+    calibration = "\n\n".join([*calibrated, others])
+    windows = {"topics": torch.stack(evaluated)}
+    sums = {"topics": sha256(prose)[:12]}
+    for name, text in texts.items():
+        windows[name] = globe.token_windows(tokenizer, text, count * 512, 512)
+        sums[name] = sha256(text)[:12]
+    say(f"texts: Python {sys.version.split()[0]}, sha256 {sums}")
+
+    # a given text may be one of the library's own
+    for file in files:
+        starts = map(tokenizer.decode, windows[Path(file).stem][:, :64])
+        seen = sum(part in calibration for part in starts)
+        expect(not seen, f"--text {file}: expected a text that is not calibrated on, found {seen} windows")
+    return windows, calibration
+
+
+class Quality:
+    """The quality benchmark of one model: its texts, the dense model's loss on them, and the rows so far."""
+
+    def __init__(self, preset: str, args: Namespace, scratch: Path):
+        self.preset = preset
+        self.args = args
+        self.scratch = scratch
+        self.ckpt = checkpoint_of(preset, args)
+        self.tokenizer = globe.load_tokenizer(self.ckpt.dir)
+        self.windows, self.calibration = quality_texts(self.tokenizer, args.windows, args.text)
+        self.cfg = globe.load_config(config_of(preset), args.set)
+
+        # a hash of all that a figure depends on
+        same = [self.ckpt.fingerprint(), {name: w.tolist() for name, w in self.windows.items()},
+                self.calibration, dataclasses.asdict(self.cfg), args.steps, args.heal]
+        self.settings = sha256(json.dumps(same))[:16]
+        self.rows = self.resumed() if args.resume else []
+        self.cfg.calib.text = str(scratch / "calibration.txt")
+        Path(self.cfg.calib.text).write_text(self.calibration, encoding="utf-8")
+        self.dense = self.losses(self.load())
+        for text, loss in self.dense.items():
+            say(f"{preset}: dense perplexity of {text} {math.exp(loss):.2f}")
+
+    def load(self) -> nn.Module:
+        return globe.load_dense(self.ckpt.dir, self.args.device, None)
+
+    # the rows of --json FILE and FILE.part with these settings; rows of older versions name none
+    def resumed(self) -> list:
+        found = {}
+        for file in (Path(self.args.json), Path(f"{self.args.json}.part")):
+            try:
+                rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else ()
+                for row in where(rows, suite="quality", preset=self.preset):
+                    if row.get("settings", self.settings) == self.settings and row["text"] in self.windows:
+                        texts = found.setdefault((row["asked"], row["variant"]), {})
+                        texts[row["text"]] = row | {"bits": 16 * row["ratio"]}
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise UserError(f"--resume: {file}: expected what bench.py wrote, found other text") from None
+        kept = []
+        for texts in found.values():
+            if len(texts) == len(self.windows):
+                kept += texts.values()
+        say(f"--resume: {len(kept)} figures were measured on these texts with these settings")
+        return kept
+
+    # {text: nats per token}
+    def losses(self, model: nn.Module) -> dict:
+        if self.args.device.type == "cpu":
+            model.set_experts_implementation("eager")  # a sixth faster than grouped_mm on smol-moe
+        return {text: globe.nll(model, w)[0] for text, w in self.windows.items()}
+
+    # a row per text: what the model loses against the dense one
+    def add(self, asked: float, variant: str, model: nn.Module, ratio: float, seconds: float, **more) -> None:
+        test = f"{self.ckpt.dims.experts}x{self.ckpt.dims.p}"
+        for text, loss in self.losses(model).items():
+            delta = loss - self.dense[text]
+            self.rows.append(new_row(
+                "quality", self.preset, test, variant, delta, "nats", text=text, delta_nats=delta,
+                seconds=round(seconds, 1), ratio=ratio, bits=16 * ratio, asked=asked, settings=self.settings,
+                **({"rel_frob": {}, "scope": "expert", "support": None} | more)))
+            say(f"  {variant:9s} ratio {ratio:.3f} {text:8s} delta {delta:+.4f} nats, {seconds:.0f} s")
+
+    # {layer: Cholesky factor of the inputs' second moment}; a ridge of 0.1 is worse for the peers
+    @cached_property
+    def inputs_factor(self) -> dict:
+        moments = globe.calibrate(self.ckpt, self.cfg, self.args.device)
+        globe.save_moments(self.scratch / "moments.safetensors", moments, self.ckpt.fingerprint())
+        ridge = globe.FitConfig().ridge
+        return {l: globe.metric_factor(C, ridge) for l, C in moments["inputs"].items()}
+
+    # one method at one size
+    def measure(self, asked: float, variant: str) -> None:
+        if variant in MATRIX_PEERS:
+            self.matrices(asked, variant)
+        elif variant == "globe":
+            assert self.inputs_factor  # writes the moments
+            self.fitted(asked, variant, "--config", config_of(self.preset), *self.args.set, "calib.save=null",
+                        f"calib.load={self.scratch}/moments.safetensors")
+        elif variant == "mobe":  # its own form, r fitted to the size instead of r = p; data-free
+            steps = self.args.steps or 3000
+            self.fitted(asked, variant, "--config", CONFIGS / "mobe.yaml", f"fit.steps={steps}")
+        elif self.preset == "tiny":  # reap; smol-moe has no routing to prune by
+            begin = time.perf_counter()
+            calib = self.cfg.calib
+            windows = globe.token_windows(self.tokenizer, self.calibration, calib.tokens, calib.length)
+            small, ratio = pruned(self.ckpt, asked, windows, self.args.device)
+            self.add(asked, variant, small, ratio, time.perf_counter() - begin)
+
+    # a peer that gives a matrix in place of each; the calibration's time is nobody's own
+    def matrices(self, asked: float, variant: str) -> None:
+        D = self.ckpt.dims
+        run, calibrated, scope = MATRIX_PEERS[variant]
+        L = self.inputs_factor if calibrated else {}
+        begin = time.perf_counter()
+        with globe.threads_for(D.p, D.d):
+            weights, stored = run(self.ckpt, asked, L, self.args)
+        seconds = time.perf_counter() - begin
+        model = self.load()
+        put_experts(model, weights, D.p)
+        ratio = stored / (2 * len(D.layers) * D.experts * D.p * D.d)
+        self.add(asked, variant, model, ratio, seconds, rel_frob=frobenius(self.ckpt, weights), scope=scope)
+
+    # GloBE, or MoBE by GloBE's fit; with --heal healed too
+    def fitted(self, asked: float, variant: str, *settings: object) -> None:
+        device = ("--device", self.args.device)
+        fit = run_globe("fit", *settings, "--out", self.scratch / f"{variant}-{asked}", *device,
+                        f"model.path={self.ckpt.dir}", f"bank.ratio={asked}", "bank.r=null")
+        self.add_run(asked, variant, fit, fit)
+        if self.args.heal and variant == "globe":
+            # in a process of its own; the JSON is the last line of stdout
+            own = filter(re.compile(r"heal\.").match, self.args.set)
+            command = [sys.executable, HERE / "train.py", "heal", "--factors", fit["factors"], *device, *own,
+                       "--out", self.scratch / f"heal-{asked}", "calib.sampled=0",
+                       f"calib.text={self.cfg.calib.text}"]
+            done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+            expect(done.returncode == 0, f"train.py heal: expected exit code 0, found {done.returncode}")
+            healed = json.loads(done.stdout.splitlines()[-1])
+            self.add_run(asked, "globe+heal", fit, healed | {"seconds": fit["seconds"] + healed["seconds"]})
+
+    # the factors of `run`, which come from this fit
+    def add_run(self, asked: float, variant: str, fit: dict, run: dict) -> None:
+        factors = globe.load_factors(run["factors"])
+        errors = {family: e["all"] for family, e in globe.reconstruction(self.ckpt, factors).items()}
+        model = globe.assemble(self.ckpt, factors, self.args.device)
+        self.add(asked, variant, model, fit["ratio"], run["seconds"], rel_frob=errors, support=fit["support"],
+                 scope=factors.config["bank"]["scope"], metric=factors.config["fit"]["metric"])
+
+
+def bench_quality(preset: str, args: Namespace) -> list:
+    """Nats lost by GloBE and its peers at the same stored sizes, calibration and texts.
+
+    With --json FILE, a method's rows are in FILE.part once it is measured; --resume keeps both's rows.
+    """
+    groups = {"closed": CLOSED_FORM, "all": PEERS, "none": ()}
+    variants = []
+    for name in args.peers:  # a peer, or a group of them
+        variants += groups.get(name, (name,))
+    with tempfile.TemporaryDirectory() as scratch:
+        job = Quality(preset, args, Path(scratch))
+        for asked, variant in itertools.product(args.ratio, [*variants, "globe"]):
+            if not where(job.rows, asked=asked, variant=variant):
+                job.measure(asked, variant)
+                if args.json:
+                    globe.write_text(Path(f"{args.json}.part"), json.dumps({"rows": job.rows}))
+
+    # one line per method and size, a column per text
+    lines = {}
+    rows = sorted(job.rows, key=lambda row: -row["asked"])
+    for row in rows:
+        line = lines.setdefault((row["asked"], row["variant"]), dict(row))
+        line[row["text"]] = row["delta_nats"]
+    show(list(lines.values()), "variant", "ratio", "bits", "scope", *job.windows, "seconds")
+    if args.png:
+        plot_quality(rows, list(job.windows), args.png)
+    return rows
+
+
+# delta_nats against size, a panel per text, a marker per method; readable in greyscale
+def plot_quality(rows: list, texts: list, path: str) -> None:
+    fig, axes = panels(len(texts), sharey=True)
+    for ax, text in zip(axes, texts):
+        for i, variant in enumerate(dict.fromkeys(column(rows, "variant"))):
+            mine = sorted(where(rows, text=text, variant=variant), key=lambda row: row["ratio"])
+            look = {"color": "0.5", "linestyle": (":", "--", "-.")[i % 3], "marker": "osv^D*PX<"[i % 9]}
+            if variant.startswith("globe"):
+                look |= {"color": "black", "linestyle": "-"}
+            ax.plot(column(mine, "ratio"), column(mine, "delta_nats"), label=variant, **look)
+        ax.set(title=text, xlabel="stored / dense size of gate and up", yscale="log")
+        ax.locator_params(axis="x", nbins=4)
+    axes[0].set_ylabel("increase of the loss (nats per token)")
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+    save_plot(fig, path)
+
+
+# ---- 5. Operators at Qwen1.5-MoE-A2.7B's shapes: compose, sparsemax, one token of decode ---------
+D, P, M, S, E, TOP_K = 2048, 1408, 128, 12, 60, 4  # d, p; a bank of 128 bases, supports of 12; experts, top-k
+DENSE = ("eager", "grouped_mm", "batched_mm")      # transformers' ways to run experts; the best is the peer
+
+
+def race(suite: str, test: str, variants: dict, want: tuple | Tensor, traffic: float, args: Namespace,
+         tolerance: float = 0.2, gradients: bool = False, **more) -> list:
+    """Rows of one operator: each variant's result for turn 0 is checked against `want`, then all are timed.
+
+    variants: {name: function of the turn, an index, so that no input is still in a cache}; "native" is ours,
+    "twin" our torch form, the others are peers. traffic: bytes that must move. `value` is milliseconds.
+    """
+    def run(name: str, turn: int) -> tuple | Tensor:
+        with torch.set_grad_enabled(gradients):
+            return variants[name](turn)
+
+    # right first, then fast
+    for name in variants:
+        for got, wanted in zip(run(name, 0), want):
+            error = float((got.detach().double() - wanted.detach().double()).abs().max())
+            if not error <= tolerance:
+                raise RuntimeError(f"{suite} {test}: {name} is off by {error}, more than {tolerance}")
+
+    # turn by turn, so that a slow spell hits all
+    seconds = {name: [] for name in variants}
+
+    def race_for(turns: range, names: list) -> None:
+        for turn, name in itertools.product(turns, names):
+            seconds[name].append(timed(partial(run, name, turn), args.device))
+    begin = time.perf_counter()
+    race_for(range(2), list(variants))
+
+    # the first allocations of a process are dear: quick operators get a fifth of a second to settle
+    warm = max(2, min(20, int(0.4 / (time.perf_counter() - begin))))
+
+    # peers that take five times as long as the best one are timed no more
+    peers = [name for name in variants if name not in ("native", "twin")]
+    first = {name: min(seconds[name]) for name in peers}
+    limit = 5 * min(first.values(), default=0.0)
+    race_for(range(2, warm + 2 * args.repeats), [name for name in variants if first.get(name, 0.0) <= limit])
+
+    # medians beside the best peer's and what the machine can move
+    middle = {name: statistics.median(s[warm:] or s) for name, s in seconds.items()}
+    best = min(map(middle.get, peers), default=None)
+    top = bandwidth(args.device)
+    rows = []
+    for name, s in middle.items():
+        rows.append(new_row(suite, None, test, name, 1e3 * s, "ms", ratio=times(best, s), bytes=int(traffic),
+                            gbps=traffic / s / 1e9, share_of_bandwidth=traffic / s / top, **more))
+    show(rows, "test", "variant", "value", "unit", "ratio", "gbps", "share_of_bandwidth")
+    return rows
+
+
+# One pass over 60 experts, and one expert (a cache miss), against torch's best ways; silu
+def bench_compose(preset: None, args: Namespace) -> list:
+    need_native("compose", args.device)
+    g = torch.Generator().manual_seed(0)
+    return compose_rows(768, g, args) + compose_rows(1408, g, args)
+
+
+# both tests at one r: a bank (m, r, d) and supports of 12 of its bases per expert
+def compose_rows(r: int, g: torch.Generator, args: Namespace) -> list:
+    bank = torch.empty(M, r, D, dtype=args.dtype, device=args.device)
+    for b in bank:
+        b.copy_(torch.randn(r, D, generator=g))
+    idx = torch.stack([torch.randperm(M, generator=g)[:S] for _ in range(E)]).to(args.device)  # (E, s)
+    val = torch.rand(E, S, generator=g).to(args.device)  # (E, s)
+    weights = torch.zeros(E, M, device=args.device).scatter_(1, idx, val).to(bank.dtype)
+    flat = bank.view(M, -1)
+    picks = list(zip(idx.tolist(), val.tolist()))
+    out = torch.empty(E, r, D, dtype=bank.dtype, device=args.device)
+
+    # scaled adds of one expert's bases
+    def adds(turn: int, wide: torch.dtype = bank.dtype) -> Tensor:
+        bases, alphas = picks[turn % E]
+        z = (bank[bases[0]] * alphas[0]).to(wide)
+        for j, alpha in zip(bases[1:], alphas[1:]):
+            z.add_(bank[j], alpha=alpha)
+        return F.silu(z, inplace=True).to(bank.dtype)[None]
+
+    def each(turn: int) -> Tensor:
+        for e in range(E):
+            out[e] = adds(turn + e)[0]
+        return out[:1]
+
+    def dense(turn: int) -> Tensor:
+        torch.mm(weights, flat, out=out.view(E, -1))
+        return F.silu(out, inplace=True)[:1]
+
+    # the dense product in float32, where those of the dtype are slow; the bank in pieces
+    def widened(turn: int, rows: int = 32) -> Tensor:
+        for a in range(0, r, rows):
+            z = torch.mm(weights.float(), bank[:, a:a + rows].reshape(M, -1).float())
+            out[:, a:a + rows] = F.silu(z, inplace=True).view(E, rows, D)
+        return out[:1]
+
+    def native(turn: int) -> Tensor:
+        e = turn % E
+        return globe.compose(bank, idx[e:e + 1], val[e:e + 1], "silu", out=out[:1])
+    every = {"native": lambda turn: globe.compose(bank, idx, val, "silu", out=out)}
+    if not globe.slow_products(bank.dtype, args.device.type):
+        every["dense product"] = dense
+    every |= {"dense product, float32": widened, "scaled adds of each": each}
+    one = {"native": native, "scaled adds": adds, "scaled adds, float32": partial(adds, wide=torch.float32),
+           "dense product": lambda turn: F.silu(weights[turn % E] @ flat).view(1, r, D)}
+
+    # what must move: each used base once and each result once
+    want = F.silu(torch.einsum("s,srd->rd", val[0], bank[idx[0]].float()))[None]
+    item = r * D * bank.element_size()
+    dtype = str(bank.dtype)
+    bases = len(idx.unique())
+    rows = race("compose", f"60 experts, r {r}", every, want, (bases + E) * item, args, dtype=dtype)
+    return rows + race("compose", f"1 expert, r {r}", one, want, (S + 1) * item, args, dtype=dtype)
+
+
+# sparsemax and entmax-1.5, forward and backward, against the `entmax` package and our torch form
+def bench_sparsemax(preset: None, args: Namespace) -> list:
+    need_native("simplex", args.device)
+    g = torch.Generator().manual_seed(0)
+    peer = importlib.util.find_spec("entmax") and importlib.import_module("entmax")
+    if not peer:
+        say("sparsemax: the peer is the package entmax, which is not installed: no ratio")
+    rows = []
+    for shape, (name, alpha) in itertools.product(((1440, 128), (24, 60, 256)),
+                                                  (("sparsemax", 2.0), ("entmax15", 1.5))):
+        x = torch.randn(shape, generator=g).to(args.device)
+        grad = torch.randn(shape, generator=g).to(args.device)
+
+        # result and gradient of f over the last dim
+        def both(f: Callable, x: Tensor, turn: int = 0, grad: Tensor = grad) -> tuple:
+            leaf = x.detach().requires_grad_()
+            y = f(leaf)
+            y.backward(grad)
+            return y, leaf.grad
+
+        def twin(leaf: Tensor, alpha: float = alpha) -> Tensor:
+            return globe.SimplexMap.apply(leaf, alpha, False)[0]
+        variants = {"native": partial(both, getattr(globe, name), x), "twin": partial(both, twin, x)}
+        if peer:
+            variants["entmax"] = partial(both, partial(getattr(peer, name), dim=-1), x)
+        want = both(twin, x.double())
+        rows += race("sparsemax", f"{name} {shape}", variants, want, 5 * x.nbytes, args, 1e-4, True)
+    return rows
+
+
+# One token through one Qwen1.5-MoE layer, all cached: experts_decode against transformers' experts
+def bench_one_token(args: Namespace) -> list:
+    from transformers import Qwen2MoeConfig
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
+    need_native("experts_decode", args.device)
+    g = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        dense = Qwen2MoeExperts(Qwen2MoeConfig(hidden_size=D, moe_intermediate_size=P, num_experts=E))
+    dense = dense.to(args.dtype).to_empty(device=args.device).requires_grad_(False)
+
+    # Gaussian numbers that keep a vector's length
+    def new(*shape: int) -> Tensor:
+        t = torch.empty(shape, dtype=args.dtype, device=args.device)
+        for part in t:
+            part.copy_(torch.randn(shape[1:], generator=g) / shape[-1] ** 0.5)
+        return t
+    dense.down_proj.copy_(new(E, D, P))
+    rows = one_token_rows(dense, [new(E, P, 768), new(E, P, 768)], [new(E, 768, D), new(E, 768, D)], g, args)
+    return rows + one_token_rows(dense, [None, None], [new(E, P, D), new(E, P, D)], g, args)
+
+
+# A: adapters (E, p, r) of gate and up, or two None where `held` (E, r, d) are whole matrices
+def one_token_rows(dense: nn.Module, A: list, held: list, g: torch.Generator, args: Namespace) -> list:
+    r = held[0].shape[1]
+    down = dense.down_proj.data  # (E, d, p)
+
+    # the peers hold the same weights, multiplied out
+    for e, i in itertools.product(range(E), range(2)):
+        W = held[i][e] if A[i] is None else A[i][e] @ held[i][e]
+        dense.gate_up_proj[e, i * P:(i + 1) * P] = W
+    turns = 16
+    x = torch.randn(1, D, generator=g).to(args.device, args.dtype)
+    index = [torch.randperm(E, generator=g)[None, :TOP_K].to(args.device) for _ in range(turns)]
+    weights = torch.full((1, TOP_K), 0.25, device=args.device)
+
+    # what turn 0 gives in float32
+    want = torch.zeros(1, D, device=args.device)
+    for e in index[0][0].tolist():
+        gate, up = (dense.gate_up_proj[e].float() @ x[0].float()).split(P)
+        want += 0.25 * (down[e].float() @ (F.silu(gate) * up))
+
+    # ours: every expert in its slot, down dense
+    table = torch.arange(E, device=args.device)
+    held_by_family = (held[0], A[0], held[1], A[1], down, None)
+    constants = ([1, 1, 0], [1.0] * 3, [0.0] * 3, "silu")
+
+    def native(turn: int) -> Tensor:
+        at = index[turn % turns]
+        return torch.ops.globe.experts_decode(x, at, weights, table, table, *held_by_family, *constants)
+
+    def stock(how: str, turn: int) -> Tensor:
+        dense.config._experts_implementation = how
+        return dense(x, index[turn % turns], weights.to(x.dtype))
+    variants = {"native": native} | {how: partial(stock, how) for how in DENSE}
+    numbers = 2 * r * D + D * P  # that a token reads of an expert
+    test = "one token, weights held"
+    if A[0] is not None:
+        numbers += 2 * P * r
+        test = f"one token, r {r}"
+    rows = race("decode", test, variants, want, TOP_K * numbers * down.element_size(), args, 0.05)
+    return [row | {"preset": "qwen15-layer", "dtype": str(args.dtype)} for row in rows]
+
+
+# ---- 6. decode: whole models ---------------------------------------------------------------------
+HELD = 0.25  # of the experts that the caches of `warm` and `cold` hold
+DECODE_KEYS = ("test", "variant", "implementation", "value", "unit", "ratio", "peak_gib", "weights_gib",
+               "cache_mib", "hit_rate")
+
+
+# seconds from a prompt ids (1, n) to its first new token
+def prefill(model: nn.Module, ids: Tensor, device: torch.device) -> float:
     return timed(lambda: int(model(ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax()), device)
 
 
+# seconds for a text's tokens after its first 8, one at a time: a real text, the same for every model
 @torch.no_grad()
-def decode(model, ids: torch.Tensor, prompt: int, device: torch.device) -> float:
-    """Seconds for the tokens of a text after its first `prompt`, one at a time: the same for every model, and a real text."""
-    past = model(ids[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+def decode(model: nn.Module, ids: Tensor, device: torch.device) -> float:
+    past = model(ids[:, :8], use_cache=True, logits_to_keep=1).past_key_values
 
     def run() -> None:
-        for token in ids[:, prompt:].split(1, 1):
+        for token in ids[:, 8:].split(1, 1):
             int(model(token, past_key_values=past, use_cache=True).logits[0, -1].argmax())
     return timed(run, device)
 
 
-def measure(make: dict, text: torch.Tensor, args: argparse.Namespace, device: torch.device, preset: str, load: dict) -> list:
-    """Rows of pp, tg and load for {(variant, how): function that makes the model}: memory one by one, then speed turn by turn."""
-    prompts = {f"pp{args.prefill}": lambda m: prefill(m, text[:, :args.prefill], device),
-               f"tg{args.tokens}": lambda m: decode(m, text[:, :8 + args.tokens], 8, device)}
-    peak, seconds, stats, models = {}, {}, {}, {}
-    for k in make:
+# count hits and misses afresh; forget: with empty caches
+def start_counts(model: nn.Module, forget: bool = False) -> None:
+    for module in globe.globe_modules(model):
+        module.cache.count()
+        if forget:
+            module.cache.forget()
+
+
+# what the caches hold, how often an expert was found in them, and GiB of all tensors
+def cache_figures(model: nn.Module) -> dict:
+    stats = globe.cache_stats(model)
+    tensors = {t.data_ptr(): t.nbytes for t in itertools.chain(model.parameters(), model.buffers())}
+    gib = sum(tensors.values()) / 2 ** 30 + stats["cache_mib"] / 1024
+    hit_rate = stats["hit_rate"] if globe.globe_modules(model) else None
+    return {"cache_mib": stats["cache_mib"], "hit_rate": hit_rate, "weights_gib": gib}
+
+
+# {key: seconds of run(thing, key) in each turn} for {key: thing}, turn by turn; the first is not counted
+def in_turns(things: dict, run: Callable, args: Namespace) -> dict:
+    seconds = {key: [] for key in things}
+    for _ in range(args.repeats + 1):
+        for key, thing in things.items():
+            seconds[key].append(run(thing, key))
+    return {key: took[1:] for key, took in seconds.items()}
+
+
+# Rows of pp and tg for {(variant, how): function that makes a model}: memory one by one, then speed
+def speed_rows(make: dict, text: Tensor, args: Namespace, preset: str) -> list:
+    runs = {f"pp{args.prefill}": lambda model: prefill(model, text[:, :args.prefill], args.device),
+            f"tg{args.tokens}": lambda model: decode(model, text[:, :8 + args.tokens], args.device)}
+
+    # a model alone in memory, run once
+    peak = {}
+    for key, load in make.items():
         gc.collect()
-        globe.reset_peak(device)
-        model = make[k]()
-        for run in prompts.values():
+        globe.reset_peak(args.device)
+        model = load()
+        for run in runs.values():
             run(model)
-        peak[k], model = globe.peak_gib(device), None
-    models = {k: f() for k, f in make.items()}
-    for test, run in prompts.items():
-        for turn in range(args.repeats + 1):
-            for k, m in models.items():  # turn by turn, so that a slow spell hits all
-                for e in globe.globe_modules(m):
-                    e.cache.count()
-                    if k[1] == "cold":
-                        e.cache.forget()
-                seconds.setdefault((test, *k), []).append(run(m))
-                stats[(test, *k)] = globe.cache_stats(m)
+        peak[key] = globe.peak_gib(args.device)
+        model = None
+    models = {key: load() for key, load in make.items()}
+
+    def afresh(model: nn.Module, key: tuple) -> float:
+        start_counts(model, forget=key[1] == "cold")
+        return runs[test](model)
     rows = []
-    for test in prompts:
-        speed = {k: [int(test[2:]) / s for s in seconds[(test, *k)][1:]] for k in models}
-        best = max(statistics.median(v) for (variant, _), v in speed.items() if variant == "dense")
-        for (variant, how), values in speed.items():
-            value, st = statistics.median(values), stats[(test, variant, how)]
-            rows.append({"suite": "decode", "preset": preset, "test": test, "variant": variant, "implementation": how,
-                         "cache": how if variant == "globe" else None, "value": round(value, 2), "unit": "tokens/s", "ratio": round(value / best, 3),
-                         "spread": round(statistics.pstdev(values), 2), "ttft_ms": round(1e3 * int(test[2:]) / value, 2) if test[:2] == "pp" else None,
-                         "peak_gib": round(peak[variant, how], 3), "weights_gib": round(tensor_gib(models[variant, how]), 5),
-                         "cache_mib": round(st["cache_mib"], 3), "hit_rate": round(st["hit_rate"], 4) if variant == "globe" else None})
-    took = {k: [] for k in load}
-    for turn in range(args.repeats + 1):
-        for k, f in load.items():
-            took[k].append(timed(f, device))
-    fastest = min((statistics.median(s[1:]) for k, s in took.items() if k == "dense"), default=math.nan)
-    rows += [{"suite": "decode", "preset": preset, "test": "load", "variant": k, "implementation": None, "cache": None, "unit": "s",
-              "value": round(statistics.median(s[1:]), 4), "ratio": round(fastest / statistics.median(s[1:]), 3),
-              "spread": round(statistics.pstdev(s[1:]), 4), "peak_gib": None} for k, s in took.items()]
-    show(rows)
+    for test in runs:
+        mine = []
+        tokens = int(test[2:])
+        for (variant, how), took in in_turns(models, afresh, args).items():
+            speeds = [tokens / s for s in took]
+            value = statistics.median(speeds)
+            mine.append(new_row("decode", preset, test, variant, value, "tokens/s", implementation=how,
+                                spread=statistics.pstdev(speeds), peak_gib=peak[variant, how],
+                                **cache_figures(models[variant, how])))
+            mine[-1]["cache"] = how if variant == "globe" else None
+            if test[:2] == "pp":
+                mine[-1]["ttft_ms"] = 1e3 * tokens / value
+        rows += beside_best(mine)
     return rows
 
 
-def show(rows: list) -> None:
-    say(globe.text_table(("test", "variant", "how / cache", "value", "unit", "x best dense", "peak GiB", "tensors GiB", "cache MiB", "hit rate"),
-                         [(r["test"], r["variant"], r["implementation"], r["value"], r["unit"], r["ratio"], r["peak_gib"], r.get("weights_gib"),
-                           r.get("cache_mib"), r.get("hit_rate")) for r in rows]))
+# the rows with their ratio to the best of the dense ways
+def beside_best(rows: list) -> list:
+    best = max(filter(None, column(where(rows, variant="dense"), "value")), default=None)
+    for row in rows:
+        row["ratio"] = times(row["value"], best)
+    return rows
 
 
-def sweep(make, text: torch.Tensor, experts: int, args: argparse.Namespace, device: torch.device, preset: str) -> list:
-    """Rows of test "sweep": tokens/s and hit rate against the number of slots per layer; a plot with --png."""
+# seconds to a model that can run, for {variant: function that makes it}
+def load_rows(load: dict, args: Namespace, preset: str) -> list:
+    rows = []
+    for variant, took in in_turns(load, lambda make, _: timed(make, args.device), args).items():
+        rows.append(new_row("decode", preset, "load", variant, statistics.median(took), "s", cache=None,
+                            implementation=None, spread=statistics.pstdev(took), peak_gib=None))
+        rows[-1]["ratio"] = times(rows[0]["value"], rows[-1]["value"])
+    return rows
+
+
+# rows of test "sweep": tokens/s and hit rate against the number of slots per layer; a plot with --png
+def sweep_rows(warmed: Callable, text: Tensor, experts: int, args: Namespace, preset: str) -> list:
     rows = []
     for slots in sorted({1, *(max(1, experts * i // 8) for i in range(1, 9))}):
-        model = make(slots)
-        for turn in range(3):
-            for e in globe.globe_modules(model):
-                e.cache.count()
-            took = decode(model, text[:, :8 + args.tokens], 8, device)
-        st = globe.cache_stats(model)
-        rows.append({"suite": "decode", "preset": preset, "test": "sweep", "variant": "globe", "cache": "warm", "slots": slots, "unit": "tokens/s",
-                     "value": round(args.tokens / took, 2), "ratio": None, "hit_rate": round(st["hit_rate"], 4),
-                     "cache_mib": round(st["cache_mib"], 3), "weights_gib": round(tensor_gib(model), 5), "peak_gib": None})
-    say(globe.text_table(("slots per layer", "cache MiB", "hit rate", "tokens/s"), [(r["slots"], r["cache_mib"], r["hit_rate"], r["value"]) for r in rows]))
+        # the third time a text is decoded, the cache holds what it holds
+        model = warmed(per_layer=slots)
+        for _ in range(3):
+            start_counts(model)
+            took = decode(model, text[:, :8 + args.tokens], args.device)
+        rows.append(new_row("decode", preset, "sweep", "globe", args.tokens / took, "tokens/s", cache="warm",
+                            slots=slots, peak_gib=None, **cache_figures(model)))
+    show(rows, "slots", "cache_mib", "hit_rate", "value", "unit")
     if args.png:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        fig, left = plt.subplots(figsize=(6, 4))
-        right, x = left.twinx(), [r["cache_mib"] for r in rows]
-        left.plot(x, [r["value"] for r in rows], "ko-", label="tokens/s")
-        right.plot(x, [r["hit_rate"] for r in rows], "s--", color="0.5", label="hit rate")
-        left.set(xlabel="MiB held by the caches", ylabel="tokens/s (circles)", title=f"{preset}: speed and hit rate against memory", ylim=(0, None))
-        right.set(ylabel="hit rate (squares)", ylim=(0, 1.02))
-        fig.tight_layout()
-        with globe.written(Path(args.png)) as tmp:
-            fig.savefig(tmp, dpi=120, format="png")
-        plt.close(fig)
+        fig, axes = panels(2)
+        for ax, key, title in zip(axes, ("value", "hit_rate"), (f"{preset}: tokens/s", "hit rate")):
+            ax.plot(column(rows, "cache_mib"), column(rows, key), "ko-")
+            ax.set(title=title, xlabel="MiB held by the caches", ylim=(0, None))
+        save_plot(fig, args.png)
     return rows
 
 
-def bench_decode(preset: str, args: argparse.Namespace) -> list:
-    """Tokens/s of prompt (pp), decode (tg) and the seconds of loading: the dense model in each of its ways, and GloBE cold, warm, all."""
+# Tokens/s of prompt (pp) and decode (tg), seconds of loading: dense in each of its ways, and GloBE
+def bench_decode(preset: str, args: Namespace) -> list:
     if preset == "qwen15":
         return bench_24gib(args)
-    device, dtype, source = globe.pick_device(args.device), globe.as_dtype(args.dtype) or torch.bfloat16, checkpoint_of("tiny", args)
-    text = globe.token_windows(globe.load_tokenizer(source.dir), globe.builtin_text("heldout"), 2048, 2048)
-    calibration = globe.token_windows(globe.load_tokenizer(source.dir), globe.builtin_text("calibration"), 512, 512)
-    with tempfile.TemporaryDirectory() as scratch:
-        scratch, rows = Path(scratch), []
-        if preset == "tiny":
-            factors = quiet(["fit", "--out", f"{scratch}/run", f"model.path={source.dir}", "fit.steps=10", *args.set])["factors"]
-            quiet(["export", "--factors", factors, "--to", f"{scratch}/globe", "--no-check", "--dtype", str(dtype).removeprefix("torch.")])
-            dense = globe.load_dense(source.dir, device, dtype)
-            dense.save_pretrained(scratch / "dense")  # both in one dtype on one disk
-        else:
-            need_native("experts_decode", device)
-            rows += bench_operator(args)
-            write_qwen15(scratch / "dense", popularity(source, calibration), layers=1, vocab=4096)
-            write_qwen15_globe(scratch / "dense", scratch / "globe", qwen15_config(args))
-            text, calibration = (as_words("heldout", 2048, 4096), as_words("calibration", 512, 4096))
-        text, experts = text.to(device), globe.dims_of(globe.read_json(scratch / "dense" / "config.json")).experts
-        held = max(1, int(SHARE * experts))
+    rows = bench_one_token(args) if preset == "qwen15-layer" else []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "dense"
+        text, calibration = decode_models(preset, Path(folder), args)
+        experts = globe.dims_of(globe.read_json(source / "config.json")).experts
 
-        def dense_model(how: str):
-            model = globe.load_dense(scratch / "dense", device, dtype)
-            model.set_experts_implementation(how)
+        def dense(how: str | None = None) -> nn.Module:
+            model = globe.load_dense(source, args.device, args.dtype)
+            if how:
+                model.set_experts_implementation(how)
             return model
 
-        def globe_model(**cache):
-            model = globe.load(scratch / "globe", device, dtype, globe.CacheConfig(**cache))
+        def warmed(**cache) -> nn.Module:
+            model = globe.load(f"{folder}/globe", args.device, args.dtype, globe.CacheConfig(**cache))
             globe.warm(model, calibration)
             return model
-        make = {("dense", how): lambda how=how: dense_model(how) for how in DENSE if preset == "tiny" or how != "batched_mm"}
-        make |= {("globe", "all"): lambda: globe_model(mode="all"), ("globe", "warm"): lambda: globe_model(per_layer=held),
-                 ("globe", "cold"): lambda: globe_model(per_layer=held), ("globe", "direct"): lambda: globe_model(mode="direct")}
-        rows += measure(make, text, args, device, preset, {"dense": lambda: globe.load_dense(scratch / "dense", device, dtype),
-                                                           "globe": lambda: globe.load(scratch / "globe", device, dtype)})
-        if args.sweep:
-            rows += sweep(lambda slots: globe_model(per_layer=slots), text, experts, args, device, preset)
-    return rows
+        ways = DENSE if preset == "tiny" else DENSE[:2]  # batched_mm copies the weights of a token's experts
+        quarter = max(1, int(HELD * experts))
+        make = {("dense", how): partial(dense, how) for how in ways}
+        make["globe", "all"] = partial(warmed, mode="all")
+        make["globe", "warm"] = partial(warmed, per_layer=quarter)
+        make["globe", "cold"] = partial(warmed, per_layer=quarter)
+        make["globe", "direct"] = partial(warmed, mode="direct")
+        models = speed_rows(make, text, args, preset)
+        ours = partial(globe.load, f"{folder}/globe", args.device, args.dtype)
+        models += load_rows({"dense": dense, "globe": ours}, args, preset)
+        show(models, *DECODE_KEYS)
+        swept = sweep_rows(warmed, text, experts, args, preset) if args.sweep else []
+    return rows + models + swept
 
 
-# ---- Qwen1.5-MoE's shapes, random weights --------------------------------------------------------------
+# write to/dense and to/globe, in one dtype; the text to measure on and the one that fills caches, (1, n)
+def decode_models(preset: str, to: Path, args: Namespace) -> tuple:
+    source = checkpoint_of("tiny", args)
+    if preset == "qwen15-layer":
+        fractions = popularity(source)
+        write_qwen15(to / "dense", "published", fractions, 1, 4096)
+        write_qwen15(to / "globe", "globe", fractions, 1, 4096, qwen15_config(args))
+        return as_words("heldout", 2048, 4096).to(args.device), as_words("calibration", 512, 4096)
+    fit = run_globe("fit", "--out", to / "run", f"model.path={source.dir}", "fit.steps=10", *args.set)
+    run_globe("export", "--factors", fit["factors"], "--to", to / "globe", "--no-check",
+              "--dtype", str(args.dtype).removeprefix("torch."))
+    globe.load_dense(source.dir, args.device, args.dtype).save_pretrained(to / "dense")
+    return tiny_words(source, "heldout", 2048).to(args.device), tiny_words(source, "calibration", 512)
+
+
+# (1, n) ids of a built-in text
+def tiny_words(ckpt: Checkpoint, split: str, n: int) -> Tensor:
+    return globe.token_windows(globe.load_tokenizer(ckpt.dir), globe.builtin_text(split), n, n)
+
+
+# ---- 7. Qwen1.5-MoE's shapes with random weights -------------------------------------------------
 BLOCK = 2 ** 24  # random numbers that all tensors are cut from
+VOCAB = 151936
+SCALES = {"shared_expert": 0.01, "globe_bank": 1.0, "_A": 0.004, "": 0.02}  # by what is in a tensor's name
 
 
-def popularity(ckpt: globe.Checkpoint, ids: torch.Tensor) -> torch.Tensor:
-    """(E,) the tiny model's shares of the routed tokens by rank, mean of its layers, stretched from its experts to Qwen's."""
-    model, shares, hooks = globe.load_dense(ckpt.dir, torch.device("cpu"), None), [], []
+# (E,) fractions of the routed tokens by rank: tiny's, its layers' mean, stretched from its experts to Qwen's
+def popularity(ckpt: Checkpoint) -> Tensor:
+    model = globe.load_dense(ckpt.dir, CPU, None)
+    counts = torch.zeros(ckpt.dims.experts, dtype=torch.float64)
 
-    def note(module, args, kwargs) -> None:
-        shares.append(torch.bincount((*args, *kwargs.values())[1].flatten(), minlength=ckpt.dims.experts).double().sort(descending=True).values)
-    for _, _, m in globe.experts_modules(model).values():
-        hooks.append(m.register_forward_pre_hook(note, with_kwargs=True))
-    with torch.no_grad():
-        model(ids)
-    curve = torch.nn.functional.interpolate((sum(shares) / sum(s.sum() for s in shares))[None, None], E, mode="linear")[0, 0]
+    def note(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> None:
+        chosen = torch.bincount(index.flatten(), minlength=len(counts))
+        counts.add_(chosen.double().sort(descending=True).values)
+    with torch.no_grad(), watching(list(dense_experts(model).values()), note):
+        model(tiny_words(ckpt, "calibration", 512))
+    curve = F.interpolate((counts / counts.sum())[None, None], E, mode="linear")[0, 0]
     return curve / curve.sum()
 
 
-def router_bias(shares: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """(E,) biases with which the top 4 of z + bias, router logits z (n, E) of a text, hit the experts with these shares."""
-    bias = torch.zeros(len(shares))
+# (E,) biases with which the top 4 of z + bias, logits z (n, E), hit the experts in these fractions
+def router_bias(fractions: Tensor, z: Tensor) -> Tensor:
+    bias = torch.zeros(len(fractions))
     for step in range(300):
-        hits = torch.bincount((z + bias).topk(TOP_K).indices.flatten(), minlength=len(shares)) + 1.0
-        bias += 0.3 * 0.99 ** step * z.std() * (shares / (hits / hits.sum())).log().float()
+        hits = torch.bincount((z + bias).topk(TOP_K).indices.flatten(), minlength=len(fractions)) + 1.0
+        bias += 0.3 * 0.99 ** step * z.std() * (fractions / (hits / hits.sum())).log().float()
     return bias
 
 
-def as_words(split: str, n: int, vocab: int) -> torch.Tensor:
-    """(1, n) ids of a real text's words, for a model with no tokenizer: each word has its number, so frequent ones recur."""
+# (1, n) ids of a real text's words, for a model with no tokenizer: a word's hash, so that frequent ones recur
+def as_words(split: str, n: int, vocab: int) -> Tensor:
     words = re.findall(r"\w+|[^\w\s]", globe.builtin_text(split))[:n]
-    return torch.tensor([[zlib.crc32(w.encode()) % vocab for w in words]])
+    return torch.tensor([[zlib.crc32(word.encode()) % vocab for word in words]])
 
 
-class Shard:
-    """A safetensors file written tensor by tensor; the header has room, so that the same bytes can be renamed later."""
-    ROOM = 2 ** 16
+class RandomWeights:
+    """Random tensors by name, the same in every layout; a text's tokens hit the experts in `fractions`.
 
-    def __init__(self, path: Path, g: torch.Generator):
-        self.path, self.f, self.table, self.at, self.g = path, open(path, "wb"), {}, 0, g
-        self.f.seek(self.ROOM)
+    Coordinate 0 of every embedding is large, so it stays nearly constant behind the norms, and the router's
+    column 0 acts as a bias.
+    """
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        raw = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
-        self.f.write(raw.data)
-        kind = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32", torch.int8: "I8"}[tensor.dtype]
-        self.table[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [self.at, self.at + raw.size]}
-        self.at += raw.size
+    def __init__(self, vocab: int, fractions: Tensor):
+        self.fractions = fractions
+        self.block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).bfloat16()
+        self.embed = self.block.repeat(vocab * D // BLOCK + 1)[:vocab * D].view(vocab, D)
+        self.embed[:, 0] = 10.0
 
-    def noise(self, name: str, shape: tuple, block: torch.Tensor, scale: float) -> None:
-        """bfloat16 numbers from the random block, which starts somewhere else for each tensor."""
+        # what the routers see, but for what the layers add
+        self.seen = self.embed[as_words("calibration", 2048, vocab)[0]].float()  # (n, d)
+        self.seen /= self.seen.square().mean(-1, keepdim=True).sqrt()
+
+    def make(self, name: str, shape: tuple) -> Tensor:
+        if name.endswith("_idx"):
+            return torch.arange(shape[1], dtype=torch.int32).repeat(shape[0], 1)
+        if name.endswith("_val"):
+            return torch.full(shape, 1 / shape[1])
+        if shape == (1,):  # the guard of a globe export
+            return torch.zeros(1, dtype=torch.int8)
+        if "embed_tokens" in name:
+            return self.embed
+        if name.endswith("mlp.gate.weight"):
+            return self.router(name)
+        if name.endswith(".bias") or "norm" in name:
+            return torch.full(shape, float("norm" in name), dtype=torch.bfloat16)
+
+        # numbers from the block, from a place of the tensor's own
         n = math.prod(shape)
-        start = int(torch.randint(max(1, len(block) - n), (1,), generator=self.g))
-        self.add(name, ((block[start:start + n] if n <= len(block) else block.repeat(-(-n // len(block)))[:n]) * scale).view(shape))
+        block = self.block[zlib.crc32(name.encode()) % max(1, BLOCK - n):]
+        if n > BLOCK:
+            block = self.block.repeat(-(-n // BLOCK))
+        scale = next(scale for word, scale in SCALES.items() if word in name)
+        return (block[:n] * scale).view(shape)
 
-    def close(self) -> None:
-        self.f.close()
-        write_header(self.path, self.table)
-
-
-def write_header(path: Path, table: dict) -> None:
-    text = json.dumps({"__metadata__": {"format": "pt"}, **table}).encode()
-    with open(path, "r+b") as f:
-        f.write((Shard.ROOM - 8).to_bytes(8, "little") + text.ljust(Shard.ROOM - 8))
-
-
-def write_index(to: Path) -> None:
-    table = {}
-    for path in sorted(to.glob("*.safetensors")):
-        with open(path, "rb") as f:
-            table |= {k: path.name for k in json.loads(f.read(int.from_bytes(f.read(8), "little"))) if k != "__metadata__"}
-    (to / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    # (E, d) of the layer with this name
+    def router(self, name: str) -> Tensor:
+        g = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        weight = 0.028 * torch.randn(E, D, generator=g)
+        weight[:, 0] = 0
+        wanted = self.fractions[torch.randperm(E, generator=g)]
+        weight[:, 0] = router_bias(wanted, self.seen @ weight.T) / self.seen[0, 0]
+        return weight.bfloat16()
 
 
-def write_qwen15(to: Path, shares: torch.Tensor, layers: int = 24, vocab: int = 151936) -> None:
-    """A Qwen1.5-MoE checkpoint of random bfloat16 weights, a shard per layer, whose router reproduces `shares`.
+# {name: shape} of the published matrices that a tensor of the fused layout holds, in its order
+def matrices_of(name: str, shape: tuple) -> dict:
+    base, _, leaf = name.rpartition(".")
+    if len(shape) == 3 and leaf == "gate_up_proj":
+        return {f"{base}.{e}.{f}_proj.weight": (P, D) for e, f in itertools.product(range(E), PAIR)}
+    if leaf == "down_proj":
+        return {f"{base}.{e}.down_proj.weight": (D, P) for e in range(E)}
+    return {name: shape}
 
-    Coordinate 0 of every embedding is large, so it stays nearly constant behind the norms, and the router's column 0 acts as
-    a bias. A layer's experts lie on disk as the fused layout has them, so `rename(to, fused=True)` turns one into the other.
+
+def write_qwen15(to: Path, layout: str, fractions: Tensor, layers: int = 24, vocab: int = VOCAB,
+                 cfg: globe.Config | None = None) -> None:
+    """A Qwen1.5-MoE checkpoint of random bfloat16 weights, a tensor in memory at a time.
+
+    layout: published (a matrix per expert), fused (transformers' own at run time) or globe (an export of
+    cfg's sizes, all families of all experts compressed).
     """
     from transformers import Qwen2MoeConfig
-    to.mkdir(parents=True)
-    g = torch.Generator().manual_seed(0)
-    config = Qwen2MoeConfig(hidden_size=D, moe_intermediate_size=P, num_experts=E, num_experts_per_tok=TOP_K, num_hidden_layers=layers,
-                            vocab_size=vocab, shared_expert_intermediate_size=4 * P, intermediate_size=5632, num_attention_heads=16,
-                            num_key_value_heads=16, norm_topk_prob=False, architectures=["Qwen2MoeForCausalLM"], dtype=torch.bfloat16,
-                            bos_token_id=None, eos_token_id=None)
-    config.save_pretrained(to)
-    block, offset = torch.randn(BLOCK, generator=g).bfloat16(), 10.0
-    shard = Shard(to / "model-00.safetensors", g)
-    embed = block.repeat(vocab * D // BLOCK + 1)[:vocab * D].view(vocab, D)
-    embed[:, 0] = offset
-    shard.add("model.embed_tokens.weight", embed)
-    seen = embed[as_words("calibration", 2048, vocab)[0]].float()
-    seen /= seen.square().mean(-1, keepdim=True).sqrt()  # what the routers see, but for what the layers add
-    del embed
-    shard.noise("lm_head.weight", (vocab, D), block, 0.02)
-    shard.add("model.norm.weight", torch.ones(D, dtype=torch.bfloat16))
-    shard.close()
-    for l in range(layers):
-        shard, base = Shard(to / f"model-{l + 1:02d}.safetensors", g), f"model.layers.{l}."
-        for e in range(E):
-            for n in ("gate", "up"):
-                shard.noise(f"{base}mlp.experts.{e}.{n}_proj.weight", (P, D), block, 0.02)
-        for e in range(E):
-            shard.noise(f"{base}mlp.experts.{e}.down_proj.weight", (D, P), block, 0.02)
-        for n, shape in (("gate", (4 * P, D)), ("up", (4 * P, D)), ("down", (D, 4 * P))):
-            shard.noise(f"{base}mlp.shared_expert.{n}_proj.weight", shape, block, 0.01)
-        for n in "qkvo":
-            shard.noise(f"{base}self_attn.{n}_proj.weight", (D, D), block, 0.02)
-            if n != "o":
-                shard.add(f"{base}self_attn.{n}_proj.bias", torch.zeros(D, dtype=torch.bfloat16))
-        router = 0.028 * torch.randn(E, D, generator=g)
-        router[:, 0] = 0
-        router[:, 0] = router_bias(shares[torch.randperm(E, generator=g)], seen @ router.T) / seen[0, 0]
-        shard.add(f"{base}mlp.gate.weight", router.bfloat16())
-        shard.noise(f"{base}mlp.shared_expert_gate.weight", (1, D), block, 0.01)
-        for n in ("input_layernorm", "post_attention_layernorm"):
-            shard.add(f"{base}{n}.weight", torch.ones(D, dtype=torch.bfloat16))
-        shard.close()
-    write_index(to)
+    Qwen2MoeConfig(
+        hidden_size=D, moe_intermediate_size=P, num_experts=E, num_experts_per_tok=TOP_K, vocab_size=vocab,
+        num_hidden_layers=layers, shared_expert_intermediate_size=4 * P, intermediate_size=5632,
+        num_attention_heads=16, num_key_value_heads=16, norm_topk_prob=False, dtype=torch.bfloat16,
+        architectures=["Qwen2MoeForCausalLM"], bos_token_id=None, eos_token_id=None).save_pretrained(to)
+    config = globe.read_json(to / "config.json")
+    model = globe.empty_model(config, torch.bfloat16, to)
+    if layout == "globe":
+        meta = random_meta(cfg, globe.dims_of(config))
+        globe.install(model, meta)
+        described = config | {"quantization_config": {"quant_method": "globe"} | meta}
+        globe.write_text(to / "config.json", json.dumps(described))
+
+    # the guards of one byte last: what followed one would lie at odd addresses
+    random = RandomWeights(vocab, fractions)
+    shapes = {}
+    makers = {}
+    for name, t in sorted(model.state_dict().items(), key=lambda item: item[1].dtype == torch.int8):
+        held = matrices_of(name, tuple(t.shape))
+        kept = t.dtype in (torch.int8, torch.int32) or name.endswith("_val")
+        if layout == "published" or list(held) == [name]:
+            for part, shape in held.items():
+                shapes[part] = t.dtype if kept else torch.bfloat16, shape
+                makers[part] = partial(random.make, part, shape)
+        else:
+            shapes[name] = torch.bfloat16, tuple(t.shape)
+            makers[name] = partial(stacked, random, held, t.shape)
+    tensors = globe.LazyDict(makers)
+    globe.write_tensors(to / "model.safetensors", shapes, tensors, {"format": "pt"}, sync=False)
 
 
-def rename(directory: Path, fused: bool) -> None:
-    """Give a checkpoint of write_qwen15 the fused layout's names, in place: only the headers change."""
-    for path in sorted(directory.glob("*.safetensors"))[1:]:
-        with open(path, "rb") as f:
-            table = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        base = f"model.layers.{int(path.stem.split('-')[1]) - 1}.mlp.experts."
-        spans = [[v["data_offsets"] for k, v in table.items() if k.startswith(base) and ("down" in k) == down] for down in (False, True)]
-        if fused and len(spans[0]) == 2 * E:
-            table = {k: v for k, v in table.items() if not k.startswith(base) and k != "__metadata__"}
-            for n, shape, span in (("gate_up_proj", [E, 2 * P, D], spans[0]), ("down_proj", [E, D, P], spans[1])):
-                table[base + n] = {"dtype": "BF16", "shape": shape, "data_offsets": [span[0][0], span[-1][1]]}
-            write_header(path, table)
-    write_index(directory)
+# the fused tensor of this shape
+def stacked(random: RandomWeights, matrices: dict, shape: tuple) -> Tensor:
+    return torch.stack([random.make(*item) for item in matrices.items()]).view(shape)
 
 
-def qwen15_config(args: argparse.Namespace) -> globe.Config:
-    return globe.load_config(str(CONFIGS / "qwen15.yaml"), [o for o in args.set if o.startswith("cache.")])
+# configs/qwen15.yaml with the cache's settings of --set
+def qwen15_config(args: Namespace) -> globe.Config:
+    own = filter(re.compile(r"cache\.").match, args.set)
+    return globe.load_config(str(CONFIGS / "qwen15.yaml"), list(own))
 
 
-def write_qwen15_globe(dense: Path, to: Path, cfg: globe.Config, consume: bool = False) -> None:
-    """A globe export of the sizes in configs/qwen15.yaml beside such a checkpoint: random factors, everything else its own.
-
-    consume: each of the checkpoint's layers is deleted when its own is written, where the disk has no room for both.
-    """
-    to.mkdir(parents=True)
-    ckpt, g = globe.Checkpoint(dense), torch.Generator().manual_seed(1)
-    layers = ckpt.dims.layers
-    group = globe.Experts.groups_of([(l, 0) for l in layers], cfg.bank.scope)
-    groups, families = len(set(group.values())), {}
-    for f in globe.FAMILIES:
-        owner = "gate" if cfg.bank.share and f == "up" else f
-        m, r = globe.bank_shape(cfg, owner, len(layers) * E, groups, ckpt.dims)
-        families[f] = {"m": m, "r": r, "s": min(cfg.sparsity.support, m), "groups": groups, "bank": owner,
-                       "group": {str(l): g for l, g in group.items()}, "activation": cfg.bank.activation, "shift": 0.0, "scale": 1.0}
-    meta = {"format_version": globe.FORMAT_VERSION, "globe_version": globe.__version__, "model_type": "qwen2_moe", "fingerprint": "random",
-            "dims": dataclasses.asdict(ckpt.dims), "families": families,
-            "experts": {str(l): list(range(E)) for l in layers}, "config": {"cache": dataclasses.asdict(cfg.cache)}}
-    (to / "config.json").write_text(json.dumps(ckpt.config | {"quantization_config": {"quant_method": "globe"} | meta}))
-    state, block = globe._skeleton(ckpt.config, torch.bfloat16, to, meta).state_dict(), torch.randn(BLOCK, generator=g).bfloat16()
-    part = lambda name: re.search(r"layers\.(\d+)\.", name)[1] if ".layers." in name else "rest"  # noqa: E731
-    for shard_of in dict.fromkeys(map(part, state)):
-        shard = Shard(to / f"model-{shard_of}.safetensors", g)
-        # the guard of one byte last, as safetensors orders them: what followed it would lie at odd addresses, and be slow to read
-        for name in sorted((n for n in state if part(n) == shard_of), key=lambda n: n.endswith(".gate_up_proj")):
-            shape = tuple(state[name].shape)
-            if name.endswith(".gate_up_proj"):  # the dense one's name, if that is fused
-                shard.add(name, torch.zeros(1, dtype=torch.int8))
-            elif name in ckpt.shard_of:
-                shard.add(name, ckpt.tensor(name))
-            elif name.endswith("_idx"):
-                shard.add(name, torch.stack([torch.randperm(families[name.split(".")[-1][:-4]]["m"], generator=g)[:shape[1]] for _ in range(E)]).int())
-            elif name.endswith("_val"):
-                shard.add(name, torch.full(shape, 1 / shape[1]))
-            else:
-                shard.noise(name, shape, block, 0.004 if name.endswith("_A") else 1.0)
-        shard.close()
-        if consume and shard_of != "rest":
-            ckpt._open.clear()  # an open file keeps its room
-            (dense / f"model-{int(shard_of) + 1:02d}.safetensors").unlink()
+# what Factors.meta() says of factors of the sizes that cfg asks for
+def random_meta(cfg: globe.Config, dims: globe.Dims) -> dict:
+    group = globe.bank_groups(dims.layers, cfg.bank.scope)
+    groups = len(set(group.values()))
+    families = {}
+    for family in globe.FAMILIES:
+        owner = "gate" if cfg.bank.share and family == "up" else family
+        m, r = globe.bank_shape(cfg, owner, len(dims.layers) * dims.experts, groups, dims)
+        families[family] = {
+            "m": m, "r": r, "s": min(cfg.sparsity.support, m), "groups": groups, "bank": owner, "shift": 0.0,
+            "scale": 1.0, "group": {str(l): g for l, g in group.items()}, "activation": cfg.bank.activation}
+    experts = {str(l): list(range(dims.experts)) for l in dims.layers}
+    return globe.Factors({}, {}, dims, "qwen2_moe", "random").meta() | {
+        "families": families, "experts": experts, "config": {"cache": dataclasses.asdict(cfg.cache)}}
 
 
-# ---- the 24-GiB case -----------------------------------------------------------------------------------
-def mapped(directory: Path) -> torch.nn.Module:
-    """The dense model over memory-mapped files in the fused layout: eager experts use the pages where they lie."""
-    from safetensors.torch import load_file
-    model = globe._skeleton(globe.read_json(directory / "config.json"), torch.bfloat16, directory)
-    for path in sorted(directory.glob("*.safetensors")):
+# ---- 8. decode --preset qwen15: 26.7 GiB of weights on a 24-GiB machine --------------------------
+LIMIT = 21  # GiB that a process may hold of its own before it is ended
+
+
+# the dense model over memory-mapped files in the fused layout: eager experts use the pages where they lie
+def mapped(directory: Path) -> nn.Module:
+    model = globe.empty_model(globe.read_json(directory / "config.json"), torch.bfloat16, directory)
+    for path in directory.glob("*.safetensors"):
         for name, t in load_file(path).items():
-            globe._assign(model, name, t)
+            globe.assign(model, name, t)
     model.set_experts_implementation("eager")
-    return globe._finish(model, directory, torch.device("cpu"))
+    return globe.finish_model(model, directory, CPU)
 
 
-def run_one(args: argparse.Namespace) -> list:
-    """One contender of the 24-GiB case, in a process of its own: 8 tokens of prompt, then args.tokens more, after a run to warm up."""
+# globe, mapped, plain (from_pretrained), or offload (from_pretrained with what does not fit on the disk)
+def load_contender(home: Path, args: Namespace) -> nn.Module:
     from transformers import AutoModelForCausalLM
-    device, begin, where, cfg = torch.device("cpu"), time.perf_counter(), Path(args.dir), qwen15_config(args)
-    text = as_words("heldout", 8 + 4 * args.tokens, 151936)
     if args.only == "globe":
-        model = globe.load(where / "globe", cache=cfg.cache)
-        globe.warm(model, as_words("calibration", 128, 151936))
-    elif args.only == "mapped":
-        model = mapped(where / "dense")
-    else:
-        more = {} if args.only == "plain" else {"device_map": "auto", "max_memory": {"cpu": f"{args.limit - 3:.0f}GiB"}, "offload_folder": str(where / "offload")}
-        model = AutoModelForCausalLM.from_pretrained(where / "dense", dtype=torch.bfloat16, **more)
+        model = globe.load(home / "globe", cache=qwen15_config(args).cache)
+        globe.warm(model, as_words("calibration", 128, VOCAB))
+        return model
+    if args.only == "mapped":
+        return mapped(home / "dense")
+    more = {}
+    if args.only == "offload":
+        memory = {"cpu": f"{LIMIT - 3}GiB"}
+        more = {"device_map": "auto", "max_memory": memory, "offload_folder": str(home / "offload")}
+    return AutoModelForCausalLM.from_pretrained(home / "dense", dtype=torch.bfloat16, **more)
+
+
+# the row of one way to run the model; value is None where it did not finish
+def contender_row(only: str, tokens: int, value: float | None, **more) -> dict:
+    variant = "globe" if only == "globe" else "dense"
+    return new_row("decode", "qwen15", f"tg{tokens}", variant, value, "tokens/s", implementation=only, **more)
+
+
+# one contender, in a process of its own: 8 tokens of prompt, then args.tokens more, after a run to warm up
+def run_one(home: Path, args: Namespace) -> list:
+    text = as_words("heldout", 8 + 4 * args.tokens, VOCAB)
+    begin = time.perf_counter()
+    model = load_contender(home, args)
     load = time.perf_counter() - begin
-    prompt = text[:, :8]
-    first = prefill(model, prompt, device)
-    for path in sorted((where / ("globe" if args.only == "globe" else "dense")).glob("*.safetensors")) if args.only in ("mapped", "globe") else ():
-        with open(path, "rb", buffering=0) as f:  # what fits in memory shall be there
-            while f.read(2 ** 24):
-                pass
-    speeds, turns = [], 1 if args.only == "offload" else 3
-    for turn in range(turns):
+    first = prefill(model, text[:, :8], CPU)
+    if args.only in ("mapped", "globe"):
+        # what fits in memory shall be in the page cache
+        for path in (home / args.only.replace("mapped", "dense")).glob("*.safetensors"):
+            with open(path, "rb", buffering=0) as f:
+                while f.read(2 ** 24):
+                    pass
+
+    # another part of the text in each turn
+    speeds = []
+    for turn in range(1 if args.only == "offload" else 3):
         part = text[:, turn * args.tokens:][:, :8 + args.tokens]
-        for m in globe.globe_modules(model):
-            m.cache.count()
-        speeds.append((part.shape[1] - 8) / decode(model, part, 8, device))
-        say(f"  {args.only}: {speeds[-1]:.3f} tokens/s")
-    st, timed_turns = globe.cache_stats(model), speeds[1:] or speeds
-    value = statistics.median(timed_turns)
-    return [{"suite": "decode", "preset": "qwen15", "test": f"tg{args.tokens}", "variant": "globe" if args.only == "globe" else "dense",
-             "implementation": args.only, "cache": cfg.cache.mode if args.only == "globe" else None, "value": round(value, 4), "unit": "tokens/s",
-             "spread": round(max(timed_turns) - min(timed_turns), 4), "peak_gib": round(globe.peak_gib(device), 2), "load_s": round(load, 2),
-             "ttft_ms": round(1e3 * first, 1), "cache_mib": round(st["cache_mib"], 1),
-             "hit_rate": round(st["hit_rate"], 4) if args.only == "globe" else None, "compose_share": round(st["compose_seconds"] * value / args.tokens, 3)}]
+        start_counts(model)
+        speeds.append((part.shape[1] - 8) / decode(model, part, CPU))
+    counted = speeds[1:] or speeds
+    value = statistics.median(counted)
+    composing = globe.cache_stats(model)["compose_seconds"] * value / args.tokens
+    return [contender_row(args.only, args.tokens, value, spread=max(counted) - min(counted), load_s=load,
+                          peak_gib=globe.peak_gib(CPU), ttft_ms=1e3 * first, compose_share=composing,
+                          cache=qwen15_config(args).cache.mode if args.only == "globe" else None,
+                          **cache_figures(model))]
 
 
-def watched(args: argparse.Namespace, only: str, tokens: int, seconds: float) -> list:
-    """Rows of run_one in a process that is ended where its own memory passes --limit or its time is over; a row says so."""
-    command = [sys.executable, __file__, "decode", "--preset", "qwen15", "--only", only, "--dir", args.dir, "--tokens", str(tokens),
-               "--limit", str(args.limit), *(["--set", *args.set] if args.set else [])]
-    begin, anon, why = time.perf_counter(), 0.0, None
+# GiB that a process holds of its own, file pages not counted; 0 where the system does not say
+def own_memory(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status")
+    found = re.search(r"RssAnon:\s*(\d+)", status.read_text() if status.is_file() else "")
+    return int(found[1]) / 2 ** 20 if found else 0.0
+
+
+# the row of run_one in a process that is ended where its own memory or its time passes the limit
+def watched(home: Path, only: str, args: Namespace, tokens: int, limit_s: float) -> dict:
+    command = [sys.executable, __file__, "decode", "--preset", "qwen15", "--only", only,
+               "--tokens", str(tokens)]
+    if args.set:
+        command += ["--set", *args.set]
+    begin = time.perf_counter()
+    own = 0.0
+    why = None
     with tempfile.TemporaryFile("w+") as out:
-        p = subprocess.Popen(command, stdout=out)
-        while p.poll() is None:
+        # look five times a second at what it holds
+        process = subprocess.Popen(command, stdout=out)
+        while process.poll() is None and not why:
             time.sleep(0.2)
-            with contextlib.suppress(OSError, StopIteration):
-                line = next(s for s in open(f"/proc/{p.pid}/status") if s.startswith("RssAnon"))
-                anon = max(anon, int(line.split()[1]) / 2 ** 20)
-            why = f"out of memory: {anon:.1f} GiB of its own after {time.perf_counter() - begin:.0f} s, and not loaded" if anon > args.limit \
-                else f"no result in {seconds:.0f} s" if time.perf_counter() - begin > seconds \
-                else "stopped, the disk is full" if shutil.disk_usage(args.dir).free < 2 ** 31 else None
-            if why:
-                p.kill()
-                p.wait()
-        out.seek(0)
-        lines = out.read().splitlines()
-    if p.returncode == 0:
-        return [r | {"own_gib": round(anon, 2)} for r in json.loads(lines[-1])["rows"]]
-    say(f"  {only}: {why or f'exit code {p.returncode}'}")
-    return [{"suite": "decode", "preset": "qwen15", "test": f"tg{tokens}", "variant": "globe" if only == "globe" else "dense", "implementation": only, "cache": None, "value": None,
-             "unit": "tokens/s", "ratio": None, "peak_gib": None, "own_gib": round(anon, 2), "why": why or f"exit code {p.returncode}"}]
+            own = max(own, own_memory(process.pid))
+            seconds = time.perf_counter() - begin
+            if own > LIMIT:
+                why = f"out of memory: {own:.1f} GiB of its own after {seconds:.0f} s, and not loaded"
+            elif seconds > limit_s:
+                why = f"no result in {limit_s:.0f} s"
+            elif shutil.disk_usage(home).free < 2 ** 31:
+                why = "stopped, the disk is full"
+        if why:
+            process.kill()
+        if process.wait() == 0:
+            out.seek(0)
+            return json.loads(out.read().splitlines()[-1])["rows"][0] | {"own_gib": round(own, 2)}
+    why = why or f"exit code {process.returncode}"
+    say(f"  {only}: {why}")
+    return contender_row(only, tokens, None, cache=None, peak_gib=None, own_gib=own, why=why)
 
 
-def bench_24gib(args: argparse.Namespace) -> list:
-    """Qwen1.5-MoE in bfloat16 (26.7 GiB) on a 24-GiB machine: the dense ways, and GloBE; 32 tokens after a prompt of 8."""
-    where = Path(args.dir or globe.user_cache() / "qwen15")
-    args.dir, tokens = str(where), min(args.tokens, 32)
+# Qwen1.5-MoE in bfloat16 on a 24-GiB machine: dense in three ways, and GloBE; 32 tokens behind 8
+def bench_24gib(args: Namespace) -> list:
+    home = globe.user_cache() / "qwen15"
+    dense = home / "dense"
+    tokens = min(args.tokens, 32)
     if args.only:
-        if not (where / ("globe" if args.only == "globe" else "dense")).is_dir():
-            raise UserError(f"--only {args.only}: expected files that --keep left in {where}, found none")
         args.tokens = tokens
-        return run_one(args)
-    need_native("experts_decode", torch.device("cpu"))
-    where.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(where).free / 2 ** 30
-    if free < 40 and not (where / "dense").is_dir():
-        raise UserError(f"qwen15: expected 40 GiB free on the disk of {where}, found {free:.0f}; --dir names another place")
+        needed = home / "globe" if args.only == "globe" else dense
+        expect(needed.is_dir(), f"--only {args.only}: expected files that --keep left in {home}, found none")
+        return run_one(home, args)
+    need_native("experts_decode", CPU)
+    home.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(home).free / 2 ** 30
+    fine = free >= 46 or dense.is_dir()
+    expect(fine, f"qwen15: expected 46 GiB free below {home} (GLOBE_CACHE names another), found {free:.0f}")
+    fractions = popularity(checkpoint_of("tiny", args))
+
+    def write(layout: str, to: Path) -> None:
+        with globe.written(to) as tmp:
+            write_qwen15(tmp, layout, fractions, cfg=qwen15_config(args))
+        say(f"  {layout}: {globe.weight_bytes(to) / 2 ** 30:.1f} GiB")
     try:
-        if not (where / "dense").is_dir():
-            begin, source = time.perf_counter(), checkpoint_of("tiny", args)
-            calibration = globe.token_windows(globe.load_tokenizer(source.dir), globe.builtin_text("calibration"), 512, 512)
-            with globe.written(where / "dense") as tmp:
-                write_qwen15(tmp, popularity(source, calibration))
-            say(f"  dense checkpoint: {globe.weight_bytes(where / 'dense') / 2 ** 30:.1f} GiB, written in {time.perf_counter() - begin:.0f} s")
-        rows = watched(args, "plain", tokens, 300)
-        rows += watched(args, "offload", 2, 300)
-        shutil.rmtree(where / "offload", ignore_errors=True)
-        rename(where / "dense", fused=True)
-        rows += watched(args, "mapped", tokens, 400)
-        if not (where / "globe").is_dir():
-            with globe.written(where / "globe") as tmp:
-                write_qwen15_globe(where / "dense", tmp, qwen15_config(args), consume=not args.keep)
-            say(f"  globe export: {globe.weight_bytes(where / 'globe') / 2 ** 30:.1f} GiB")
-        rows += watched(args, "globe", tokens, 400)
+        # published, and then fused in its place: the disk need not hold both
+        if not dense.is_dir():
+            write("published", dense)
+        rows = [watched(home, "plain", args, tokens, 300), watched(home, "offload", args, 2, 300)]
+        shutil.rmtree(home / "offload", ignore_errors=True)
+        if not Checkpoint(dense).fused:
+            shutil.rmtree(dense)
+            write("fused", dense)
+        rows.append(watched(home, "mapped", args, tokens, 400))
+        if not (home / "globe").is_dir():
+            write("globe", home / "globe")
+        rows.append(watched(home, "globe", args, tokens, 400))
     finally:
-        for made in () if args.keep else ("dense", "globe", "offload"):
-            shutil.rmtree(where / made, ignore_errors=True)
-    best = max((r["value"] for r in rows if r["variant"] == "dense" and r["value"]), default=math.nan)
-    rows = [r | {"ratio": round(r["value"] / best, 3) if r["value"] else None} for r in rows]
-    show(rows)
+        if not args.keep:
+            shutil.rmtree(home)
+    show(beside_best(rows), *DECODE_KEYS)
     return rows
 
 
-# ---- fit ---------------------------------------------------------------------------------------------
-def bench_fit(preset: str, args: argparse.Namespace) -> list:
-    """tiny: seconds, passes and error of each method, of a plain SVD of the same size and of MoBE's setting until it is flat;
-    and how long ours takes to the error that MoBE ends at, of the weights and (smol-moe too) of what they make of a text.
-    qwen15: the growth of a pass with the number of experts, at true shapes."""
-    if preset == "qwen15":
-        return bench_scale(args)
-    ckpt, rows = checkpoint_of(preset, args), []
-    if preset == "smol-moe":
-        return time_to_mobes_end(preset, ckpt, args)
-    keys, steps = globe.select_experts(ckpt.dims, globe.ModelConfig()), args.steps or 60
+# ---- 9. fit: seconds, passes and error -----------------------------------------------------------
+# ([(seconds, relative error) after each step], passes) of a fit of all gates, which ends at the target
+def trace_fit(ckpt: Checkpoint, cfg: globe.Config, args: Namespace, target: float) -> tuple:
+    D = ckpt.dims
+    keys = [("gate", l, e) for l, e in itertools.product(D.layers, range(D.experts))]
+    trace = []
+    passes = 0
+    with globe.threads_for(D.p, D.d):
+        begin = time.perf_counter()
+        data = globe.FitData(ckpt.expert, keys, cfg.bank.scope, args.device, "scale")
+        fitter = globe.Fitter(data, cfg, globe.bank_shape(cfg, "gate", len(keys), data.groups, D))
+        while not fitter.done and not (trace and trace[-1][1] <= target):
+            step = fitter.step()
+            passes += step["passes"]
+            trace.append((time.perf_counter() - begin, step["rel_frob"]))
+    return trace, passes
 
-    def fit(variant: str, cfg: globe.Config, target: float = 0.0) -> list:
-        """Adds a row; returns [(seconds, error)] after each step."""
-        with globe.threads_for(ckpt.dims.p, ckpt.dims.d):
-            begin, passes, trace = time.perf_counter(), 0, []
-            experts = globe.Experts(lambda layer, e: ckpt.expert("gate", layer, e), keys, cfg.bank.scope, globe.pick_device(args.device), "scale")
-            fitter = globe.Fitter(experts, cfg, globe.bank_shape(cfg, "gate", len(keys), experts.groups, ckpt.dims))
-            while not fitter.done and not (trace and trace[-1][1] <= target):
-                passes += fitter.step()["passes"]
-                trace.append((time.perf_counter() - begin, math.sqrt(fitter.here.error)))
-        rows.append({"suite": "fit", "preset": preset, "test": f"{fitter.step_done} of {cfg.fit.steps} steps", "variant": variant, "unit": "s", "ratio": None,
-                     "value": round(trace[-1][0], 2), "passes": passes, "rel_frob": trace[-1][1]})
-        return trace
+
+# Each method, a plain SVD of its size, MoBE's setting until it is flat, and ours until it is there
+def bench_fit(preset: str, args: Namespace) -> list:
+    ckpt = checkpoint_of(preset, args)
+    rows = []
 
     def config(method: str, steps: int) -> globe.Config:
         return globe.load_config(None, [*args.set, f"fit.method={method}", f"fit.steps={steps}"])
+
+    def fit(variant: str, cfg: globe.Config, target: float = 0.0) -> list:
+        trace, passes = trace_fit(ckpt, cfg, args, target)
+        seconds, error = trace[-1]
+        test = f"{len(trace)} of {cfg.fit.steps} steps"
+        rows.append(new_row("fit", preset, test, variant, seconds, "s", passes=passes, rel_frob=error))
+        return trace
+    steps = args.steps or 60
     for method in ("varpro", "am", "adam"):
         fit(method, config(method, steps))
-    begin, ratio = time.perf_counter(), config("varpro", steps).bank.ratio
-    error = frobenius(ckpt, peer_svd(ckpt, ratio, {})[0])["gate"]
-    rows.append({"suite": "fit", "preset": preset, "test": "closed form", "variant": "svd", "unit": "s", "ratio": None,
-                 "value": round(time.perf_counter() - begin, 2), "passes": 1, "rel_frob": error})
-    mobe = globe.load_config(str(CONFIGS / "mobe.yaml"), ["bank.r=null", f"bank.ratio={ratio}", f"fit.steps={args.mobe_steps}"])
-    trace = fit("mobe", mobe)
-    flat = next(e for _, e in trace if e <= 1.01 * trace[-1][1])  # the rest of its steps gains it a hundredth
+    begin = time.perf_counter()
+    ratio = config("varpro", steps).bank.ratio
+    error = frobenius(ckpt, peer_svd(ckpt, ratio, {}, args)[0])["gate"]
+    seconds = time.perf_counter() - begin
+    rows.append(new_row("fit", preset, "closed form", "svd", seconds, "s", passes=1, rel_frob=error))
+
+    # MoBE's setting is flat where the rest of its steps gains it a hundredth
+    mobe = ["bank.r=null", f"bank.ratio={ratio}", f"fit.steps={args.mobe_steps}"]
+    trace = fit("mobe", globe.load_config(str(CONFIGS / "mobe.yaml"), mobe))
+    flat = next(error for _, error in trace if error <= 1.01 * trace[-1][1])
     fit("varpro, to where mobe is flat", config("varpro", 5 * steps), flat)
+
+    # how much sooner ours is at an error that both reach
     for row, goal in ((rows[0], rows[0]["rel_frob"]), (rows[-1], flat)):
-        seconds = next((t for t, e in trace if e <= goal), None)
-        if seconds and row["rel_frob"] <= goal:
-            row.update(ratio=round(seconds / row["value"], 1), mobe_seconds=round(seconds, 2))
-    say(globe.text_table(("method", "steps", "seconds", "passes", "relative error", "times faster than mobe"),
-                         [(r["variant"], r["test"], r["value"], r["passes"], r["rel_frob"], r["ratio"]) for r in rows]))
-    return rows + time_to_mobes_end(preset, ckpt, args)
-
-
-def outputs_error(ckpt: globe.Checkpoint, factors: globe.Factors, moments: dict) -> float:
-    """sqrt(sum ||(W - W^) X^T||^2 / ||W X^T||^2) over gate and up, X the layers' inputs on a text, each layer's scaled alike."""
-    error = size = 0.0
-    for name, f in factors.families.items():
-        for l, experts in factors.experts.items():
-            L = globe.metric_factor(moments["inputs"][l], 0.0)
-            for i, e in enumerate(experts):
-                W = ckpt.expert(name, l, e).float()
-                error, size = error + float(((W - f.weight(l, i)) @ L).square().sum()), size + float((W @ L).square().sum())
-    return math.sqrt(error / size)
-
-
-def time_to_mobes_end(preset: str, ckpt: globe.Checkpoint, args: argparse.Namespace) -> list:
-    """Seconds that MoBE's setting takes until it is flat, and that ours takes, its calibration included, to leave no more error in
-    what gate and up make of a held-out text. One forward pass calibrates: no gradient, nothing sampled."""
-    config, device = config_of(preset), globe.pick_device(args.device)
-    ratio = globe.load_config(config, args.set).bank.ratio
-    with tempfile.TemporaryDirectory() as scratch:
-        held = Path(scratch) / "held.txt"
-        held.write_text(globe.builtin_text("heldout"), encoding="utf-8")
-        X = globe.calibrate(ckpt, globe.load_config(None, [f"calib.text={held}", "calib.tokens=16384", "calib.fisher=false"]), device)
-
-        def fit(name: str, *settings: str) -> tuple:
-            made = quiet(["fit", *settings, "--out", f"{scratch}/{name}", f"model.path={ckpt.dir}", "bank.r=null", f"bank.ratio={ratio}",
-                          "--device", str(device)])
-            return made["seconds"], outputs_error(ckpt, globe.load_factors(made["factors"]), X), globe.read_rows(Path(scratch) / name / "log.jsonl")
-        whole, goal, log = fit("mobe", "--config", str(CONFIGS / "mobe.yaml"), f"fit.steps={args.mobe_steps}")
-        flat = 0.0
-        for family in ("gate", "up"):
-            mine = [r for r in log if r["family"] == family]
-            flat += next(r["seconds"] for r in mine if r["rel_frob"] <= 1.01 * mine[-1]["rel_frob"])
-        rows = [{"variant": "mobe", "test": f"{args.mobe_steps} steps, flat at {flat:.0f} of {whole:.0f} s", "value": round(flat, 2), "error": goal, "ratio": None}]
-        for steps in (1, 3, 6, 12, 25, 50, 100, 200):
-            seconds, error, _ = fit(f"globe-{steps}", "--config", config, "calib.fisher=false", "calib.sampled=0", "calib.tokens=4096", "fit.refine=0",
-                                    "fit.down=false", *args.set, f"fit.steps={steps}")
-            if error <= goal:
-                break
-        rows.append({"variant": "globe", "test": f"{steps} steps", "value": round(seconds, 2), "error": error, "ratio": round(flat / seconds, 1) if error <= goal else None})
-    say(globe.text_table(("method", "steps", "seconds", "error of the outputs, held-out text", "times faster than mobe"),
-                         [(r["variant"], r["test"], r["value"], r["error"], r["ratio"]) for r in rows]))
-    return [{"suite": "fit", "preset": preset, "unit": "s", **r} for r in rows]
-
-
-def random_checkpoint(to: Path, layers: int, experts: int, p: int, d: int) -> Path:
-    """A qwen2_moe checkpoint of one shard per layer whose up matrices are Gaussian in bfloat16; the other families are holes in
-    the files. Beside it the moments of a calibration with a decaying spectrum."""
-    to.mkdir(parents=True)
-    g, shard_of, moments = torch.Generator().manual_seed(0), {}, {"inputs": {}, "weighted": {}, "hidden": {}, "gate": {}, "up": {}}
-    decay = torch.logspace(0, -2, d, dtype=torch.float64)
-    for l in range(layers):
-        header, end, shard = {}, 0, f"model-{l:05d}.safetensors"
-        for e in range(experts):
-            for n, shape in (("gate_proj", [p, d]), ("up_proj", [p, d]), ("down_proj", [d, p])):
-                name = f"model.layers.{l}.mlp.experts.{e}.{n}.weight"
-                header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + 2 * p * d]}
-                end, shard_of[name] = end + 2 * p * d, shard
-        text = json.dumps(header).encode()
-        with open(to / shard, "wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            for e in range(experts):
-                f.seek(8 + len(text) + (3 * e + 1) * 2 * p * d)
-                f.write(globe.tensor_bytes((0.02 * torch.randn(p, d, generator=g)).bfloat16()))
-            f.truncate(8 + len(text) + end)
-        x = torch.randn(4 * d, d, generator=g, dtype=torch.float64) * decay
-        moments["inputs"][l], moments["weighted"][l] = x.T @ x / len(x), x.T @ x
-        moments["hidden"][l] = torch.eye(p, dtype=torch.float64)
-        for family in ("gate", "up"):
-            moments[family][l] = torch.rand(experts, p, generator=g, dtype=torch.float64) + 0.5
-    (to / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
-    (to / "config.json").write_text(json.dumps({"model_type": "qwen2_moe", "hidden_size": d, "moe_intermediate_size": p, "num_experts": experts,
-                                                "num_experts_per_tok": 4, "num_hidden_layers": layers, "vocab_size": 32}))
-    globe.save_moments(to / "moments.st", moments, globe.Checkpoint(to).fingerprint())
-    return to
-
-
-def matmul_rate(size: int = 4096) -> float:
-    """FLOP/s of torch's own float32 product of two square matrices: the best of three."""
-    a, best = torch.randn(size, size), 0.0
-    for _ in range(4):
-        begin = time.perf_counter()
-        a @ a
-        best = max(best, 2 * size ** 3 / (time.perf_counter() - begin))
-    return best
-
-
-def bench_scale(args: argparse.Namespace) -> list:
-    """A pass over one family at Qwen1.5-MoE's shapes, random weights in shards on disk: seconds and peak memory against the number
-    of experts, a line through them, the rate against torch's own, and two processes against one. 24 layers follow from the line.
-    A budget of half a GiB makes every size stream its experts from disk, as 24 layers do on a 24-GiB machine."""
-    p, d, r, m, threads = *args.shape, args.bases, torch.get_num_threads()
-    rows, here = [], Path(globe.__file__).parent
-    torch.set_num_threads(threads)
-    rate = matmul_rate()
-    with globe.threads_for(p, d):
-        rows.append({"suite": "fit", "preset": "qwen15", "test": "float32 product", "variant": "torch", "value": round(rate / 1e9, 1), "unit": "GFLOP/s", "ratio": None})
-        rows.append(rows[0] | {"variant": "as the fit sets it", "value": round(matmul_rate() / 1e9, 1)})
-
-    def run(n: int, ranks: int, folder: Path, each: int, steps: int) -> None:  # a step more is a pass more
-        layers, count = max(1, n // 60), min(n, 60)
-        model = folder / f"model-{n}"
-        if not model.is_dir():
-            random_checkpoint(model, layers, count, p, d)
-        start = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [])]
-        out = folder / f"run-{n}-{ranks}-{each}"
-        done = subprocess.run([*start, str(here / "globe.py"), "fit", "--out", str(out), f"model.path={model}", "model.families=up", f"bank.m={m}", f"bank.r={r}",
-                               "bank.init=random", f"fit.steps={steps}", "fit.budget=0.5", "fit.batch=30", f"calib.load={model}/moments.st", "sparsity.support=12", *args.set],
-                              env=os.environ | {"OMP_NUM_THREADS": str(each)}, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise UserError(f"fit of {n} experts: expected exit code 0, found {done.returncode}")
-        result, log = json.loads(done.stdout.splitlines()[-1]), globe.read_rows(out / "log.jsonl")
-        seconds = statistics.median(row["pass_seconds"] for row in log)
-        work = globe.flops_per_pass(n, m, r, globe.Dims((0,), n, p, d, 4, 0), True)
-        rows.append({"suite": "fit", "preset": "qwen15", "test": f"{n} experts", "variant": f"{ranks} x {each} threads", "value": round(seconds, 2), "unit": "s", "ratio": None,
-                     "peak_gib": result["peak_rss_gib"], "gflops": round(work / seconds / 1e9, 1), "of_torch": round(work / seconds / rate, 3),
-                     "step_seconds": round(log[-1]["seconds"] - log[-2]["seconds"], 2) if steps > 1 else None, "fit_seconds": result["seconds"], "steps": steps})
-        say(json.dumps(rows[-1]))
-        shutil.rmtree(out)
-    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        for n in args.counts:
-            run(n, 1, Path(scratch), threads, args.steps or 2)
-            if n != args.ranks_at:
-                shutil.rmtree(Path(scratch) / f"model-{n}")
-        line = np.array([(row["test"].split()[0], row["value"], row["peak_gib"]) for row in rows[2:]], float)
-        if len(line) > 2:
-            for k, (test, unit) in enumerate((("seconds a pass", "s"), ("peak memory", "GiB")), 1):
-                slope, at0 = np.polyfit(line[:, 0], line[:, k], 1)
-                left = line[:, k] - at0 - slope * line[:, 0]
-                rows.append({"suite": "fit", "preset": "qwen15", "test": f"1440 experts, {test}", "variant": "extrapolated", "value": round(slope * 1440 + at0, 2), "unit": unit,
-                             "ratio": None, "slope": slope, "intercept": at0, "r2": 1 - (left @ left) / max(((line[:, k] - line[:, k].mean()) ** 2).sum(), 1e-12)})
-        if args.ranks_at:
-            for ranks in (1, 2):
-                run(args.ranks_at, ranks, Path(scratch), 1, 2)
-            rows[-1]["ratio"] = round(rows[-2]["value"] / rows[-1]["value"], 2)
-    say(globe.text_table(("test", "variant", "value", "unit", "peak GiB", "GFLOP/s", "of torch's", "ratio", "R^2"),
-                         [(r["test"], r["variant"], r["value"], r["unit"], *(r.get(k, "") if r.get(k) is not None else "" for k in ("peak_gib", "gflops", "of_torch", "ratio", "r2"))) for r in rows]))
+        late = next((seconds for seconds, error in trace if error <= goal), None)
+        if late and row["rel_frob"] <= goal:
+            row |= {"ratio": times(late, row["value"]), "mobe_seconds": late}
+    show(rows, "variant", "test", "value", "unit", "passes", "rel_frob", "ratio")
     return rows
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} or all; default: decode")
-    parser.add_argument("--preset", nargs="+", help="tiny; qwen15-layer and qwen15 (decode only; the latter takes 40 GiB of disk); smol-moe (fit and quality; needs "
-                        "SMOL_DIR or the hub). Default: tiny, and for decode, asked for by name, qwen15-layer too")
-    parser.add_argument("--ratio", nargs="+", type=float, default=[0.8, 0.6], help="quality: stored / dense sizes")
-    parser.add_argument("--experts", type=int, default=8, help="smol-moe: slices per layer (8 of 192, or 4 of 384)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="config of the fits and of the tiny model")
-    parser.add_argument("--peers", nargs="+", default=["closed"], choices=(*PEERS, "closed", "all", "none"),
-                        help="quality: which peers; closed: those in closed form (default); mobe and slbf take hours on smol-moe")
-    parser.add_argument("--heal", action="store_true", help="quality: heal globe's factors too (variant globe+heal)")
-    parser.add_argument("--png", metavar="FILE", help="quality: plot of the loss against the size; decode --sweep: of speed and hit rate against memory")
-    parser.add_argument("--resume", action="store_true", help="quality: keep the rows of --json FILE and of a run for it that was cut short; measure the others")
-    parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="quality: evaluate on these texts too, each a row named by the file's stem")
-    parser.add_argument("--windows", type=int, default=12, help="quality: evaluation windows of 512 tokens per text")
-    parser.add_argument("--tokens", type=int, default=128, help="decode: new tokens (qwen15: at most 32)")
-    parser.add_argument("--prefill", type=int, default=512, help="decode: prompt tokens of the prefill test")
-    parser.add_argument("--sweep", action="store_true", help="decode: also over cache sizes")
-    parser.add_argument("--dir", help="qwen15: where its files go (40 GiB; with --keep 46); default: the user's cache")
-    parser.add_argument("--keep", action="store_true", help="qwen15: leave them there, for the next run")
-    parser.add_argument("--limit", type=float, default=21, metavar="GIB", help="qwen15: a process is ended when it holds more of its own")
-    parser.add_argument("--only", choices=("plain", "offload", "mapped", "globe"), help="qwen15: this way alone, in this process, on files that --keep left")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="fit: steps of each method (default 60); quality: of mobe and slbf (default 3000)")
-    parser.add_argument("--mobe-steps", type=int, default=3000, help="fit: steps of MoBE's setting")
-    parser.add_argument("--counts", nargs="*", type=int, default=[12, 60, 240, 360], help="fit qwen15: numbers of experts (60 a layer)")
-    parser.add_argument("--ranks-at", type=int, default=240, help="fit qwen15: experts of the comparison of two processes with one; 0: none")
-    parser.add_argument("--shape", nargs=3, type=int, default=[1408, 2048, 768], metavar=("P", "D", "R"), help="fit qwen15: sizes of W and r")
-    parser.add_argument("--bases", type=int, default=128, help="fit qwen15: m")
-    parser.add_argument("--scratch", metavar="DIR", help="fit qwen15: where checkpoints and states go (about 12 GB)")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype")
-    parser.add_argument("--json", metavar="FILE")
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as e:
-        return int(e.code or 0)
-    try:
-        suites = SUITES if "all" in args.suites else args.suites or ["decode"]
-        known = {p for s in PRESETS.values() for p in s}
-        for what, given, good in (("suite", suites, SUITES), ("--preset", args.preset or [], known)):
-            odd = [g for g in given if g not in good]
-            if odd:
-                raise UserError(f"{what}: expected {', '.join(sorted(good))}, found {odd[0]!r}")
-        for name, most in {"experts": 10 ** 6, "windows": 10 ** 6, "tokens": 2000, "prefill": 2048, "repeats": 10 ** 6, "steps": 10 ** 9}.items():
-            if (value := getattr(args, name)) is not None and not 1 <= value <= most:
-                raise UserError(f"--{name}: expected 1 to {most}, found {value}")
-        if not all(0 < x < 10 for x in args.ratio):
-            raise UserError(f"--ratio: expected numbers above 0, as 0.8, found {args.ratio}")
-        if args.resume and not args.json:
-            raise UserError("--resume: expected --json FILE, whose rows are kept, found none")
-        rows, device = [], globe.pick_device(args.device)
-        for path in (Path(p) for p in (args.json, args.png) if p):  # now, not after an hour
-            if path.is_dir() or not path.absolute().parent.is_dir():
-                raise UserError(f"{path}: expected a file in a directory that is there")
-        if args.png and not importlib.util.find_spec("matplotlib"):
-            raise UserError("--png needs matplotlib, which is not installed")
-        presets = args.preset or ["tiny", "qwen15-layer"][:1 + bool(args.suites)]
-        for suite in suites:
-            for preset in presets if PRESETS[suite] else [None]:
-                if preset is None or preset in PRESETS[suite]:
-                    say(f"\n{suite}, {preset}" if preset else f"\n{suite}")
-                    rows += {"compose": bench_compose, "sparsemax": bench_sparsemax, "decode": bench_decode, "fit": bench_fit, "quality": bench_quality}[suite](preset, args)
-                    gc.collect()
-        out = json.dumps({"rows": rows, "device": str(device), "torch": torch.__version__, "threads": torch.get_num_threads()})
-        if args.json:
-            globe.write_text(Path(args.json), out)
-            Path(f"{args.json}.part").unlink(missing_ok=True)
-    except (UserError, OSError) as e:
-        say(f"bench.py: {globe.one_line(e)}")
-        return 2
-    print(out)
-    return 0
+# ---- 10. report: tables and plots of a run -------------------------------------------------------
+def builtin_choices(n: int = 100) -> list:
+    """[(context, four continuations, index of the right one)] from held-out documentation of the library.
+
+    A paragraph is cut after about 120 characters; the wrong continuations are other paragraphs'. Chance: 1/4.
+    """
+    cuts = {}
+    for name, text in globe._library_sources():
+        if globe._split_of(name) != "heldout":
+            continue
+        if not name.startswith("topics/"):
+            text = "\n\n".join(re.findall(r'"""(.*?)"""', text, re.S))
+        for paragraph in text.split("\n\n"):
+            cut = re.fullmatch(r"([A-Z].{120}\S*)( .{40}\S*).*", " ".join(paragraph.split()))
+            if cut:
+                cuts[sha256(cut[0])] = cut[1], cut[2]
+
+    # the first n by their hash; the right continuation takes each place in turn
+    chosen = [cuts[key] for key in sorted(cuts)][:n]
+    tails = [tail for _, tail in chosen] * 2
+    items = []
+    for i, (context, _) in enumerate(chosen):
+        items.append((context, [tails[i + (j - i) % 4] for j in range(4)], i % 4))
+    return items
+
+
+# Fraction of builtin_choices whose right continuation has the highest log-likelihood per character
+@torch.no_grad()
+def choice_accuracy(model: nn.Module, tokenizer, items: list, progress: Callable = lambda it: it) -> float:
+    def tokens(text: str) -> list:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    right = 0
+    for context, tails, answer in progress(items):
+        # the four continuations as one batch, padded after the end
+        start = len(tokens(context))
+        rows = [torch.tensor(tokens(context + tail)) for tail in tails]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(next(model.parameters()).device)  # (4, n)
+        logp = model(ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        scores = []
+        for row, tail, scored in zip(rows, tails, logp):
+            scores.append(float(scored[start - 1:len(row) - 1].sum()) / len(tail))
+        right += scores.index(max(scores)) == answer
+    return right / len(items)
+
+
+# a row per task and metric, a column per model of {name: function that loads it}; "builtin" is ours
+def zero_shot(names: list, models: dict, tokenizer, context: int | None) -> list:
+    run = globe.task_runner([name for name in names if name != "builtin"], tokenizer, context)
+    rows = {}
+    for what, load in models.items():
+        model = load()
+        results = run(model, globe.bar(what))
+        if "builtin" in names:
+            accuracy = choice_accuracy(model, tokenizer, builtin_choices(), globe.bar(what))
+            results["builtin"] = {"acc": accuracy}
+        for task, metrics in results.items():
+            for metric, value in metrics.items():
+                rows.setdefault((task, metric), {"task": task, "metric": metric})[what] = value
+        model = None
+    return list(rows.values())
+
+
+# a row per family: mean effective rank (exp of the entropy of singular values' energies), largest norm
+def spectra(factors: globe.Factors) -> list:
+    rows = []
+    for name, f in factors.families.items():
+        row = {"family": name}
+        for key, matrices in (("A", f.A.__getitem__), ("B~", f.composed)):
+            # singular values, and their energies as fractions of each matrix's
+            s = torch.cat([torch.linalg.svdvals(matrices(l).float()) for l in f.A])  # (n, min(p, r))
+            fraction = s.square() / s.square().sum(-1, keepdim=True).clamp_min(1e-30)
+            entropy = -(fraction * fraction.clamp_min(1e-30).log()).sum(-1)
+            row[f"effective rank of {key}"] = float(entropy.exp().mean())
+            row[f"norm of {key}"] = float(s[:, 0].max())
+        rows.append(row)
+    return rows
+
+
+# how many experts use a basis, for all banks, largest first
+def basis_uses(f: globe.FamilyFactors) -> Tensor:
+    m = len(f.bank[0])
+    uses = torch.zeros(len(f.bank) * m, dtype=torch.long)
+    for l, idx in f.idx.items():
+        used = idx[f.val[l] != 0].long() + f.group[l] * m
+        uses += torch.bincount(used, minlength=len(uses))
+    return uses.sort(descending=True).values
+
+
+# {layer: (tokens' fractions per expert, largest first; cache hit rate)}, ids (1, n) decoded one by one
+@torch.no_grad()
+def routing(model: nn.Module, ids: Tensor) -> dict:
+    modules = globe.globe_modules(model)
+    counts = {module.layer: torch.zeros(module.num_experts) for module in modules}
+
+    def count(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> None:
+        counts[module.layer] += torch.bincount(index.flatten().cpu(), minlength=module.num_experts)
+    past = None
+    with watching(modules, count):
+        for token in ids.to(next(model.parameters()).device).split(1, 1):
+            past = model(token, past_key_values=past, use_cache=True).past_key_values
+    out = {}
+    for module in modules:
+        fractions = counts[module.layer] / counts[module.layer].sum()
+        hit_rate = module.cache.hits / max(1, module.cache.hits + module.cache.misses)
+        out[module.layer] = fractions.sort(descending=True).values, hit_rate
+    return out
+
+
+# error and support by step, error by layer, popularity of bases; a line style per family
+def plot_run(log: list, factors: globe.Factors, errors: dict, path: Path) -> Path:
+    fig, axes = panels(4)
+    for (family, f), line in zip(factors.families.items(), ("-", "--", ":")):
+        look = {"linestyle": line, "color": "black", "label": family}
+        mine = [row for row in log if family in row.get("family", "") and "support" in row]  # not heal's
+        for ax, key in zip(axes, ("rel_frob", "support")):
+            ax.plot(column(mine, "step"), column(mine, key), **look)
+        axes[2].plot(list(f.A), [errors[family][l] for l in f.A], marker="o", **look)
+        axes[3].plot(basis_uses(f), **look)
+    axes[0].set(title="relative error in the fit's metric", xlabel="step", yscale="log")
+    axes[1].set(title="median support", xlabel="step")
+    axes[2].set(title="relative Frobenius error", xlabel="layer", ylim=(0, None))
+    axes[3].set(title="experts that use a basis", xlabel="basis, by rank", ylim=(0, None))
+    axes[2].legend()
+    return save_plot(fig, path)
+
+
+# popularity of experts, hit rates, and the loss against the size of several runs
+def plot_routing(routes: dict, sizes: list, path: Path) -> Path:
+    fig, axes = panels(3)
+    for i, (fractions, _) in enumerate(routes.values()):
+        axes[0].plot(range(1, len(fractions) + 1), fractions, color=str(0.7 * i / len(routes)))
+    axes[1].plot(list(routes), [hit_rate for _, hit_rate in routes.values()], "ko-")
+    for text, mark in zip(dict.fromkeys(column(sizes, "text")), "osv^Dx+*"):
+        mine = where(sizes, text=text)
+        axes[2].plot(column(mine, "model_ratio"), column(mine, "delta_nats"), mark, color="black", label=text)
+        axes[2].legend()
+    axes[0].set(title="fraction of tokens (first layer black)", xlabel="expert, by rank", ylim=(0, None))
+    axes[1].set(title="hit rate of the cache", xlabel="layer", ylim=(0, 1))
+    axes[2].set(title="nats lost per token", xlabel="size of the model, stored / dense")
+    return save_plot(fig, path)
+
+
+# Write RUN/report.md and its plots; the result names them
+def report(args: Namespace) -> dict:
+    run, cfg, factors, ckpt, device, dtype = globe.open_run(args)
+
+    # what eval left in this run and in others
+    sizes = []
+    for directory in (run, *map(Path, args.runs)) if args.runs else ():
+        for text, e in (globe.read_evals(directory) or globe.read_json(directory / "eval.json")).items():
+            figures = {key: e[key] for key in ("ratio", "model_ratio", "ppl", "delta_nats")}
+            sizes.append({"run": directory.name, "text": text} | figures)
+    models = {"dense": partial(globe.load_dense, ckpt.dir, device, dtype),
+              "globe": partial(globe.assemble, ckpt, factors, device, dtype, cfg.cache)}
+    tasks = []
+    if args.tasks:
+        tasks = zero_shot(args.tasks, models, globe.load_tokenizer(ckpt.dir), cfg.eval.context)
+    errors = globe.reconstruction(ckpt, factors)
+    routes = routing(models["globe"](), globe.sample_ids(ckpt))
+    plots = [plot_run(globe.read_rows(run / "log.jsonl"), factors, errors, run / "factors.png"),
+             plot_routing(routes, sizes, run / "routing.png")]
+
+    # tables, in the order of the report
+    by_layer = []
+    for l in ("all", *factors.experts):
+        by_layer.append({"layer": l} | {family: error[l] for family, error in errors.items()})
+    used = []
+    for l, (fractions, hit_rate) in routes.items():
+        quarter = float(fractions[:-(-len(fractions) // 4)].sum())
+        unused = int((fractions == 0).sum())
+        used.append({"layer": l, "top quarter's tokens": quarter, "not used": unused, "hit rate": hit_rate})
+    whole = factors.model_ratio(ckpt.num_parameters())
+    text = f"# {run.name}\n\nratio {factors.ratio():.4f} of the compressed families, {whole:.4f} of all\n\n"
+    for title, rows in (
+            ("Relative Frobenius error", by_layer), ("Spectra", spectra(factors)),
+            ("Quality against size", sizes), ("Routing and cache, 64 tokens decoded", used),
+            ("Zero-shot tasks", tasks)):
+        if rows:
+            table = globe.text_table(list(rows[0]), [list(row.values()) for row in rows])
+            text += f"## {title}\n\n{table}\n\n"
+    for path in plots:
+        text += f"![{path.stem}]({path.name})\n"
+    globe.write_text(run / "report.md", text)
+    say(text)
+    return {"report": str(run / "report.md"), "plots": list(map(str, plots)), "tasks": tasks}
+
+
+# ---- 11. sweep: one fit per combination ----------------------------------------------------------
+SEVERAL = r"(?!model\.path|calib\.|eval\.|tiny\.|log\.)([\w.]+)=([^\[{'\",]*,[^\[{'\"]*)"  # bank.m=8,16
+
+
+# (config file or None, {key: [text]}, other settings): of the command line, or of the YAML's section sweep
+def grid_of(args: Namespace, scratch: Path) -> tuple:
+    grid = {}
+    path = args.config
+    if path:
+        settings = globe.read_yaml(Path(path).read_text(encoding="utf-8"), path) or {}
+        asked = settings.pop("sweep", {}) if isinstance(settings, dict) else {}
+        expect(isinstance(asked, dict), f"{path}: sweep: expected a mapping, found {globe.short(asked)}")
+        for key, values in asked.items():
+            fine = isinstance(values, list) and values
+            expect(fine, f"{path}: sweep: {key}: expected a list of values, found {globe.short(values)}")
+            grid[key] = [value if isinstance(value, str) else json.dumps(value) for value in values]
+        path = scratch / "config.yaml"
+        globe.write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    plain = []
+    for setting in args.overrides:
+        several = re.fullmatch(SEVERAL, setting)
+        if several:
+            grid[several[1]] = several[2].split(",")
+        else:
+            plain.append(setting)
+    expect(grid, "sweep: expected several values, as bank.m=8,16, or a section sweep in --config, found none")
+    return path, grid, plain
+
+
+# Fit every combination of a grid once, in this process; a finished one is not fitted again
+def sweep(args: Namespace) -> dict:
+    expect(int(os.environ.get("WORLD_SIZE", 1)) == 1, "sweep: expected one process, found torchrun")
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        config, grid, plain = grid_of(args, Path(scratch))
+        # a wrong key or value stops the sweep before its first fit
+        combinations = []
+        for values in itertools.product(*grid.values()):
+            settings = plain + list(map("=".join, zip(grid, values)))
+            globe.load_config(config, settings)
+            combinations.append((values, settings))
+        options = []
+        for option, value in (("--config", config), ("--device", args.device), ("--dtype", args.dtype)):
+            options += [option, value] if value else []
+
+        # a run per combination; fit.json is written when it is finished
+        fresh = globe.Config(model=globe.ModelConfig(path="sweep"))
+        base = Path(args.out) if args.out else globe.new_run(fresh)
+        for values, settings in combinations:
+            short = [key.rpartition(".")[2] for key in grid]
+            out = base / "-".join(map("=".join, zip(short, values)))
+            if not (out / "fit.json").is_file():
+                say(f"{len(rows) + 1} of {len(combinations)}: {out}")
+                result = run_globe("fit", "--resume", "--out", out, *options, *settings)
+                globe.write_text(out / "fit.json", json.dumps({"settings": settings} | result))
+            rows.append(dict(zip(grid, values)) | globe.read_json(out / "fit.json"))
+            fine = rows[-1].pop("settings", None) == settings and "rel_frob" in rows[-1]
+            expect(fine, f"{out}: fitted with other settings; choose another --out")
+    columns = (*grid, "ratio", "model_ratio", "seconds", *rows[0]["rel_frob"])
+    show([row | row["rel_frob"] for row in rows], *columns)
+    return {"sweep": str(base), "rows": rows}
+
+
+# ---- 12. Command line ----------------------------------------------------------------------------
+SUITES = {"compose": bench_compose, "sparsemax": bench_sparsemax, "decode": bench_decode, "fit": bench_fit,
+          "quality": bench_quality}
+COMMANDS = {"report": report, "sweep": sweep}
+PRESETS = {"compose": (None,), "sparsemax": (None,), "decode": ("tiny", "qwen15-layer", "qwen15"),
+           "fit": ("tiny",), "quality": ("tiny", "smol-moe")}
+
+
+# what argparse is told of a value: how it is read, and what is expected of it
+def checked(read: Callable, fine: Callable, expected: str) -> dict:
+    def convert(text: str) -> object:
+        value = read(text)
+        if not fine(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {text}")
+        return value
+    return {"type": convert}
+
+
+# whole numbers
+def up_to(most: int) -> dict:
+    return checked(int, lambda n: 1 <= n <= most, f"1 to {most}")
+
+
+# whether its directory exists and it is none itself
+def can_be_written(file: str) -> bool:
+    return Path(file).absolute().parent.is_dir() and not Path(file).is_dir()
+
+
+ALL = " ".join(SUITES)
+MANY = {"nargs": "+"}
+ON = {"action": "store_true"}
+COUNT = up_to(10 ** 6)
+FILE = checked(str, can_be_written, "a file in a directory that exists")
+SIZES = MANY | checked(float, lambda ratio: 0 < ratio < 10, "numbers above 0, as 0.8")
+SET = {"nargs": "+", "action": "extend", "metavar": "section.key=value"}
+ONE_OF = {"choices": (*PEERS, "closed", "all", "none")}
+
+OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help)
+    ("decode fit quality", "--preset", None, MANY, "tiny; qwen15-layer, qwen15 (decode; 46 GiB of disk); "
+     "smol-moe (quality; SMOL_DIR or the hub). Default: tiny; decode by name: qwen15-layer too"),
+    ("decode fit quality", "--set", [], SET, "config of the fits and of the tiny model"),
+    ("fit quality", "--steps", None, COUNT, "fit: of each method (60); quality: of mobe and slbf (3000)"),
+    ("quality", "--ratio", [0.8, 0.6], SIZES, "stored / dense sizes"),
+    ("quality", "--peers", ["closed"], MANY | ONE_OF, "closed: those in closed form (default); "
+     "mobe and slbf take hours on smol-moe"),
+    ("quality", "--experts", 8, COUNT, "smol-moe: equal slices of a layer's FFN, which act as its experts"),
+    ("quality", "--heal", False, ON, "heal globe's factors too (variant globe+heal)"),
+    ("quality", "--resume", False, ON, "keep the rows of --json FILE, also of a run that was cut short"),
+    ("quality", "--text", [], MANY, "evaluate on these files too, each named by its stem"),
+    ("quality", "--windows", 12, COUNT, "evaluation windows of 512 tokens per text"),
+    ("decode quality", "--png", None, FILE, "file: loss against size; --sweep: speed against memory"),
+    ("compose sparsemax decode", "--repeats", 5, COUNT, "how often each variant is timed"),
+    ("decode", "--tokens", 128, up_to(2000), "new tokens (qwen15: at most 32)"),
+    ("decode", "--prefill", 512, up_to(2048), "prompt tokens of the prefill test"),
+    ("decode", "--sweep", False, ON, "also over cache sizes"),
+    ("decode", "--keep", False, ON, "qwen15: leave its files in the user's cache, for the next run"),
+    ("decode", "--only", None, {"choices": ("plain", "offload", "mapped", "globe")},
+     "qwen15: this way alone, on files that --keep left"),
+    ("fit", "--mobe-steps", 3000, COUNT, "steps of MoBE's setting"),
+    (ALL, "--json", None, FILE, "file for the rows"),
+    ("report", "--factors", None, {}, "run directory; default: the newest below ./runs"),
+    ("report", "--model", None, {}, "source checkpoint, where it is no longer at the run's model.path"),
+    ("report", "--runs", [], MANY, "other evaluated runs, to plot quality against size"),
+    ("report", "--tasks", [], MANY, "zero-shot: builtin, or tasks of lm-eval"),
+    ("report sweep", "--config", None, {}, "YAML file; for sweep it may hold a section sweep"),
+    ("sweep", "--out", None, {}, "directory of the runs; default: a fresh runs/sweep-NNN"),
+    (f"{ALL} report sweep", "--device", None, {}, "auto (default), cpu, cuda, cuda:N or mps"),
+    (f"{ALL} report sweep", "--dtype", None, {}, "float32, bfloat16 or float16"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
+def parse(argv: list | None) -> Namespace:
+    """The suites or a command, its settings and options; UserError for an option that none of them knows."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="bench.py", description=__doc__, formatter_class=raw)
+    parser.add_argument("words", nargs="*", metavar="SUITE", help=f"{ALL} all report sweep; default: decode")
+    for names, option, _, about, text in OPTIONS:
+        who = names.replace(ALL, "all suites")
+        parser.add_argument(option, default=argparse.SUPPRESS, help=f"[{who}] {text}", **about)
+    args, rest = parser.parse_known_args(argv)
+    words = args.words + rest
+    for option in ("runs", "tasks"):  # these take all that follows them, settings too
+        given = getattr(args, option, [])
+        words += filter(re.compile(".*=").match, given)
+        given[:] = itertools.filterfalse(re.compile(".*=").match, given)
+
+    # one command, or suites
+    args.named = bool(words)
+    args.asked = list(SUITES) if "all" in words else words or ["decode"]
+    if args.asked[0] in COMMANDS:
+        args.overrides = words[1:]
+        args.asked = words[:1]
+        for word in args.overrides:
+            expect("=" in word, f"{words[0]}: expected section.key=value, found {word!r}")
+    for word in args.asked:
+        fine = word in SUITES or word in COMMANDS
+        expect(fine, f"suite: expected {', '.join(SUITES)} or all, found {word!r}")
+
+    # an option must be known to one of what was asked for; what was not given has its default
+    for names, option, default, _, _ in OPTIONS:
+        key = option[2:].replace("-", "_")
+        fine = not hasattr(args, key) or not set(args.asked).isdisjoint(names.split())
+        expect(fine, f"{option}: expected an option of {', '.join(args.asked)}, found one of {names}")
+        setattr(args, key, getattr(args, key, default))
+    return args
+
+
+# The rows of all suites that were asked for, and the machine
+def run_suites(args: Namespace) -> dict:
+    good = set(itertools.chain.from_iterable(map(PRESETS.get, args.asked))) - {None}
+    for preset in args.preset or ():
+        expect(preset in good, f"--preset: expected one of {', '.join(sorted(good))}, found {preset!r}")
+    expect(args.json or not args.resume, "--resume: expected --json FILE, whose rows are kept, found none")
+    if args.png:
+        pyplot()
+    args.device = globe.pick_device(args.device)
+    args.dtype = globe.as_dtype(args.dtype) or torch.bfloat16
+    wanted = args.preset or ["tiny", "qwen15-layer"][:1 + args.named]
+    rows = []
+    for suite in args.asked:
+        for preset in PRESETS[suite]:
+            if preset is None or preset in wanted:
+                say(f"\n{suite} {preset or ''}")
+                rows += SUITES[suite](preset, args)
+                gc.collect()
+    result = {"rows": rows, "device": str(args.device), "torch": torch.__version__,
+              "threads": torch.get_num_threads()}
+    if args.json:
+        globe.write_text(Path(args.json), json.dumps(result))
+        Path(f"{args.json}.part").unlink(missing_ok=True)
+    return result
+
+
+# what was asked for, and its result
+def run(argv: list | None) -> dict:
+    args = parse(argv)
+    return COMMANDS.get(args.asked[0], run_suites)(args)
+
+
+def main(argv: list | None = None) -> int:
+    """Run the suites or the command; exit code 0 done, 2 wrong input, 1 a failure of ours, 130 stopped."""
+    return globe.exit_code("bench.py", partial(run, argv))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""`pip install .` gives the module `globe`, the command `globe`, and the native operators where torch can be imported.
+"""`pip install .` gives the module `globe`, the command `globe` and, where torch can be imported, the
+operators.
 
-pip's build isolation has no torch: the package is then pure Python, and the operators are built at first use where csrc/
-is beside globe.py. With them: `pip install --no-build-isolation .`; GLOBE_CUDA=0/1 overrides whether CUDA is built, which
-else depends on CUDA_HOME. The library keeps to torch's stable ABI: one wheel serves every torch from 2.10 and Python from 3.10.
+pip's build isolation has no torch: the package is then pure Python, and the operators are built at first
+use where csrc/ is beside globe.py. With them: `pip install --no-build-isolation .`; GLOBE_CUDA=0/1 overrides
+whether CUDA is built, which else depends on CUDA_HOME. The library keeps to torch's stable ABI: one wheel
+serves every torch from 2.10 and Python from 3.10.
 """
 import os
 import re
@@ -11,6 +13,7 @@ from pathlib import Path
 from setuptools import setup
 
 here = Path(__file__).parent
+TRAIN = ["accelerate", "peft"]
 
 
 def extension() -> dict:
@@ -27,11 +30,14 @@ def extension() -> dict:
     # without CUDA in torch itself a library that calls it could not be loaded
     cuda = want == "1" and ("GLOBE_CUDA" in os.environ or cpp_extension.torch.version.cuda is not None)
     define = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
-    flags = {"cxx": ["-O3", "-g0", "-std=c++17", *define], "nvcc": ["-O3", "-std=c++17", "-DUSE_CUDA", *define]}
+    common = ["-O3", "-std=c++17", *define]
+    flags = {"cxx": ["-g0", *common], "nvcc": ["-DUSE_CUDA", *common]}
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     sources = ["csrc/globe_ops.cpp"] + ["csrc/globe_ops.cu"] * cuda
-    module = make("globe_ops", sources, depends=["csrc/globe_ops.h", "csrc/cpu_kernels.h"], extra_compile_args=flags, py_limited_api=True)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=False)},
+    headers = ["csrc/globe_ops.h", "csrc/cpu_kernels.h"]
+    module = make("globe_ops", sources, depends=headers, extra_compile_args=flags, py_limited_api=True)
+    build = cpp_extension.BuildExtension.with_options(use_ninja=False)
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build},
             "options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
 
 
@@ -46,7 +52,12 @@ setup(
     python_requires=">=3.10",
     py_modules=["globe"],
     install_requires=["torch>=2.10", "safetensors", "transformers>=5", "numpy", "tqdm", "PyYAML"],
-    extras_require={"test": ["pytest", "matplotlib", "hypothesis"], "plots": ["matplotlib"], "gguf": ["gguf", "accelerate"]},
+    extras_require={
+        "train": TRAIN,
+        "test": ["pytest", "hypothesis", "matplotlib", *TRAIN],
+        "plots": ["matplotlib"],
+        "gguf": ["gguf", "accelerate"],
+    },
     entry_points={"console_scripts": ["globe=globe:main"]},
     **extension(),
 )

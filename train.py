@@ -1,0 +1,899 @@
+"""train.py: the networks that GloBE trains itself. It imports globe.py, which never imports it.
+
+    p, d            moe_intermediate_size, hidden_size; an expert's matrix is W (p, d)
+    E, k            experts of a layer, and how many of them a token gets (top-k)
+    upcycling       a MoE model's experts begin as copies of a dense model's FFN (arXiv:2212.05055)
+    virtual group   k experts that together are one copy of the FFN (arXiv:2410.07524)
+    Muon            momentum whose singular values are moved near 1 (Jordan et al. 2024)
+    stack           neighbouring decoder layers that heal trains together
+    student         a stack's factors (adapters A, mixtures alpha, bases B) and norms, trainable
+    W^              shift + scale * A . phi(sum_j alpha_j B_j), which takes an expert's place
+
+Loss of tiny: cross-entropy in nats per token + aux_coef * load-balancing loss.
+Loss of heal: (1 - w) * mean over tokens of |y - t|^2 / |t|^2 + w * KL(dense || healed) of the logits; y is
+the healed stack's output on the healed model's own inputs, t the dense model's hidden state (block
+reconstruction, arXiv:2102.05426; distillation, arXiv:1503.02531). torchrun's processes divide the windows.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import globe
+from globe import Checkpoint, Factors, LayerWalk, expect, ranks, say
+
+
+# ---- 1. Config: sections tiny and heal beside those of globe.py ----------------------------------
+@dataclass
+class TinyConfig:
+    """A small Qwen2-MoE: dense first, then upcycled and trained on. Lengths are in tokens."""
+    hidden_size: int = 96                      # d
+    layers: int = 4
+    heads: int = 3
+    kv_heads: int = 3
+    experts: int = 16                          # E
+    top_k: int = 4                             # k
+    moe_intermediate_size: int = 96            # p
+    shared_expert_intermediate_size: int = 96
+    upcycle_noise: float = 0.6                 # of copies, relative to the weights' deviation
+    dense_steps: int = 150
+    moe_steps: int = 450
+    batch: int = 8
+    seq_len: int = 256
+    lr: float = 5e-3
+    warmup: int = 40
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    aux_coef: float = 0.01                     # of the load-balancing loss
+    grad_checkpoint: bool = False
+    dense_from: str | None = None              # a dense Qwen2 or Llama: upcycle it, no dense phase
+    text: str | None = None                    # a utf-8 file; default: the standard library
+    autocast: str = "auto"                     # auto | bf16 | fp16 | off; auto: bf16 on a GPU
+    save_every: int = 200                      # steps between saved states; 0: only when stopped
+    seed: int = 0
+
+    def ffn_width(self) -> int:  # of the dense FFN that a token's experts are cut from
+        return self.top_k * self.moe_intermediate_size + self.shared_expert_intermediate_size
+
+
+@dataclass
+class HealConfig:
+    """Recovery after the fit. Text and windows are calib.text, calib.length and calib.batch."""
+    stack: int | str = "auto"           # layers trained together; auto: all that fit, or one
+    steps: int = 400                    # at most, per stack
+    batch: int = 2                      # windows per step
+    lr: float = 5e-4                    # size of a step relative to the tensor's own, at its peak
+    warmup: int = 20
+    tokens: int = 262144
+    held_out: float = 0.05              # fraction of the windows that decides, never trained on
+    check_every: int = 25               # steps between two looks at the held-out windows
+    mean: float = 0.05                  # weight of a step in the running mean, which is kept
+    patience: int = 4                   # looks in a row without a gain after which a stack is done
+    logits_weight: float | None = None  # w; default: 1 where the stack is the model, else 0
+    bank: str = "auto"                  # train | freeze | auto: where the stack has all its layers
+    norms: bool = True                  # train the weights of the layers' norms too
+    save_every: int = 50
+    grad_checkpoint: bool = False       # activations computed again on the way back
+
+
+@dataclass
+class TrainConfig(globe.Config):
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+    heal: HealConfig = field(default_factory=HealConfig)
+
+
+CHOICES = {
+    "heal.bank": ("auto", "train", "freeze"),
+    "tiny.autocast": ("auto", "off", "bf16", "bfloat16", "fp16", "float16", "fp32", "float32"),
+}
+POSITIVE = ("tiny.hidden_size", "tiny.layers", "tiny.heads", "tiny.kv_heads", "tiny.experts", "tiny.top_k",
+            "tiny.moe_intermediate_size", "tiny.batch", "tiny.lr", "tiny.clip", "heal.steps", "heal.batch",
+            "heal.lr", "heal.tokens", "heal.check_every", "heal.patience", "heal.save_every")
+NON_NEGATIVE = ("tiny.shared_expert_intermediate_size", "tiny.upcycle_noise", "tiny.dense_steps",
+                "tiny.moe_steps", "tiny.warmup", "tiny.weight_decay", "tiny.aux_coef", "tiny.save_every",
+                "tiny.seed", "heal.warmup")
+FRACTIONS = ("heal.held_out", "heal.logits_weight", "heal.mean")
+
+
+# cfg; UserError for values that no training could use
+def checked(cfg: TrainConfig) -> TrainConfig:
+    globe.check_ranges(cfg, CHOICES, POSITIVE, NON_NEGATIVE, FRACTIONS)
+    t = cfg.tiny
+    stack = cfg.heal.stack
+    pairs = 2 * t.heads  # rotary embeddings turn pairs of numbers
+    for fine, key, wanted, found in (
+        (t.hidden_size % pairs == 0, "tiny.hidden_size", f"a multiple of 2 x heads = {pairs}", t.hidden_size),
+        (t.heads % t.kv_heads == 0, "tiny.heads", f"a multiple of kv_heads = {t.kv_heads}", t.heads),
+        (t.top_k <= t.experts, "tiny.top_k", f"at most tiny.experts = {t.experts}", t.top_k),
+        (t.seq_len >= 2, "tiny.seq_len", "2 or more", t.seq_len),
+        (stack == "auto" or type(stack) is int and stack > 0, "heal.stack", "auto or 1 and more", stack),
+    ):
+        expect(fine, f"{key}: expected {wanted}, found {found!r}")
+    return cfg
+
+
+# ---- 2. The dense start, and the MoE model upcycled from it --------------------------------------
+def byte_tokenizer():
+    """A tokenizer whose ids 0..255 are the bytes of the UTF-8 text; 256 ends a text, 257 pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    ids = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(models.BPE(ids, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
+                                   pad_token="<|pad|>", clean_up_tokenization_spaces=False)
+
+
+# (tokenizer, dense model): of cfg.dense_from, or new, the FFN as wide as a token's experts
+def dense_start(cfg: TinyConfig) -> tuple:
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    if cfg.dense_from:
+        path = globe.resolve_model(cfg.dense_from)
+        kind = globe.read_json(path / "config.json").get("model_type")
+        expect(kind in ("qwen2", "llama"), f"tiny.dense_from {cfg.dense_from}: "
+               f"expected model_type qwen2 or llama, found {kind!r}")
+        tokenizer = globe.load_tokenizer(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+        return tokenizer, model
+    tokenizer = byte_tokenizer()
+    return tokenizer, Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=cfg.hidden_size, num_hidden_layers=cfg.layers,
+        intermediate_size=cfg.ffn_width(), num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
+        tie_word_embeddings=True, max_position_embeddings=4096, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+
+# of the dense model's config, what the MoE model takes over
+KEPT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
+        "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "intermediate_size")
+
+
+@torch.no_grad()
+def upcycle(dense: nn.Module, cfg: TinyConfig, g: torch.Generator) -> nn.Module:
+    """A Qwen2MoeForCausalLM that starts near the dense model's loss, built as Qwen1.5-MoE was."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+    old = dense.config
+    kept = {key: getattr(old, key) for key in KEPT if getattr(old, key, None) is not None}
+    # the config's proportions, at the width that the dense FFN has
+    p = old.intermediate_size * cfg.moe_intermediate_size // cfg.ffn_width()
+    moe = Qwen2MoeForCausalLM(Qwen2MoeConfig(
+        **kept, moe_intermediate_size=p, num_experts=cfg.experts, num_experts_per_tok=cfg.top_k,
+        shared_expert_intermediate_size=old.intermediate_size - cfg.top_k * p, norm_topk_prob=False,
+        router_aux_loss_coef=cfg.aux_coef))
+    # everything but the FFNs is the dense model's own; Llama has no biases
+    weights = {name: w for name, w in dense.state_dict().items() if ".mlp." not in name}
+    missing, _ = moe.load_state_dict(weights, strict=False)
+    for name in missing:
+        if name.endswith("_proj.bias"):
+            moe.get_parameter(name).zero_()
+    for layer, source in zip(moe.model.layers, dense.model.layers):
+        fill_block(layer.mlp, source.mlp, layer.post_attention_layernorm.weight, cfg, g)
+    return moe
+
+
+# fill one MoE block from one dense FFN of width I; norm (d,) is the scale of the block's inputs
+def fill_block(block: nn.Module, ffn: nn.Module, norm: Tensor, cfg: TinyConfig, g: torch.Generator):
+    E, k, p = cfg.experts, cfg.top_k, block.experts.intermediate_dim
+    gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight.T  # (I, d) each
+    d = gate.shape[1]
+    # the router has one row per virtual group: at first a token's top-k is one whole group, the dense FFN;
+    # rows of a group differ a little, so that its experts can part company
+    groups = torch.randn(-(-E // k), d, generator=g)
+    rows = groups[torch.arange(E) // k] + 0.1 * torch.randn(E, d, generator=g)
+    # logits of about unit variance: decided, yet open to learning
+    x = norm * torch.randn(2048, d, generator=g)
+    router = rows / (x @ rows.T).std()
+    mean_weight = (x @ router.T).softmax(-1).topk(k, dim=-1).values.mean()
+    block.gate.weight.copy_(router)
+
+    # the first k * p neurons are cut into k slices, which the experts copy in turns, with noise
+    def experts(w: Tensor) -> Tensor:  # (I, d) -> (E, p, d)
+        slices = w[:k * p].reshape(k, p, d)[torch.arange(E) % k]
+        return slices + cfg.upcycle_noise * w.std() * torch.randn(E, p, d, generator=g)
+    block.experts.gate_up_proj.copy_(torch.cat([experts(gate), experts(up)], 1))
+    # a token's k weights sum to less than k, and the shared expert's gate starts at sigmoid(0) = 1/2:
+    # both are undone in down
+    block.experts.down_proj.copy_(experts(down).transpose(1, 2) / mean_weight)
+    # the other neurons are the shared expert
+    block.shared_expert.gate_proj.weight.copy_(gate[k * p:])
+    block.shared_expert.up_proj.weight.copy_(up[k * p:])
+    block.shared_expert.down_proj.weight.copy_(2 * down[k * p:].T)
+    block.shared_expert_gate.weight.zero_()
+
+
+# ---- 3. The optimiser, and what both trainers do alike -------------------------------------------
+def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:  # (..., p, d) -> (..., p, d)
+    """Each matrix with its singular values moved near 1: Newton-Schulz with Muon's coefficients."""
+    if g.shape[-2] > g.shape[-1]:
+        return orthogonalize(g.mT, steps).mT
+    x = g / (torch.linalg.matrix_norm(g, keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but matrices (`parts` of them one below the other in a tensor) move by orthogonalised momentum.
+
+    After a short run Adam's experts have a low rank: a plain SVD cuts them at no loss, too easy a test."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for w in group["params"] if group["parts"] else ():
+                # Nesterov's momentum
+                momentum = self.state[w].setdefault("exp_avg", torch.zeros_like(w)).lerp_(w.grad, 0.05)
+                update = w.grad.lerp(momentum, 0.95).unflatten(-2, (group["parts"], -1))
+                # the factor gives Muon and AdamW the same step size (Liu et al. 2025, arXiv:2502.16982)
+                size = 0.2 * max(update.shape[-2:]) ** 0.5
+                update = orthogonalize(update).mul_(size).flatten(-3, -2)
+                # decoupled weight decay, then the step; nothing is left for AdamW to do
+                w.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+                w.grad = None
+        return super().step(closure)
+
+
+class Trainer:
+    """Steps with a state on disk, from which they go on to the same bits.
+
+    A subclass has its file `state`, `steps`, start(), which sets `kept` {kind: {name: tensor}} with the
+    parameters as kind now and their optimizer, one_step() -> row, and in NUMBERS what else is saved."""
+    step = 0
+    settings = None  # which a state must share
+    fruitless = 0    # looks in a row without a gain: enough of them are the end
+    patience = 1
+    place = ""       # for the message
+
+    @torch.no_grad()
+    def resume(self) -> bool:
+        """Start, or go on from the saved state; whether there is one."""
+        if not self.state.is_file():
+            self.start()
+            return False
+        with globe.saved_state(self.state):
+            with safe_open(self.state, "pt") as f:
+                about = json.loads(f.metadata()["globe"])
+            expect(about["settings"] == self.settings, "one of other settings")
+            for name in self.NUMBERS:
+                setattr(self, name, about[name])
+            self.start()
+            # kinds that are not kept are the optimiser's moments
+            for path, t in globe.read_tensors(self.state).items():
+                kind, _, name = path.partition("/")
+                w = self.kept["now"][name]
+                if kind in self.kept:
+                    self.kept[kind][name].copy_(t)
+                else:  # steps are counted on the CPU
+                    self.optimizer.state[w][kind] = t if kind == "step" else t.to(w.device)
+        return True
+
+    def save(self) -> None:
+        tensors = {}
+        for name, w in self.kept["now"].items():
+            now = {kind: named[name] for kind, named in self.kept.items()} | self.optimizer.state[w]
+            tensors |= {f"{kind}/{name}": t for kind, t in now.items()}
+        about = {name: getattr(self, name) for name in ("settings", *self.NUMBERS)}
+        shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+        globe.write_tensors(self.state, shapes, tensors, {"globe": json.dumps(about)})
+
+    # learning rates: a linear warm-up, and a cosine over all steps down to a tenth of the peak
+    def schedule(self, since: int, warmup: int, rate: float = 1.0) -> None:
+        warm_up = min(1.0, (since + 1) / max(1, warmup))
+        cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * self.step / self.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate * warm_up * cosine
+
+    def run(self, save_every: int, stop: Callable[[], bool]) -> Iterator[dict]:
+        """A row per step; after stop() the state is saved and KeyboardInterrupt raised."""
+        while self.step < self.steps and self.fruitless < self.patience:
+            yield self.one_step()
+            stopped = stop()
+            if ranks()[0] == 0 and (stopped or save_every and self.step % save_every == 0):
+                self.save()
+            if stopped:
+                raise KeyboardInterrupt(f"state saved at step {self.step}{self.place}")
+
+
+# ---- 4. tiny: the default model ------------------------------------------------------------------
+class TinyTrainer(Trainer):
+    """Trains the default model: a dense phase, then the MoE phase that upcycles it.
+
+    Directory `to` gets the state, at the end a stock checkpoint."""
+    NUMBERS = ("step", "seconds", "scaling")
+    place = "; go on with --resume"
+    seconds = 0.0
+    scaling = None  # the loss scale's state
+
+    def __init__(self, cfg: TinyConfig, to: Path, device: torch.device):
+        self.cfg = cfg
+        self.to = to
+        self.device = device
+        self.state = to / "state" / "train.safetensors"
+        self.settings = dataclasses.asdict(cfg)
+        self.first_moe = 0 if cfg.dense_from else cfg.dense_steps
+        self.steps = self.first_moe + cfg.moe_steps
+        # transformers draws weights from the global generator
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            self.tokenizer, self.model = dense_start(cfg)
+        # of a user's text the last twentieth is held out
+        text = globe.read_text(cfg.text or "builtin", "train")
+        cut = len(text) * 19 // 20 if cfg.text else len(text)
+        self.heldout = text[cut:] or globe.builtin_text("heldout")
+        ids = self.tokenizer(text[:cut], add_special_tokens=False, verbose=False)["input_ids"]
+        self.ids = torch.tensor(ids)
+        expect(len(ids) >= cfg.seq_len,
+               f"tiny.text: expected at least tiny.seq_len = {cfg.seq_len} tokens, found {len(ids)}")
+        # on a GPU that has bfloat16, auto is that; float16 needs a loss scale
+        name = {"auto": "float32", "off": "float32"}.get(cfg.autocast, cfg.autocast)
+        if cfg.autocast == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
+            name = "bf16"
+        self.dtype = globe.as_dtype(name)
+        self.resume()
+
+    # model and optimiser at the start of the step's phase
+    @torch.enable_grad()
+    def start(self) -> None:
+        cfg = self.cfg
+        self.phase = "moe" if self.step >= self.first_moe else "dense"
+        if self.phase == "moe":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(cfg.seed)
+                self.model = upcycle(self.model.cpu(), cfg, torch.Generator().manual_seed(cfg.seed + 1))
+            if self.device.type == "cpu":
+                # faster for matrices this small
+                self.model.set_experts_implementation("eager")
+        if cfg.grad_checkpoint:
+            self.model.gradient_checkpointing_enable()
+        self.model.to(self.device).train()
+        # Muon for attention and FFN matrices, AdamW for embeddings and routers, no decay for vectors
+        self.kept = {"now": dict(self.model.named_parameters())}
+        groups = []
+        for name, w in self.kept["now"].items():
+            decay = cfg.weight_decay * (w.ndim > 1)
+            parts = int(w.ndim > 1 and "_proj" in name) + int("gate_up_proj" in name)
+            groups.append({"params": [w], "parts": parts, "weight_decay": decay, "peak": cfg.lr})
+        self.optimizer = Muon(groups, betas=(0.9, 0.95))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if self.scaling:
+            self.scaler.load_state_dict(self.scaling)
+
+    # train one step; its row, with the loss in nats per token, load balancing included
+    def one_step(self) -> dict:
+        begin = time.perf_counter()
+        cfg = self.cfg
+        # one cosine over both phases; each warms up with its fresh moments
+        self.schedule(self.step - self.first_moe * (self.phase == "moe"), cfg.warmup)
+        # (batch, seq_len) token ids from places of the text that depend on (seed, step) alone
+        g = torch.Generator().manual_seed(cfg.seed * 1_000_003 + self.step)
+        start = torch.randint(len(self.ids) - cfg.seq_len + 1, (cfg.batch, 1), generator=g)
+        x = self.ids[start + torch.arange(cfg.seq_len)].to(self.device)
+        # the load-balancing loss is computed of the router's logits
+        routed = {"output_router_logits": True} if self.phase == "moe" else {}
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.model(input_ids=x, labels=x, use_cache=False, **routed).loss
+        if not torch.isfinite(loss):
+            raise globe.Diverged(f"the training loss is {float(loss)}; lower tiny.lr (now {self.cfg.lr})")
+        self.optimizer.zero_grad()
+        # float16 gradients are scaled against underflow, and scaled back before they are clipped
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scaling = self.scaler.state_dict()
+        row = {"step": self.step + 1, "phase": self.phase, "loss": float(loss.detach())}
+        self.step += 1
+        if self.step == self.first_moe:
+            self.start()
+        self.seconds += time.perf_counter() - begin
+        return row
+
+    # a row per step; Ctrl-C waits for a step's end
+    def train(self) -> Iterator[dict]:
+        cfg = self.cfg
+        threads = globe.threads_for(cfg.moe_intermediate_size, cfg.hidden_size)
+        with globe.held_interrupt() as stop, threads:
+            yield from self.run(cfg.save_every, stop.is_set)
+
+    # measure the model on held-out text, write its checkpoint; returns what train.json holds
+    def finish(self) -> dict:
+        length = self.cfg.seq_len
+        windows = globe.token_windows(self.tokenizer, self.heldout, 256 * length, length)
+        loss, _ = globe.nll(self.model.eval(), windows, 16)
+        size = len(self.tokenizer.decode(windows.flatten()).encode())
+        bits = loss / math.log(2) * windows.numel() / size
+        result = {"bits_per_byte": bits, "steps": self.steps, "seconds": round(self.seconds, 1)}
+        # train.json comes last: what looks whole is whole
+        self.model.set_experts_implementation("grouped_mm")
+        part = self.to / ".saving"
+        shutil.rmtree(part, ignore_errors=True)
+        with globe.written(part) as tmp:
+            self.model.save_pretrained(tmp)
+            self.tokenizer.save_pretrained(tmp)
+        for file in part.iterdir():
+            file.replace(self.to / file.name)
+        part.rmdir()
+        globe.write_text(self.to / "train.json", json.dumps(result))
+        shutil.rmtree(self.to / "state", ignore_errors=True)
+        return result
+
+
+# ---- 5. heal: a stack's factors as trainable tensors over the stock model ------------------------
+class Student:
+    """The factors of the layers `span` as trainable float32 tensors, over the stock model's matrices.
+
+    write() puts W^ of every fitted expert in the dense one's place; backward() turns the gradients in these
+    places into those of the student's tensors. The model is the stock one: every architecture serves."""
+
+    def __init__(self, model: nn.Module, factors: Factors, span: range, device, cfg: HealConfig):
+        modules = globe.experts_modules(model)
+        self.model = model
+        self.factors = factors
+        self.span = span
+        self.layers = [l for l in modules if l in span and l in factors.experts]
+        # down projections as they were refined
+        globe.put_dense(model, factors, self.layers)
+        # {(layer, family): [(the model's parameter, expert)]}, the dense experts' places
+        self.places = {}
+        # {name: (container in the factors, key in that, what it holds)} of what is trained; other banks
+        self.slots = {}
+        self.frozen = {}
+        for l, family in [(l, family) for l in self.layers for family in factors.families]:
+            parent, _, experts = modules[l]
+            self.places[l, family] = []
+            for e in factors.experts[l]:
+                weight = experts.down_proj if family == "down" else experts.gate_up_proj
+                if e >= factors.dims.experts:
+                    weight = getattr(globe.shared_mlp(parent), f"{family}_proj").weight
+                self.places[l, family].append((weight.requires_grad_(), e))
+            f = factors.families[family]
+            self.add_bank(f.owner or family, f.group[l], cfg.bank, device)
+            self.slots[f"layers.{l}.{family}.A"] = (f.A, l, f.A[l])
+            self.slots[f"layers.{l}.{family}.val"] = (f.val, l, f.val[l])
+        # {name: the model's parameter}; norms that were never trained begin as the dense model's
+        self.norms = {}
+        for name, w in model.named_parameters():
+            found = re.fullmatch(r"model\.layers\.(\d+)\..*norm\.weight", name)
+            if found and int(found[1]) in self.layers:
+                value = factors.norms.get(name, w.detach().float())
+                # a copy: the memory may be the checkpoint's
+                w.data = value.to(w.device, w.dtype, copy=True)
+                if cfg.norms:
+                    self.norms[f"norm.{name}"] = w.requires_grad_()
+                    self.slots[f"norm.{name}"] = (factors.norms, name, value)
+        self.params = {}
+        for key, (_, _, t) in self.slots.items():
+            self.params[key] = nn.Parameter(t.to(device, torch.float32, copy=True))
+
+    # a bank is trained where all its layers are in the stack
+    def add_bank(self, family: str, group: int, mode: str, device: torch.device) -> None:
+        f = self.factors.families[family]
+        inside = all(l in self.span for l in f.group if f.group[l] == group)
+        expect(inside or mode != "train", "heal.bank: train needs all layers of a bank in one stack, found "
+               f"{self.span[0]}..{self.span[-1]} of more; raise heal.stack, or take auto or freeze")
+        key = f"bank.{family}.{group}"
+        if inside and mode != "freeze":
+            self.slots[key] = (f.bank, group, f.bank[group])
+        else:
+            self.frozen[key] = f.bank[group].to(device, torch.float32)
+
+    # the (p, d) view of expert e in its place's parameter, or in that one's gradient
+    def matrix(self, weight: Tensor, family: str, e: int) -> Tensor:
+        D = self.factors.dims
+        start = (e - D.experts) * D.p  # of the shared expert's slices
+        if e < D.experts:
+            weight = weight[e]
+            start = D.p if family == "up" else 0  # up lies below gate
+        if family == "down":
+            weight = weight.T
+        return weight[start:start + D.p]
+
+    # W^ (E_l, p, d) float32 of a layer's fitted experts, differentiable in params
+    def weights(self, l: int, family: str, params: dict) -> Tensor:
+        f = self.factors.families[family]
+        bank = (self.frozen | params)[f"bank.{f.owner or family}.{f.group[l]}"]
+        mixtures = params[f"layers.{l}.{family}.val"]
+        X = globe.compose(bank, f.idx[l].to(bank.device), mixtures, f.activation)  # (E_l, r, d)
+        return f.shift + f.scale * (params[f"layers.{l}.{family}.A"] @ X)
+
+    # put the matrices and norms of params into the model
+    @torch.no_grad()
+    def write(self, params: dict) -> None:
+        for (l, family), places in self.places.items():
+            for W, (weight, e) in zip(self.weights(l, family, params), places):
+                self.matrix(weight.data, family, e).copy_(W)
+        for key, w in self.norms.items():
+            w.data.copy_(params[key])
+
+    # gradients of the model's matrices and norms become those of the student's tensors
+    def backward(self) -> None:
+        for (l, family), places in self.places.items():
+            grads = [self.matrix(weight.grad, family, e).float() for weight, e in places]
+            self.weights(l, family, self.params).backward(torch.stack(grads))
+        for key, w in self.norms.items():
+            self.params[key].grad = w.grad.float()
+        self.model.zero_grad()
+
+    # put trained tensors into the factors, in their dtypes, and into the model what these then hold
+    def store(self, tensors: dict) -> None:
+        for key, (container, at, t) in self.slots.items():
+            if key in tensors:
+                t = container[at] = tensors[key].to(t.dtype, copy=True).cpu()
+            self.params[key].data.copy_(t)
+        self.write(self.params)
+
+
+# ---- 6. heal: the loss, the training of one stack, and the way through the model -----------------
+def divergence(y: Tensor, t: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean over tokens of KL(dense || healed) in nats, of the last hidden states t and y (N, d)."""
+    def part(y: Tensor, t: Tensor) -> Tensor:
+        log_p = logits(y).log_softmax(-1)
+        return F.kl_div(log_p, logits(t).log_softmax(-1), log_target=True, reduction="sum")
+    # 128 tokens at a time, computed again on the way back: a batch's logits, four times over, are gigabytes
+    total = torch.zeros((), device=y.device)
+    for pair in zip(y.split(128), t.split(128)):
+        total = total + checkpoint(part, *pair, use_reentrant=False)
+    return total / len(y)
+
+
+@dataclass
+class StackTrainer(Trainer):
+    """Training of one stack. Processes of one job divide the windows of each step."""
+    cfg: TrainConfig
+    state: Path
+    student: Student
+    walk: LayerWalk
+    # hidden states (N, T, d): of the healed model before the stack, of the dense one behind it, and (where w,
+    # the logits' weight, is above 0) behind the last layer; windows 0..held-1 are held out
+    x: Tensor
+    dense: Tensor
+    final: Tensor | None
+    weight: float
+    held: int
+    NUMBERS = ("step", "fruitless", "rate", "first", "lowest")
+    rate = 1.0
+
+    def __post_init__(self):
+        self.rank, self.world = ranks()
+        heal = self.cfg.heal
+        self.batch = min(heal.batch, len(self.x) - self.held)
+        expect(self.batch >= self.world, "heal.batch: expected a window or more for each of "
+               f"{self.world} processes, found {self.batch}")
+        self.steps = heal.steps
+        self.patience = heal.patience
+        self.layer = self.student.span[0]
+        self.place = f" of the stack at layer {self.layer}"
+        self.params = self.student.params
+        if not self.resume():
+            self.first = self.lowest = self.held_out()
+
+    def start(self) -> None:
+        # Muon for adapters and bases, AdamW for the rest; a step is lr times the tensor's own size
+        groups = []
+        for key, w in self.params.items():
+            parts = int(w.ndim > 1 and not key.endswith("val"))
+            peak = self.cfg.heal.lr * (float(w.detach().square().mean().sqrt()) or 1.0)
+            # Muon multiplies a step by 0.2
+            peak /= 0.2 if parts else 1
+            groups.append({"params": [w], "parts": parts, "weight_decay": 0.0, "peak": peak})
+        self.optimizer = Muon(groups, betas=(0.9, 0.95))
+        # steps are noisy: what a stack ends with is a running mean of them, the best that a look found
+        self.mean = {key: w.detach().clone() for key, w in self.params.items()}
+        self.best = {key: t.clone() for key, t in self.mean.items()}
+        self.kept = {"now": self.params, "mean": self.mean, "best": self.best}
+
+    # mean loss over the windows ids, differentiable in the stock model's matrices
+    def loss(self, ids: Tensor) -> Tensor:
+        again = self.cfg.heal.grad_checkpoint
+        y = self.walk.run(self.student.span, self.x[ids], again)
+        loss = torch.zeros((), device=y.device)
+        if self.weight < 1:
+            # relative error token by token: a few tokens are hundreds of times longer than the others
+            t = self.dense[ids].to(y.device).float()
+            error = (y.float() - t).square().sum(-1) / t.square().sum(-1)
+            loss = (1 - self.weight) * error.mean()
+        if self.weight:
+            # behind the stack the model is the dense one
+            behind = range(self.student.span[-1] + 1, len(self.walk.layers))
+            y = self.walk.run(behind, y, again).flatten(0, 1)
+            t = self.final[ids].to(y.device).flatten(0, 1)
+            loss = loss + self.weight * divergence(y, t, self.walk.logits)
+        return loss
+
+    # mean loss on the held-out windows with the running mean in place
+    @torch.no_grad()
+    def held_out(self) -> float:
+        self.student.write(self.mean)
+        total = torch.zeros(1, dtype=torch.float64)
+        for part in torch.arange(self.held)[self.rank::self.world].split(self.cfg.calib.batch):
+            # with few windows, some ranks have none
+            if len(part):
+                total += float(self.loss(part)) * len(part)
+        globe.all_sum(total)
+        return float(total) / self.held
+
+    # the held-out loss. The best tensors are kept, and gone back to after a look without a gain
+    def look(self) -> float:
+        value = self.held_out()
+        if value < self.lowest:
+            self.lowest = value
+            self.fruitless = 0
+            for key, best in self.best.items():
+                best.copy_(self.mean[key])
+            return value
+        # on in smaller steps: which step size a model bears differs tenfold from one to the next
+        self.fruitless += 1
+        self.rate /= 2
+        for key, w in self.params.items():
+            w.data.copy_(self.best[key])
+            self.mean[key].copy_(w.data)
+            for moment in self.optimizer.state[w].values():
+                moment.zero_()
+        return value
+
+    # train one step, in passes of calib.batch windows, and look where that is due; returns the row
+    def one_step(self) -> dict:
+        heal = self.cfg.heal
+        self.schedule(self.step, heal.warmup, self.rate)
+        g = torch.Generator().manual_seed(self.cfg.fit.seed * 1_000_003 + self.layer * 10_007 + self.step)
+        order = torch.randperm(len(self.x) - self.held, generator=g)
+        mine = self.held + order[self.rank:self.batch:self.world]
+        # gradients of the stock model's matrices, then of the student's tensors
+        self.student.write(self.params)
+        total = torch.zeros(1, dtype=torch.float64)
+        for part in mine.split(self.cfg.calib.batch):
+            value = self.loss(part) * (len(part) / self.batch)
+            value.backward()
+            total += float(value.detach())
+        self.student.backward()
+        globe.all_sum(total, *[w.grad for w in self.params.values()])
+        # a loss that is not finite moves nothing
+        if torch.isfinite(total):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        # early steps weigh more, so that the mean soon forgets the start
+        for key, w in self.params.items():
+            self.mean[key].lerp_(w.data, max(heal.mean, 1 / (self.step + 1)))
+        row = {"family": "heal", "layer": self.layer, "step": self.step, "loss": float(total)}
+        due = self.step % heal.check_every == 0 or self.step == self.steps
+        if due or not torch.isfinite(total):
+            row["held_out"] = self.look()
+        return row
+
+
+def stack_size(cfg: TrainConfig, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype) -> int:
+    """Decoder layers that heal trains together; auto: all where the memory allows, else one."""
+    layers = ckpt.config["num_hidden_layers"]
+    if cfg.heal.stack != "auto":
+        return min(layers, cfg.heal.stack)
+    # weights and gradients; in float32 the factors, their gradients, momentum, running mean and the best
+    needed = (2 * dtype.itemsize + 20) * ckpt.num_parameters()
+    return layers if globe.first_rank_says(needed < globe.fit_budget(cfg, device)) else 1
+
+
+def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: TrainConfig, state: Path,
+         device: torch.device, dtype: torch.dtype, rows: list, stop: Callable[[], bool]) -> Iterator[dict]:
+    """Train `factors` (in place) stack by stack against the dense model on windows (N, T) of token ids.
+
+    The model is walked once, with one stack in memory; hidden states and finished stacks are in `state`.
+    A stack sees the healed model's own inputs, and so mends what those before it left over; it keeps its old
+    factors where the held-out windows gained nothing. Yields a row per step, appends one to `rows` per stack:
+    {"layers", "before", "after"}. KeyboardInterrupt after stop(), with the state saved."""
+    layers = ckpt.config["num_hidden_layers"]
+    size = stack_size(cfg, ckpt, device, dtype)
+    weight = cfg.heal.logits_weight
+    if weight is None:
+        weight = float(size == layers)
+    # windows in a random order, of which the first are held out
+    expect(len(windows) >= 2, "heal: expected text for 2 windows of calib.length = "
+           f"{cfg.calib.length} tokens or more, found 1")
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(cfg.fit.seed))
+    held = max(1, round(cfg.heal.held_out * len(windows)))
+
+    # hidden states, at first the embeddings; the logits' term needs the dense model's last ones
+    def states(name: str) -> Tensor:
+        return globe.on_disk(state / f"{name}-{ranks()[0]}.bin", (*windows.shape, ckpt.dims.d), dtype)
+    walk = LayerWalk(ckpt, device, dtype, min(cfg.calib.batch, len(windows)))
+    x = states("healed")
+    walk.embed(windows[order], x)
+    dense = states("dense").copy_(x)
+    final = None
+    if weight:
+        final = states("final").copy_(x)
+        walk.fill(range(layers))
+        walk.advance(range(layers), final)
+
+    for i in range(0, layers, size):
+        span = range(i, min(i + size, layers))
+        walk.fill(span)
+        if weight < 1:
+            # before the student's matrices take the dense ones' places
+            walk.advance(span, dense)
+        student = Student(walk.model, factors, span, device, cfg.heal)
+        done = state / f"stack-{i:03d}.safetensors"
+        # train the stack, unless a stopped run has finished it
+        if student.layers and not globe.first_rank_says(done.is_file()):
+            now = state / "step.safetensors"
+            trainer = StackTrainer(cfg, now, student, walk, x, dense, final, weight, held)
+            yield from trainer.run(cfg.heal.save_every, stop)
+            with globe.first_rank_first():
+                if ranks()[0] == 0:
+                    losses = torch.tensor([trainer.first, trainer.lowest], dtype=torch.float64)
+                    globe.Shelved(trainer.best | {"losses": losses}).save(done)
+                    now.unlink(missing_ok=True)
+        # its best goes from the file into the factors, and the healed model's states go on through it
+        if student.layers:
+            with globe.saved_state(done):
+                best = load_file(done)
+                before, after = best.pop("losses").tolist()
+                rows.append({"layers": [i, span[-1]], "before": before, "after": after})
+                student.store(best if after < before else {})
+        if span[-1] + 1 < layers:
+            walk.advance(span, x)
+        if not weight:
+            walk.empty(span)
+
+
+# ---- 7. Command line -----------------------------------------------------------------------------
+def cmd_tiny(args: argparse.Namespace) -> dict:
+    """Train the default model; without --to once, into the user's cache."""
+    cfg = globe.load_config(args.config, args.overrides, kind=TrainConfig)
+    cfg.tiny.autocast = args.dtype or cfg.tiny.autocast
+    settings = dataclasses.asdict(checked(cfg))
+    if args.print_config:
+        print(yaml.safe_dump(settings, sort_keys=False), end="")
+        return settings
+    device = globe.pick_device(args.device)
+    key = hashlib.sha256(json.dumps(settings["tiny"], sort_keys=True).encode()).hexdigest()
+    to = Path(args.to or globe.user_cache() / f"tiny-{key[:8]}")
+    # in the cache, or where --resume asks for it, an earlier run is gone on with
+    finished = to / "train.json"
+    begun = finished.is_file() or (to / "state" / "train.safetensors").is_file()
+    if not (args.resume and begun) and (args.to or args.overwrite):
+        source = Path(cfg.tiny.dense_from) if cfg.tiny.dense_from else None
+        globe.fresh(to, args.overwrite, source, clear=True)
+    if finished.is_file():
+        return {"path": str(to)} | globe.read_json(finished)
+    if not args.to:
+        say(f"the default model is trained once, in about 4 minutes, into {to}")
+    with globe.discarded_on_error(to):
+        trainer = TinyTrainer(cfg.tiny, to, device)
+        line = tqdm(trainer.train(), "tiny", trainer.steps, leave=False, delay=1, initial=trainer.step)
+        for row in line:
+            line.set_postfix_str(f"{row['phase']} loss {row['loss']:.3f}", False)
+        return {"path": str(to)} | trainer.finish()
+
+
+# (run, config, factors, checkpoint, device, dtype) of a heal into the directory `out`
+def open_heal(args: argparse.Namespace, out: Path) -> tuple:
+    first = ranks()[0] == 0
+    resumed = globe.first_rank_says(args.resume and (out / "config.yaml").is_file())
+    with globe.first_rank_first():  # which trains the default model where it is missing
+        run, _, factors, ckpt, device, _ = globe.open_run(args)
+    expect(out.resolve() not in (run.resolve(), *run.resolve().parents),
+           f"--out {out}: expected another directory than --factors, and none that holds it")
+    cfg = checked(globe.run_config(out if resumed else run, args, kind=TrainConfig))
+    dtype = globe.with_gradients(globe.as_dtype(args.dtype or cfg.calib.dtype) or ckpt.dtype)
+    dtype = globe.compute_dtype(dtype, device)
+    # a resumed run may find other memory
+    cfg.heal.stack = stack_size(cfg, ckpt, device, dtype)
+    with globe.first_rank_first():
+        if first and not resumed:
+            globe.fresh(out, args.overwrite, ckpt.dir, clear=True)
+    return run, cfg, factors, ckpt, device, dtype
+
+
+def cmd_heal(args: argparse.Namespace) -> dict:
+    """Train a run's factors into a run of their own; of all ranks the first has the result."""
+    begin = time.perf_counter()
+    out = Path(args.out)
+    with globe.joined_ranks(globe.pick_device(args.device)):
+        first = ranks()[0] == 0
+        run, cfg, factors, ckpt, device, dtype = open_heal(args, out)
+        threads = globe.threads_for(ckpt.dims.p, ckpt.dims.d)
+        rows = []
+        # Ctrl-C waits for a step's end
+        with globe.discarded_on_error(out), globe.held_interrupt() as stop, threads:
+            windows = globe.calibration_windows(ckpt, cfg, device, cfg.heal.tokens)
+            if first:
+                config = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
+                globe.write_text(out / "config.yaml", config)
+            log = globe.Log(out / "log.jsonl", cfg, out.name)
+            steps = heal(ckpt, factors, windows, cfg, out / "state", device, dtype, rows,
+                         lambda: globe.any_rank(stop.is_set()))
+            line = tqdm(steps, "heal", leave=False, delay=1, disable=not first)
+            try:
+                for row in line:
+                    line.set_postfix_str(f"layer {row['layer']}, loss {row['loss']:.4f}", False)
+                    log.row(row | {"seconds": round(time.perf_counter() - begin, 1)})
+            except (KeyboardInterrupt, globe.Lost) as e:
+                command = f"python train.py heal --resume --factors {run} --out {out}"
+                raise type(e)(f"{e}; go on with: {command}") from None
+            log.close()
+        # every rank is done with its hidden states
+        globe.any_rank(False)
+        if not first:
+            return {}
+    for file in out.glob("state/*.bin"):
+        file.unlink()
+    globe.save_factors(factors, out / "factors.safetensors")
+    table = [("{}..{}".format(*row["layers"]), row["before"], row["after"]) for row in rows]
+    say(globe.text_table(("layers", "held-out loss before", "after"), table))
+    return {"factors": str(out), "ratio": factors.ratio(), "stacks": rows,
+            "healed": sum(row["after"] < row["before"] for row in rows),
+            "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(globe.peak_rss_gib(), 2)}
+
+
+# name: (function, what it does, examples)
+COMMANDS = {
+    "tiny": (cmd_tiny, "train the default model, a small Qwen2-MoE, from nothing or from a dense model", """\
+  python train.py tiny    once, into the user's cache
+  python train.py tiny --to models/up tiny.dense_from=DIR tiny.moe_steps=500
+  python train.py tiny --to models/up --resume    go on where it stopped"""),
+    "heal": (cmd_heal, "recover quality after the fit: train the factors against the dense model", """\
+  python train.py heal --factors runs/qwen --out runs/healed heal.stack=1 heal.steps=100
+  python train.py heal --resume --factors runs/qwen --out runs/healed"""),
+}
+# {option: (what argparse is told of it, help)}: globe.py's, and those that differ
+OPTIONS = {option: (settings, text) for _, option, settings, text in globe.OPTIONS} | {
+    "--dtype": ({}, "float32, bfloat16 or float16; default: tiny.autocast, calib.dtype"),
+    "--to": ({"metavar": "DIR"}, "where to; default: the user's cache"),
+    "--out": ({"metavar": "DIR", "required": True}, "the healed run's directory"),
+}
+COMMON = ("overrides", "--config", "--device", "--dtype", "--resume", "--overwrite")
+OPTIONS_OF = {"tiny": (*COMMON, "--print-config", "--to"), "heal": (*COMMON, "--factors", "--model", "--out")}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}  # examples keep their lines
+    parser = argparse.ArgumentParser(prog="train.py", description="The networks that GloBE trains itself.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (run, does, examples) in COMMANDS.items():
+        command = commands.add_parser(name, help=does, description=does, epilog=examples, **raw)
+        command.set_defaults(run=run)
+        for option in OPTIONS_OF[name]:
+            settings, text = OPTIONS[option]
+            command.add_argument(option, help=text, **settings)
+    return parser
+
+
+# the command line; returns the exit code
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in ("train", "stack"):  # names kept free
+        say(f"train.py {argv[0]}: not in this version; its commands are {' and '.join(COMMANDS)}")
+        return 2
+    try:
+        args = globe.parse(argv, build_parser())
+    except SystemExit as e:
+        return int(e.code or 0)
+    return globe.exit_code(f"train.py {args.command}", lambda: args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
