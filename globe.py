@@ -668,9 +668,9 @@ class GlobeExperts(nn.Module):
     # As many of the experts in use at a time as there are slots, composed in one call
     def forward_in_parts(self, x: Tensor, index: Tensor, weights: Tensor, cache: ExpertCache) -> Tensor:
         uses = collections.Counter(index.reshape(-1).tolist())
-        mine = [e for e in self.fitted if e in uses or self._bank[0].cache.mode == "all"]
-        if self._bank[0].cache.mode != "all":
-            mine.sort(key=uses.__getitem__)  # the most used last, which the next step finds held
+        mine = list(self.fitted)
+        if self._bank[0].cache.mode != "all":  # the most used last, which the next step finds held
+            mine = sorted((e for e in uses if e in self.fitted), key=uses.__getitem__)
         if len(mine) <= cache.slots:
             self.hold_only(cache, mine)
             return self.forward_cached(x, index, weights, cache)
@@ -795,7 +795,7 @@ class GlobeExperts(nn.Module):
         composed, only top_k do, but those are written and read first."""
         if self._bank[0].cache.mode != "direct" or self.dense_row:
             return False
-        if any(self._bank_of(f).device != self._adapters().device for f in self.families):
+        if {self._bank_of(f).device for f in self.families} != {self._adapters().device}:
             return False  # layers spread over devices: fetch the bases that are mixed, not the bank
         experts = min(len(self.fitted), tokens * self.top_k)
         most = max(min(about["m"], experts * about["s"]) for about in self.families.values())
@@ -819,12 +819,12 @@ class GlobeExperts(nn.Module):
     def _can_mix(self, x: Tensor, weights: Tensor, tensors: list) -> bool:
         if not self.native_act or len(x) > MIXED_TOKENS or x.dtype == torch.float64:
             return False
-        read = [t for t in (x, weights, *tensors) if t is not None]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in read):
+        read = [t for t in tensors if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *read)):
             return False
-        products = [t for t in read[2:] if t.ndim == 3]  # all but the mixtures
-        if not same_type(products, x.dtype) or not all(t.is_contiguous() for t in read[2:]):
-            return False
+        for t in read:  # all but the mixtures are products' factors
+            if not t.is_contiguous() or t.ndim == 3 and t.dtype != x.dtype:
+                return False
         return native("experts_mixed", x.device.type)
 
     # The torch twin of experts_mixed; for many tokens its large products are the faster ones
@@ -1247,7 +1247,7 @@ class FitConfig:
     method: str = "varpro"  # varpro (A eliminated) | am (alternating minimisation) | adam (joint)
     metric: str = "data"  # data (weighted by the layer's input covariance) | weights
     ridge: float = 0.03  # shrinkage of the covariance, relative to its mean diagonal
-    steps: int = 150
+    steps: int = 175
     batch: int = 0  # experts per batch; 0: from the free memory
     lr: float = 0.05
     memory: int = 4  # varpro: pairs of bank-sized tensors that L-BFGS keeps
