@@ -6212,8 +6212,8 @@ COMMANDS = {
   python globe.py info runs/tiny-001"""),
 }
 # commands that went elsewhere
-MOVED = {"train": "train.py tiny", "heal": "train.py heal", "report": "bench.py report",
-         "sweep": "bench.py sweep"}
+MOVED = {"train": "moved to: python train.py tiny", "heal": "moved to: python train.py heal",
+         "report": "moved to: python bench.py report", "sweep": "moved to: python bench.py sweep"}
 ANY = " ".join(COMMANDS)
 FITTED = "eval export generate"
 FLAG = {"action": "store_true"}
@@ -6245,17 +6245,18 @@ OPTIONS = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(program: str = "globe.py", description: str = "GloBE: shrink the experts of an MoE model.",
+                 commands: dict = COMMANDS, options: Sequence = OPTIONS) -> argparse.ArgumentParser:
+    """The parser of a program's commands and options, tables as COMMANDS and OPTIONS."""
     # examples keep their lines
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("globe.py", description="GloBE: shrink the experts of an MoE model.")
+    parser = argparse.ArgumentParser(program, description=description)
     parser.add_argument("--version", action="store_true", help="version, torch, operators in use")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, (run, does, examples) in COMMANDS.items():
-        epilog = f"examples:{examples}"
-        command = commands.add_parser(name, help=does, description=does, epilog=epilog, **raw)
+    places = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (run, does, examples) in commands.items():
+        command = places.add_parser(name, help=does, description=does, epilog=f"examples:{examples}", **raw)
         command.set_defaults(run=run)
-        for names, option, settings, text in OPTIONS:
+        for names, option, settings, text in options:
             if name in names.split():
                 command.add_argument(option, help=text, **settings)
     return parser
@@ -6299,23 +6300,28 @@ def exit_code(name: str, run: Callable[[], dict]) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+def run_command(argv: Sequence[str] | None, moved: dict, parser: argparse.ArgumentParser) -> int:
+    """Run what a command line asks for; returns the exit code. moved: {command: where it went}."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in MOVED:
-        say(f"globe.py {argv[0]}: moved to: python {MOVED[argv[0]]}")
+    if argv and argv[0] in moved:
+        say(f"{parser.prog} {argv[0]}: {moved[argv[0]]}")
         return 2
     try:
-        args = parse(argv)
+        args = parse(argv, parser)
     except SystemExit as e:
         return int(e.code or 0)
     if args.version:
         print(json.dumps({"globe": __version__, "torch": torch.__version__, "operators": kernels()}))
         return 0
     if not args.command:
-        build_parser().print_help(sys.stderr)
+        parser.print_help(sys.stderr)
         return 2
-    return exit_code(f"globe.py {args.command}", lambda: args.run(args))
+    return exit_code(f"{parser.prog} {args.command}", lambda: args.run(args))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_command(argv, MOVED, build_parser())
 
 
 if __name__ == "__main__":

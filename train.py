@@ -851,48 +851,34 @@ def cmd_heal(args: argparse.Namespace) -> dict:
 
 # name: (function, what it does, examples)
 COMMANDS = {
-    "tiny": (cmd_tiny, "train the default model, a small Qwen2-MoE, from nothing or from a dense model", """\
+    "tiny": (cmd_tiny, "train the default model, a small Qwen2-MoE, from nothing or from a dense model", """
   python train.py tiny    once, into the user's cache
   python train.py tiny --to models/up tiny.dense_from=DIR tiny.moe_steps=500
   python train.py tiny --to models/up --resume    go on where it stopped"""),
-    "heal": (cmd_heal, "recover quality after the fit: train the factors against the dense model", """\
+    "heal": (cmd_heal, "recover quality after the fit: train the factors against the dense model", """
   python train.py heal --factors runs/qwen --out runs/healed heal.stack=1 heal.steps=100
   python train.py heal --resume --factors runs/qwen --out runs/healed"""),
 }
-# {option: (what argparse is told of it, help)}: globe.py's, and those that differ
-OPTIONS = {option: (settings, text) for _, option, settings, text in globe.OPTIONS} | {
-    "--dtype": ({}, "float32, bfloat16 or float16; default: tiny.autocast, calib.dtype"),
-    "--to": ({"metavar": "DIR"}, "where to; default: the user's cache"),
-    "--out": ({"metavar": "DIR", "required": True}, "the healed run's directory"),
-}
-COMMON = ("overrides", "--config", "--device", "--dtype", "--resume", "--overwrite")
-OPTIONS_OF = {"tiny": (*COMMON, "--print-config", "--to"), "heal": (*COMMON, "--factors", "--model", "--out")}
+# not in this version
+PLANNED = dict.fromkeys(("train", "stack"), f"not in this version; its commands are {' and '.join(COMMANDS)}")
+# commands by option: globe.py's options, and those of its own
+SHARED = {"overrides": "tiny heal", "--config": "tiny heal", "--device": "tiny heal", "--resume": "tiny heal",
+          "--overwrite": "tiny heal", "--print-config": "tiny", "--factors": "heal", "--model": "heal"}
+OPTIONS = [(SHARED.get(option, ""), option, *about) for _, option, *about in globe.OPTIONS]
+OPTIONS += [
+    ("tiny heal", "--dtype", {}, "float32, bfloat16 or float16; default: tiny.autocast, calib.dtype"),
+    ("tiny", "--to", globe.DIRECTORY, "where to; default: the user's cache"),
+    ("heal", "--out", globe.DIRECTORY | {"required": True}, "the healed run's directory"),
+]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}  # examples keep their lines
-    parser = argparse.ArgumentParser(prog="train.py", description="The networks that GloBE trains itself.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (run, does, examples) in COMMANDS.items():
-        command = commands.add_parser(name, help=does, description=does, epilog=examples, **raw)
-        command.set_defaults(run=run)
-        for option in OPTIONS_OF[name]:
-            settings, text = OPTIONS[option]
-            command.add_argument(option, help=text, **settings)
-    return parser
+    return globe.build_parser("train.py", "The networks that GloBE trains itself.", COMMANDS, OPTIONS)
 
 
-# the command line; returns the exit code
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in ("train", "stack"):  # names kept free
-        say(f"train.py {argv[0]}: not in this version; its commands are {' and '.join(COMMANDS)}")
-        return 2
-    try:
-        args = globe.parse(argv, build_parser())
-    except SystemExit as e:
-        return int(e.code or 0)
-    return globe.exit_code(f"train.py {args.command}", lambda: args.run(args))
+    """The command line; returns the exit code."""
+    return globe.run_command(argv, PLANNED, build_parser())
 
 
 if __name__ == "__main__":
