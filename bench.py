@@ -12,7 +12,7 @@ Suites (several in one command, or all) and commands:
     decode      tokens/s and memory of models: dense in each of transformers' ways, GloBE
     fit         seconds, passes, error of the fit's methods on tiny, beside MoBE's setting
     quality     nats lost per token at one stored size, beside the peers, with the same calibration
-    report      tables and plots of a run: errors, effective ranks, use of bases, quality, a zero-shot task
+    report      tables of a run: errors, effective ranks, use of bases, quality, a zero-shot task
     sweep       a fit per combination of a grid, one table; the same command goes on where it stopped
 
 Words in the rows:
@@ -21,7 +21,7 @@ Words in the rows:
                 text; cold: the same, empty at first; direct: nothing is composed
     ppN, tgN    a prompt of N tokens; N more tokens of a held-out text, one at a time
 
-Peers run in the same process, turn by turn with ours; a figure is the median of the repeats.
+A figure of speed is the median of several turns; peers run in the same process, turn by turn with ours.
 """
 from __future__ import annotations
 
@@ -55,19 +55,17 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import globe
 from globe import Checkpoint, UserError, expect, say
 
 HERE = Path(globe.__file__).resolve().parent
 CONFIGS = HERE / "configs"
-SMOL_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CPU = torch.device("cpu")
 PAIR = ("gate", "up")  # the families that every peer compresses
 
 
-# ---- 1. Helpers: rows, tables, plots, timing -----------------------------------------------------
+# ---- 1. Helpers: rows, tables, timing ------------------------------------------------------------
 # one figure of a benchmark, numbers to six digits; `ratio` is None where nothing is compared
 def new_row(suite: str, preset: str, test: str, variant: str, value: float | None, unit: str, **more) -> dict:
     row = {"suite": suite, "preset": preset, "test": test, "variant": variant, "value": value, "unit": unit,
@@ -92,11 +90,6 @@ def times(value: float | None, reference: float | None) -> float | None:
     return round(value / reference, 3) if value and reference else None
 
 
-# one key of many rows
-def column(rows: list, key: str) -> list:
-    return [row[key] for row in rows]
-
-
 # the rows that have these values
 def where(rows: list, **wanted) -> list:
     return [row for row in rows if wanted.items() <= row.items()]
@@ -106,20 +99,6 @@ def where(rows: list, **wanted) -> list:
 def run_globe(*argv: object) -> dict:
     args = globe.parse(list(map(str, argv)))
     return args.run(args)
-
-
-# (figure, n panels beside each other)
-def panels(n: int, **more) -> tuple:
-    expect(importlib.util.find_spec("matplotlib"), "plots need matplotlib: pip install matplotlib")
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(4.3 * n, 3.8), layout="tight")
-    return fig, fig.subplots(1, n, squeeze=False, **more)[0]
-
-
-# write a figure as PNG, whole or not at all
-def save_plot(fig: object, path: Path) -> None:
-    with globe.written(path) as tmp:
-        fig.savefig(tmp, dpi=120, format="png")
 
 
 # seconds of run(), with what it queued on the device
@@ -236,7 +215,7 @@ def checkpoint_of(preset: str, args: Namespace) -> Checkpoint:
         return globe.open_model(globe.load_config(None, args.set), CPU)
     path = globe.user_cache() / "smol-moe-8"
     if not (path / "config.json").is_file():
-        build_smol_moe(os.environ.get("SMOL_DIR") or SMOL_HUB_ID, path)
+        build_smol_moe(os.environ.get("SMOL_DIR") or "HuggingFaceTB/SmolLM2-135M-Instruct", path)
     return Checkpoint(path)
 
 
@@ -312,7 +291,7 @@ def adam_bases(start: list, W: Tensor, steps: int, lr: float = 2e-3) -> Tensor:
         return (alpha @ (U @ V).flatten(1)).view(W.shape)
     first = build().detach()
     opt = torch.optim.Adam(x, lr, fused=True)
-    for step in tqdm(range(steps), desc="adam", leave=False):
+    for step in globe.bar("adam")(range(steps)):
         opt.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         opt.zero_grad()
 
@@ -346,17 +325,15 @@ def saliency(model: nn.Module, windows: Tensor) -> dict:
 def prune(model: nn.Module, ratio: float, windows: Tensor) -> float:
     """Take out a model's least useful experts (REAP, Lasby et al. 2025); the ratio of gate and up of equal size.
 
-    Dropping one expert saves its gate, up and down, so the size of gate+up that the others are held to allows
-    fewer drops; rounded in its favour.
+    An expert less saves its gate, up and down: fewer go than others save of gate and up, rounded in its favour.
     """
     score = saliency(model, windows)
     for l, (parent, _, module) in globe.experts_modules(model).items():
         n = len(score[l])
         module.num_experts = math.ceil(n - (1 - ratio) * 2 * n / 3)
-        rows = score[l].topk(module.num_experts).indices.sort().values
+        rows = score[l].topk(module.num_experts).indices.sort().values.to(model.device)
         for holder, name in ((module, "gate_up_proj"), (module, "down_proj"), (parent.gate, "weight")):
-            kept = getattr(holder, name)[rows.to(model.device)]
-            setattr(holder, name, nn.Parameter(kept))
+            setattr(holder, name, nn.Parameter(getattr(holder, name)[rows]))
     return 1 - (n - module.num_experts) * 3 / (2 * n)
 
 
@@ -368,8 +345,7 @@ MATRIX_PEERS = {
     "d2": (peer_d2, True, "layer"),
     "slbf": (peer_slbf, False, "layer"),
 }
-CLOSED_FORM = ("svd", "svd-llm", "layer-pca", "d2")
-PEERS = (*CLOSED_FORM, "mobe", "slbf", "reap")
+GROUPS = {"none": (), "closed": ("svd", "svd-llm", "layer-pca", "d2"), "all": (*MATRIX_PEERS, "mobe", "reap")}
 
 
 # put what a peer makes of gate and up into a dense model; (ratio, {family: relative Frobenius error})
@@ -544,15 +520,12 @@ class Quality:
                  scope=factors.config["bank"]["scope"], metric=factors.config["fit"]["metric"])
 
 
+# Nats lost by GloBE and its peers at the same stored sizes, calibration and texts; with --json FILE, a method's
+# rows are in FILE.part once it is measured
 def bench_quality(preset: str, args: Namespace) -> list:
-    """Nats lost by GloBE and its peers at the same stored sizes, calibration and texts.
-
-    With --json FILE, a method's rows are in FILE.part once it is measured; --resume keeps both's rows.
-    """
-    groups = {"closed": CLOSED_FORM, "all": PEERS, "none": ()}
     variants = []
     for name in args.peers:  # a peer, or a group of them
-        variants += groups.get(name, (name,))
+        variants += GROUPS.get(name, (name,))
     with tempfile.TemporaryDirectory() as scratch:
         job = Quality(preset, args, Path(scratch))
         for asked, variant in itertools.product(args.ratio, [*variants, "globe"]):
@@ -574,18 +547,22 @@ def bench_quality(preset: str, args: Namespace) -> list:
     return rows
 
 
-# delta_nats against size, a panel per text, a marker per method; ours are black
-def plot_quality(rows: list, texts: list, path: str) -> None:
-    fig, axes = panels(len(texts), sharey=True)
+# delta_nats against size as PNG, a panel per text, a marker per method; ours are black
+def plot_quality(rows: list, texts: list, path: Path) -> None:
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(4.3 * len(texts), 3.8), layout="tight")
+    axes = fig.subplots(1, len(texts), squeeze=False, sharey=True)[0]
     for ax, text in zip(axes, texts):
-        for variant, mark in zip(dict.fromkeys(column(rows, "variant")), "osv^D*PX<"):
-            mine = sorted(where(rows, text=text, variant=variant), key=lambda row: row["ratio"])
+        for variant, mark in zip(dict.fromkeys(row["variant"] for row in rows), "osv^D*PX<"):
+            mine = where(rows, text=text, variant=variant)
+            points = sorted((row["ratio"], row["delta_nats"]) for row in mine)
             color = "black" if variant.startswith("globe") else "0.6"
-            ax.plot(column(mine, "ratio"), column(mine, "delta_nats"), mark + "-", color=color, label=variant)
+            ax.plot(*zip(*points), mark + "-", color=color, label=variant)
         ax.set(title=text, xlabel="stored / dense size of gate and up", yscale="log")
     axes[0].set_ylabel("increase of the loss (nats per token)")
     axes[-1].legend()
-    save_plot(fig, path)
+    with globe.written(path) as tmp:
+        fig.savefig(tmp, dpi=120, format="png")
 
 
 # ---- 5. Operators at Qwen1.5-MoE-A2.7B's shapes: compose, sparsemax, one token of decode ---------
@@ -680,29 +657,27 @@ def bench_compose(preset: None, args: Namespace, r: int = 768) -> list:
 def bench_sparsemax(preset: None, args: Namespace) -> list:
     need_native("simplex", args.device)
     g = torch.Generator().manual_seed(0)
+    x = torch.randn(1440, 128, generator=g).to(args.device)
+    grad = torch.randn(1440, 128, generator=g).to(args.device)
     peer = importlib.util.find_spec("entmax") and importlib.import_module("entmax")
     if not peer:
         say("sparsemax: the peer is the package entmax, which is not installed: no ratio")
+
+    # result and gradient of f over the last dim
+    def both(f: Callable, x: Tensor, turn: int = 0) -> tuple:
+        leaf = x.detach().requires_grad_()
+        y = f(leaf)
+        y.backward(grad)
+        return y, leaf.grad
     rows = []
-    for shape, (name, alpha) in itertools.product(((1440, 128), (24, 60, 256)),
-                                                  (("sparsemax", 2.0), ("entmax15", 1.5))):
-        x = torch.randn(shape, generator=g).to(args.device)
-        grad = torch.randn(shape, generator=g).to(args.device)
-
-        # result and gradient of f over the last dim
-        def both(f: Callable, x: Tensor, turn: int = 0, grad: Tensor = grad) -> tuple:
-            leaf = x.detach().requires_grad_()
-            y = f(leaf)
-            y.backward(grad)
-            return y, leaf.grad
-
-        def twin(leaf: Tensor, alpha: float = alpha) -> Tensor:
-            return globe.SimplexMap.apply(leaf, alpha, False)[0]
-        variants = {"native": partial(both, getattr(globe, name), x), "twin": partial(both, twin, x)}
+    for name, alpha in (("sparsemax", 2.0), ("entmax15", 1.5)):
+        maps = {"native": getattr(globe, name),
+                "twin": lambda leaf, alpha=alpha: globe.SimplexMap.apply(leaf, alpha, False)[0]}
         if peer:
-            variants["entmax"] = partial(both, partial(getattr(peer, name), dim=-1), x)
-        want = both(twin, x.double())
-        rows += race("sparsemax", f"{name} {shape}", variants, want, 5 * x.nbytes, args, 1e-4, True)
+            maps["entmax"] = partial(getattr(peer, name), dim=-1)
+        variants = {variant: partial(both, f, x) for variant, f in maps.items()}
+        want = both(maps["twin"], x.double())
+        rows += race("sparsemax", f"{name} {tuple(x.shape)}", variants, want, 5 * x.nbytes, args, 1e-4, True)
     return rows
 
 
@@ -831,7 +806,7 @@ def speed_rows(make: dict, text: Tensor, args: Namespace, preset: str) -> list:
 
 # the rows with their ratio to the best of the dense ways
 def beside_best(rows: list) -> list:
-    best = max(filter(None, column(where(rows, variant="dense"), "value")), default=None)
+    best = max(row["value"] or 0.0 for row in where(rows, variant="dense"))
     for row in rows:
         row["ratio"] = times(row["value"], best)
     return rows
@@ -888,7 +863,7 @@ def decode_models(preset: str, to: Path, args: Namespace) -> tuple:
     if preset == "qwen15-layer":
         fractions = popularity(source)
         write_qwen15(to / "dense", "published", fractions, 1, 4096)
-        write_qwen15(to / "globe", "globe", fractions, 1, 4096, qwen15_config(args))
+        write_qwen15(to / "globe", "globe", fractions, 1, 4096, globe.load_config(QWEN15, args.set))
         return as_words("heldout", 2048, 4096).to(args.device), as_words("calibration", 512, 4096)
     fit = run_globe("fit", "--out", to / "run", f"model.path={source.dir}", "fit.steps=10", *args.set)
     run_globe("export", "--factors", fit["factors"], "--to", to / "globe", "--no-check",
@@ -905,6 +880,7 @@ def tiny_words(ckpt: Checkpoint, split: str, n: int) -> Tensor:
 # ---- 7. Qwen1.5-MoE's shapes with random weights -------------------------------------------------
 BLOCK = 2 ** 24  # random numbers that all tensors are cut from
 VOCAB = 151936
+QWEN15 = str(CONFIGS / "qwen15.yaml")
 SCALES = {"shared_expert": 0.01, "globe_bank": 1.0, "_A": 0.004, "": 0.02}  # by what is in a tensor's name
 
 
@@ -1036,13 +1012,7 @@ def write_qwen15(to: Path, layout: str, fractions: Tensor, layers: int = 24, voc
     globe.write_tensors(to / "model.safetensors", shapes, tensors, {"format": "pt"}, sync=False)
 
 
-# configs/qwen15.yaml with the cache's settings of --set
-def qwen15_config(args: Namespace) -> globe.Config:
-    own = filter(re.compile(r"cache\.").match, args.set)
-    return globe.load_config(str(CONFIGS / "qwen15.yaml"), list(own))
-
-
-# what Factors.meta() says of factors of the sizes that cfg asks for
+# what describes factors of the sizes that cfg asks for
 def random_meta(cfg: globe.Config, dims: globe.Dims) -> dict:
     group = globe.bank_groups(dims.layers, cfg.bank.scope)
     groups = len(set(group.values()))
@@ -1050,12 +1020,12 @@ def random_meta(cfg: globe.Config, dims: globe.Dims) -> dict:
     for family in globe.FAMILIES:
         owner = "gate" if cfg.bank.share and family == "up" else family
         m, r = globe.bank_shape(cfg, owner, len(dims.layers) * dims.experts, groups, dims)
-        families[family] = {
-            "m": m, "r": r, "s": min(cfg.sparsity.support, m), "groups": groups, "bank": owner, "shift": 0.0,
-            "scale": 1.0, "group": {str(l): g for l, g in group.items()}, "activation": cfg.bank.activation}
-    experts = {str(l): list(range(dims.experts)) for l in dims.layers}
-    return globe.Factors({}, {}, dims, "qwen2_moe", "random").meta() | {
-        "families": families, "experts": experts, "config": {"cache": dataclasses.asdict(cfg.cache)}}
+        bank = groups * [torch.empty(m, r, dims.d, device="meta")]
+        val = {0: torch.empty(dims.experts, min(cfg.sparsity.support, m))}
+        families[family] = globe.FamilyFactors(bank, {}, {}, val, group, cfg.bank.activation, owner=owner)
+    experts = dict.fromkeys(dims.layers, list(range(dims.experts)))
+    own = {"cache": dataclasses.asdict(cfg.cache)}
+    return globe.Factors(families, experts, dims, "qwen2_moe", "random", own).meta()
 
 
 # ---- 8. decode --preset qwen15: 26.7 GiB of weights on a 24-GiB machine --------------------------
@@ -1095,12 +1065,10 @@ def run_one(folder: Path, how: str, tokens: int, cache: globe.CacheConfig, sende
     begin = time.perf_counter()
     model = load_contender(folder, how, cache)
     load = time.perf_counter() - begin
-    first = prefill(model, text[:, :8], CPU)
+    prefill(model, text[:, :8], CPU)
     if how in ("mapped", "globe"):
         # what fits in memory shall be in the page cache
-        with open(folder / "model.safetensors", "rb", buffering=0) as f:
-            while f.read(2 ** 24):
-                pass
+        shutil.copyfile(folder / "model.safetensors", os.devnull)
 
     # another part of the text in each turn; the first one is not counted
     speeds = []
@@ -1108,11 +1076,8 @@ def run_one(folder: Path, how: str, tokens: int, cache: globe.CacheConfig, sende
         start_counts(model)
         speeds.append(tokens / decode(model, text[:, turn * tokens:][:, :8 + tokens], CPU))
     counted = speeds[1:] or speeds
-    value = statistics.median(counted)
-    composing = globe.cache_stats(model)["compose_seconds"] * value / tokens
-    sender.send({"value": value, "spread": max(counted) - min(counted), "load_s": load,
-                 "peak_gib": globe.peak_gib(CPU), "ttft_ms": 1e3 * first, "compose_share": composing,
-                 **cache_figures(model)})
+    sender.send({"value": statistics.median(counted), "spread": max(counted) - min(counted), "load_s": load,
+                 "peak_gib": globe.peak_gib(CPU), **cache_figures(model)})
 
 
 # GiB that a process holds of its own, file pages not counted; 0 where the system does not say
@@ -1155,12 +1120,11 @@ def watched(folder: Path, how: str, tokens: int, cache: globe.CacheConfig, limit
 # Qwen1.5-MoE in bfloat16 on a 24-GiB machine: dense in three ways, and GloBE; 32 tokens behind 8
 def bench_24gib(args: Namespace) -> list:
     need_native("experts_decode", CPU)
+    fractions = popularity(checkpoint_of("tiny", args))
     home = globe.user_cache()
-    home.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(home).free / 2 ** 30
     expect(free >= 46, f"qwen15: expected 46 GiB free in {home} (GLOBE_CACHE names another), found {free:.0f}")
-    cfg = qwen15_config(args)
-    fractions = popularity(checkpoint_of("tiny", args))
+    cfg = globe.load_config(QWEN15, args.set)
     rows = []
     for layout, ways in WAYS.items():
         # one layout at a time: the disk need not hold two
@@ -1168,8 +1132,8 @@ def bench_24gib(args: Namespace) -> list:
             model = Path(folder) / "model"
             with globe.written(model) as tmp:
                 write_qwen15(tmp, layout, fractions, cfg=cfg)
-            say(f"  {layout}: {globe.weight_bytes(model) / 2 ** 30:.1f} GiB")
             for how in ways:
+                say(f"  {how}, {globe.weight_bytes(model) / 2 ** 30:.1f} GiB on disk")
                 tokens = 2 if how == "offload" else min(args.tokens, 32)
                 rows.append(watched(model, how, tokens, cfg.cache))
     show(beside_best(rows), *DECODE_KEYS)
@@ -1226,7 +1190,7 @@ def bench_fit(preset: str, args: Namespace) -> list:
     return rows
 
 
-# ---- 10. report: tables and plots of a run -------------------------------------------------------
+# ---- 10. report: tables of a run -----------------------------------------------------------------
 def builtin_choices(n: int = 100) -> list:
     """[(context, four continuations, index of the right one)] from held-out documentation of the library.
 
@@ -1254,7 +1218,7 @@ def builtin_choices(n: int = 100) -> list:
 
 # Fraction of builtin_choices whose right continuation has the highest log-likelihood per character
 @torch.no_grad()
-def choice_accuracy(tokenizer, items: list, model: nn.Module) -> float:
+def choice_accuracy(model: nn.Module, tokenizer, items: list) -> float:
     def tokens(text: str) -> list:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     right = 0
@@ -1293,23 +1257,7 @@ def spectra(factors: globe.Factors) -> list:
     return rows
 
 
-# error and support by step, error by layer; a line style per family
-def plot_run(log: list, factors: globe.Factors, errors: dict, path: Path) -> None:
-    fig, axes = panels(3)
-    for family, line in zip(factors.families, ("-", "--", ":")):
-        look = {"linestyle": line, "color": "black", "label": family}
-        mine = [row for row in log if family in row.get("family", "") and "support" in row]  # not heal's
-        for ax, key in zip(axes, ("rel_frob", "support")):
-            ax.plot(column(mine, "step"), column(mine, key), **look)
-        axes[2].plot(list(factors.experts), [errors[family][l] for l in factors.experts], **look)
-    axes[0].set(title="relative error in the fit's metric", xlabel="step", yscale="log")
-    axes[1].set(title="median support", xlabel="step")
-    axes[2].set(title="relative Frobenius error", xlabel="layer", ylim=(0, None))
-    axes[2].legend()
-    save_plot(fig, path)
-
-
-# Write RUN/report.md and its plot; the result names them
+# Write RUN/report.md; the result names it
 def report(args: Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = globe.open_run(args)
     errors = globe.reconstruction(ckpt, factors)
@@ -1323,12 +1271,11 @@ def report(args: Namespace) -> dict:
         evals.append({"text": text} | {key: figures[key] for key in ("ppl_dense", "ppl", "delta_nats")})
     tasks = []
     if args.tasks:
-        task = partial(choice_accuracy, globe.load_tokenizer(ckpt.dir), builtin_choices())
-        tasks.append({"task": "builtin", "metric": "acc",
-                      "dense": task(globe.load_dense(ckpt.dir, device, dtype)),
-                      "globe": task(globe.assemble(ckpt, factors, device, dtype, cfg.cache))})
+        asked = globe.load_tokenizer(ckpt.dir), builtin_choices()
+        dense = choice_accuracy(globe.load_dense(ckpt.dir, device, dtype), *asked)
+        ours = choice_accuracy(globe.assemble(ckpt, factors, device, dtype, cfg.cache), *asked)
+        tasks.append({"task": "builtin", "metric": "acc", "dense": dense, "globe": ours})
 
-    # tables, and the plot
     whole = factors.model_ratio(ckpt.num_parameters())
     text = f"# {run.name}\n\nratio {factors.ratio():.4f} of the compressed families, {whole:.4f} of all\n\n"
     tables = {"Relative Frobenius error": by_layer, "Effective ranks, and use of bases": spectra(factors),
@@ -1337,11 +1284,9 @@ def report(args: Namespace) -> dict:
         if rows:
             table = globe.text_table(list(rows[0]), [list(row.values()) for row in rows])
             text += f"## {title}\n\n{table}\n\n"
-    plot = run / "factors.png"
-    plot_run(globe.read_rows(run / "log.jsonl"), factors, errors, plot)
-    globe.write_text(run / "report.md", f"{text}![{plot.stem}]({plot.name})\n")
+    globe.write_text(run / "report.md", text)
     say(text)
-    return {"report": str(run / "report.md"), "plots": [str(plot)], "tasks": tasks}
+    return {"report": str(run / "report.md"), "tasks": tasks}
 
 
 # ---- 11. sweep: one fit per combination ----------------------------------------------------------
@@ -1385,9 +1330,8 @@ def sweep(args: Namespace) -> dict:
             settings = plain + list(map("=".join, zip(grid, values)))
             globe.load_config(config, settings)
             combinations.append((values, settings))
-        options = []
-        for option, value in (("--config", config), ("--device", args.device), ("--dtype", args.dtype)):
-            options += [option, value] if value else []
+        given = {"--config": config, "--device": args.device, "--dtype": args.dtype}
+        options = [f"{option}={value}" for option, value in given.items() if value]
 
         # a run per combination; fit.json is written when it is finished
         fresh = globe.Config(model=globe.ModelConfig(path="sweep"))
@@ -1434,7 +1378,7 @@ FILE = checked(Path, lambda path: path.absolute().parent.is_dir() and not path.i
                "a file in a directory that exists")
 SIZES = MANY | checked(float, lambda ratio: 0 < ratio < 10, "numbers above 0, as 0.8")
 SET = {"nargs": "+", "action": "extend", "metavar": "section.key=value"}
-ONE_OF = {"choices": (*PEERS, "closed", "all", "none")}
+ONE_OF = {"choices": (*GROUPS["all"], *GROUPS)}
 
 OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help)
     ("decode fit quality", "--preset", None, MANY, "tiny: the default model; smol-moe (quality): SmolLM2-135M "
@@ -1461,6 +1405,8 @@ OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help
     (f"{ALL} report sweep", "--device", None, {}, "auto (default), cpu, cuda, cuda:N or mps"),
     (f"{ALL} report sweep", "--dtype", None, {}, "float32, bfloat16 or float16"),
 )
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(message)
@@ -1483,7 +1429,7 @@ def parse(argv: list | None) -> Namespace:
         for word in args.overrides:
             expect("=" in word, f"{args.asked[0]}: expected section.key=value, found {word!r}")
     for word in args.asked:
-        fine = word in SUITES or word in COMMANDS
+        fine = word in SUITES or args.asked[0] in COMMANDS
         expect(fine, f"suite: expected {', '.join(SUITES)} or all, found {word!r}")
 
     # an option must be known to one of what was asked for
@@ -1499,8 +1445,8 @@ def run_suites(args: Namespace) -> dict:
     for preset in args.preset or ():
         expect(preset in good, f"--preset: expected one of {', '.join(sorted(good))}, found {preset!r}")
     expect(args.json or not args.resume, "--resume: expected --json FILE, whose rows are kept, found none")
-    if args.png:
-        panels(1)
+    plots = not args.png or importlib.util.find_spec("matplotlib")
+    expect(plots, "--png: plots need matplotlib: pip install matplotlib")
     args.device = globe.pick_device(args.device)
     args.dtype = globe.as_dtype(args.dtype) or torch.bfloat16
     wanted = args.preset or ["tiny", "qwen15-layer"][:1 + bool(args.words)]
