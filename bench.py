@@ -15,12 +15,6 @@ Suites (several in one command, or all) and commands:
     report      tables of a run: errors, effective ranks, use of bases, quality, a zero-shot task
     sweep       a fit per combination of a grid, one table; the same command goes on where it stopped
 
-Words in the rows:
-    ratio       speed: times as fast as the best peer; quality: stored / dense numbers of gate and up
-    cache       of composed bases: all experts held; warm: a quarter of them, filled from calibration
-                text; cold: the same, empty at first; direct: nothing is composed
-    ppN, tgN    a prompt of N tokens; N more tokens of a held-out text, one at a time
-
 A figure of speed is the median of several turns; peers run in the same process, turn by turn with ours.
 """
 from __future__ import annotations
@@ -41,7 +35,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import zlib
@@ -66,7 +59,8 @@ PAIR = ("gate", "up")  # the families that every peer compresses
 
 
 # ---- 1. Helpers: rows, tables, timing ------------------------------------------------------------
-# one figure of a benchmark, numbers to six digits; `ratio` is None where nothing is compared
+# one figure of a benchmark, numbers to six digits; `ratio`: times as fast as the best peer, in quality stored /
+# dense numbers of gate and up; None where nothing is compared
 def new_row(suite: str, preset: str, test: str, variant: str, value: float | None, unit: str, **more) -> dict:
     row = {"suite": suite, "preset": preset, "test": test, "variant": variant, "value": value, "unit": unit,
            "ratio": None, **more}
@@ -161,6 +155,8 @@ def load_llama(source: str) -> tuple:
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
         "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
 @torch.no_grad()
 def sliced(dense: nn.Module, slices: int) -> nn.Module:
     """The Qwen2-MoE that computes what a dense Llama computes.
@@ -183,19 +179,21 @@ def sliced(dense: nn.Module, slices: int) -> nn.Module:
     # rows of gate and up, columns of down
     for layer, module in dense_experts(moe).items():
         mlp = dense.model.layers[layer].mlp
-        parts = [mlp.gate_proj.weight.unflatten(0, (slices, -1)), mlp.up_proj.weight.unflatten(0, (slices, -1))]
-        module.gate_up_proj.copy_(torch.cat(parts, 1))
-        module.down_proj.copy_(slices * mlp.down_proj.weight.unflatten(1, (slices, -1)).transpose(0, 1))
+        gate = mlp.gate_proj.weight.unflatten(0, (slices, -1))  # (E, p, d)
+        up = mlp.up_proj.weight.unflatten(0, (slices, -1))
+        down = mlp.down_proj.weight.unflatten(1, (slices, -1))  # (d, E, p)
+        module.gate_up_proj.copy_(torch.cat([gate, up], 1))
+        module.down_proj.copy_(slices * down.transpose(0, 1))
     return moe
 
 
 # write a stock Qwen2-MoE checkpoint that computes what the Llama `source` does; its logits are compared
 def build_smol_moe(source: str, out: Path, slices: int = 8) -> None:
     dense, tokenizer = load_llama(source)
-    c = dense.config
-    fine = c.model_type == "llama" and c.intermediate_size % slices == 0
-    expect(fine, f"{source}: expected a Llama whose width {slices} divides, found {c.model_type} of "
-                 f"{c.intermediate_size}")
+    kind = dense.config.model_type
+    width = dense.config.intermediate_size
+    fine = kind == "llama" and width % slices == 0
+    expect(fine, f"{source}: expected a Llama whose width {slices} divides, found {kind} of {width}")
     with globe.written(out) as tmp:
         # generation's defaults, tokenizer, weights
         for part in (dense.generation_config, tokenizer, sliced(dense, slices)):
@@ -323,9 +321,10 @@ def saliency(model: nn.Module, windows: Tensor) -> dict:
 
 @torch.no_grad()
 def prune(model: nn.Module, ratio: float, windows: Tensor) -> float:
-    """Take out a model's least useful experts (REAP, Lasby et al. 2025); the ratio of gate and up of equal size.
+    """Take a model's least useful experts out, REAP (Lasby et al. 2025); the ratio of gate and up of equal size.
 
-    An expert less saves its gate, up and down: fewer go than others save of gate and up, rounded in its favour.
+    Dropping one expert saves its gate, up and down, so the size of gate+up that the others are held to allows
+    fewer drops; rounded in its favour.
     """
     score = saliency(model, windows)
     for l, (parent, _, module) in globe.experts_modules(model).items():
@@ -388,7 +387,7 @@ def quality_texts(tokenizer, count: int) -> tuple:
     windows = {"topics": torch.stack(evaluated)}
 
     # texts of which nothing is calibrated on
-    root = Path(sysconfig.get_path("stdlib"))
+    root = Path(os.__file__).parent
     for name, files in {"code": ("argparse.py", "tarfile.py"), "license": ("LICENSE.txt",)}.items():
         if (root / files[0]).is_file():
             text = "".join((root / file).read_text() for file in files)
@@ -520,8 +519,7 @@ class Quality:
                  scope=factors.config["bank"]["scope"], metric=factors.config["fit"]["metric"])
 
 
-# Nats lost by GloBE and its peers at the same stored sizes, calibration and texts; with --json FILE, a method's
-# rows are in FILE.part once it is measured
+# Nats lost by GloBE and its peers at the same stored sizes, calibration and texts
 def bench_quality(preset: str, args: Namespace) -> list:
     variants = []
     for name in args.peers:  # a peer, or a group of them
@@ -531,7 +529,7 @@ def bench_quality(preset: str, args: Namespace) -> list:
         for asked, variant in itertools.product(args.ratio, [*variants, "globe"]):
             if not all((asked, variant, text) in job.rows for text in job.windows):
                 job.measure(asked, variant)
-                if args.json:
+                if args.json:  # what is measured so far
                     part = json.dumps({"rows": list(job.rows.values())})
                     globe.write_text(Path(f"{args.json}.part"), part)
 
@@ -691,10 +689,8 @@ def bench_one_token(args: Namespace, r: int = 768) -> list:
 
     # Gaussian numbers that keep a vector's length
     def new(*shape: int) -> Tensor:
-        t = torch.empty(shape, dtype=args.dtype, device=args.device)
-        for part in t:
-            part.copy_(torch.randn(shape[1:], generator=g) / shape[-1] ** 0.5)
-        return t
+        parts = [torch.randn(shape[1:], generator=g) / shape[-1] ** 0.5 for _ in range(shape[0])]
+        return torch.stack(parts).to(args.device, args.dtype)
     with torch.device("meta"):
         dense = Qwen2MoeExperts(Qwen2MoeConfig(hidden_size=D, moe_intermediate_size=P, num_experts=E))
     dense = dense.to(args.dtype).to_empty(device=args.device)
@@ -812,22 +808,8 @@ def beside_best(rows: list) -> list:
     return rows
 
 
-# rows of test "sweep": tokens/s and hit rate against the number of slots per layer
-def sweep_rows(warmed: Callable, text: Tensor, experts: int, args: Namespace, preset: str) -> list:
-    rows = []
-    for slots in sorted({max(1, experts * i // 8) for i in range(9)}):
-        # the third time a text is decoded, the cache holds what it holds
-        model = warmed(per_layer=slots)
-        for _ in range(3):
-            start_counts(model)
-            took = decode(model, text[:, :8 + args.tokens], args.device)
-        rows.append(new_row("decode", preset, "sweep", "globe", args.tokens / took, "tokens/s", cache="warm",
-                            slots=slots, **cache_figures(model)))
-    show(rows, "slots", "cache_mib", "hit_rate", "value", "unit")
-    return rows
-
-
-# Tokens/s of prompt (pp) and decode (tg): dense in each of its ways, and GloBE
+# Tokens/s of prompt (pp) and decode (tg): dense in each of its ways, and GloBE. `cache`: all experts held; warm:
+# a quarter, filled from calibration text; cold: the same, empty at first; direct: nothing is composed
 def bench_decode(preset: str, args: Namespace) -> list:
     if preset == "qwen15":
         return bench_24gib(args)
@@ -848,13 +830,16 @@ def bench_decode(preset: str, args: Namespace) -> list:
         ways = DENSE if preset == "tiny" else DENSE[:2]  # batched_mm copies the weights of a token's experts
         make = {("dense", how): partial(dense, how) for how in ways}
         quarter = {"per_layer": max(1, int(HELD * experts))}
-        for how, cache in {"all": {"mode": "all"}, "warm": quarter, "cold": quarter,
-                           "direct": {"mode": "direct"}}.items():
+        caches = {"all": {"mode": "all"}, "warm": quarter, "cold": quarter, "direct": {"mode": "direct"}}
+        if args.sweep:
+            for i in range(9):
+                slots = max(1, experts * i // 8)
+                caches[f"{slots} slots"] = {"per_layer": slots}
+        for how, cache in caches.items():
             make["globe", how] = partial(warmed, **cache)
-        models = speed_rows(make, text, args, preset)
-        show(models, *DECODE_KEYS)
-        swept = sweep_rows(warmed, text, experts, args, preset) if args.sweep else []
-    return rows + models + swept
+        rows += speed_rows(make, text, args, preset)
+    show(rows, *DECODE_KEYS)
+    return rows
 
 
 # write to/dense and to/globe, in one dtype; the text to measure on and the one that fills caches, (1, n)
@@ -1030,7 +1015,7 @@ def random_meta(cfg: globe.Config, dims: globe.Dims) -> dict:
 
 # ---- 8. decode --preset qwen15: 26.7 GiB of weights on a 24-GiB machine --------------------------
 LIMIT = 21  # GiB that a process may hold of its own before it is ended
-WAYS = {"published": ("plain", "offload"), "fused": ("mapped",), "globe": ("globe",)}  # by layout of the files
+WAYS = {"published": ("plain", "offload"), "fused": ("mapped",), "globe": ("globe",)}  # by files' layout
 
 
 # the dense model over memory-mapped files in the fused layout: eager experts use the pages where they lie
@@ -1123,7 +1108,7 @@ def bench_24gib(args: Namespace) -> list:
     fractions = popularity(checkpoint_of("tiny", args))
     home = globe.user_cache()
     free = shutil.disk_usage(home).free / 2 ** 30
-    expect(free >= 46, f"qwen15: expected 46 GiB free in {home} (GLOBE_CACHE names another), found {free:.0f}")
+    expect(free >= 46, f"qwen15: expected 46 GiB free in GLOBE_CACHE, {home}, found {free:.0f}")
     cfg = globe.load_config(QWEN15, args.set)
     rows = []
     for layout, ways in WAYS.items():
@@ -1381,9 +1366,10 @@ SET = {"nargs": "+", "action": "extend", "metavar": "section.key=value"}
 ONE_OF = {"choices": (*GROUPS["all"], *GROUPS)}
 
 OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help)
-    ("decode fit quality", "--preset", None, MANY, "tiny: the default model; smol-moe (quality): SmolLM2-135M "
-     "of SMOL_DIR or the hub; qwen15 (decode; 46 GiB of disk): Qwen1.5-MoE's shapes, random weights; "
-     "qwen15-layer: one layer of it. Default: tiny; decode by name: qwen15-layer too"),
+    ("decode fit quality", "--preset", None, MANY,
+     "tiny: the default model; smol-moe (quality): SmolLM2-135M, of SMOL_DIR or the hub, in slices; qwen15 "
+     "(decode, 46 GiB of disk): Qwen1.5-MoE's shapes, random weights; qwen15-layer: one layer of it. "
+     "Default: tiny; decode by name: qwen15-layer too"),
     ("decode fit quality", "--set", [], SET, "config of the fits and of the tiny model"),
     ("fit quality", "--steps", None, COUNT, "fit: of each method (60; mobe 50 times as many); "
      "quality: of mobe and slbf (3000)"),
@@ -1395,7 +1381,7 @@ OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help
     ("quality", "--windows", 12, COUNT, "evaluation windows of 512 tokens per text"),
     ("quality", "--png", None, FILE, "file for a plot: loss against size"),
     ("decode", "--tokens", 128, TOKENS, "new tokens (qwen15: at most 32)"),
-    ("decode", "--sweep", False, ON, "also over cache sizes"),
+    ("decode", "--sweep", False, ON, "also with caches of 1 expert a layer to all"),
     (ALL, "--json", None, FILE, "file for the rows"),
     ("report", "--factors", None, {}, "run directory; default: the newest below ./runs"),
     ("report", "--model", None, {}, "source checkpoint, where it is no longer at the run's model.path"),
@@ -1417,8 +1403,8 @@ def parse(argv: list | None) -> Namespace:
     parser = Parser("bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="SUITE", help=f"{ALL} all report sweep; default: decode")
     for names, option, default, about, text in OPTIONS:
-        who = names.replace(ALL, "all suites")
-        parser.add_argument(option, default=default, help=f"[{who}] {text}", **about)
+        about = about | {"default": default, "help": f"[{names.replace(ALL, 'all suites')}] {text}"}
+        parser.add_argument(option, **about)
     args = parser.parse_intermixed_args(argv)
 
     # one command with its settings, or suites
