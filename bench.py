@@ -59,8 +59,8 @@ PAIR = ("gate", "up")  # the families that every peer compresses
 
 
 # ---- 1. Helpers: rows, tables, timing ------------------------------------------------------------
-# one figure of a benchmark, numbers to six digits; `ratio`: times as fast as the best peer, in quality stored /
-# dense numbers of gate and up; None where nothing is compared
+# one figure, numbers to six digits; `ratio`: times as fast as the best peer, None where there is none;
+# of quality: stored / dense numbers of gate and up
 def new_row(suite: str, preset: str, test: str, variant: str, value: float | None, unit: str, **more) -> dict:
     row = {"suite": suite, "preset": preset, "test": test, "variant": variant, "value": value, "unit": unit,
            "ratio": None, **more}
@@ -321,7 +321,7 @@ def saliency(model: nn.Module, windows: Tensor) -> dict:
 
 @torch.no_grad()
 def prune(model: nn.Module, ratio: float, windows: Tensor) -> float:
-    """Take a model's least useful experts out, REAP (Lasby et al. 2025); the ratio of gate and up of equal size.
+    """Take a model's least useful experts out (REAP, Lasby et al. 2025); the equivalent ratio of gate and up.
 
     Dropping one expert saves its gate, up and down, so the size of gate+up that the others are held to allows
     fewer drops; rounded in its favour.
@@ -808,8 +808,8 @@ def beside_best(rows: list) -> list:
     return rows
 
 
-# Tokens/s of prompt (pp) and decode (tg): dense in each of its ways, and GloBE. `cache`: all experts held; warm:
-# a quarter, filled from calibration text; cold: the same, empty at first; direct: nothing is composed
+# Tokens/s of prompt (pp) and decode (tg): dense in each of its ways, and GloBE. `cache` holds all experts; a
+# quarter (warm: those of a calibration text, cold: none at first); or direct: nothing is composed
 def bench_decode(preset: str, args: Namespace) -> list:
     if preset == "qwen15":
         return bench_24gib(args)
@@ -837,9 +837,9 @@ def bench_decode(preset: str, args: Namespace) -> list:
                 caches[f"{slots} slots"] = {"per_layer": slots}
         for how, cache in caches.items():
             make["globe", how] = partial(warmed, **cache)
-        rows += speed_rows(make, text, args, preset)
-    show(rows, *DECODE_KEYS)
-    return rows
+        models = speed_rows(make, text, args, preset)
+    show(models, *DECODE_KEYS)
+    return rows + models
 
 
 # write to/dense and to/globe, in one dtype; the text to measure on and the one that fills caches, (1, n)
