@@ -46,7 +46,6 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import globe
@@ -500,10 +499,9 @@ class Quality:
         self.add_run(asked, variant, fit, fit["factors"], fit["seconds"])
         if self.args.heal and variant == "globe":
             # in a process of its own; the JSON is the last line of stdout
-            own = filter(re.compile(r"heal\.").match, self.args.set)
-            command = [sys.executable, HERE / "train.py", "heal", "--factors", fit["factors"], *device, *own,
-                       "--out", self.scratch / f"heal-{asked}", "calib.sampled=0",
-                       f"calib.text={self.cfg.calib.text}"]
+            command = [sys.executable, HERE / "train.py", "heal", "--factors", fit["factors"], *device,
+                       "--out", self.scratch / f"heal-{asked}", f"calib.text={self.cfg.calib.text}",
+                       "calib.sampled=0", *filter(re.compile(r"heal\.").match, self.args.set)]
             done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
             expect(done.returncode == 0, f"train.py heal: expected exit code 0, found {done.returncode}")
             healed = json.loads(done.stdout.splitlines()[-1])
@@ -701,9 +699,8 @@ def bench_one_token(args: Namespace, r: int = 768) -> list:
     # the peers hold the same weights, multiplied out
     for e in range(E):
         dense.gate_up_proj[e] = torch.cat([A[0][e] @ X[0][e], A[1][e] @ X[1][e]])
-    turns = 16
     x = torch.randn(1, D, generator=g).to(args.device, args.dtype)
-    index = [torch.randperm(E, generator=g)[None, :TOP_K].to(args.device) for _ in range(turns)]
+    index = [torch.randperm(E, generator=g)[None, :TOP_K].to(args.device) for _ in range(3 * REPEATS)]
     weights = torch.full((1, TOP_K), 0.25, device=args.device)
 
     # ours: every expert in its slot, down dense
@@ -711,12 +708,12 @@ def bench_one_token(args: Namespace, r: int = 768) -> list:
     operands = (X[0], A[0], X[1], A[1], dense.down_proj, None)
 
     def native(turn: int) -> Tensor:
-        return torch.ops.globe.experts_decode(x, index[turn % turns], weights, table, table, *operands,
+        return torch.ops.globe.experts_decode(x, index[turn], weights, table, table, *operands,
                                               [1, 1, 0], [1.0] * 3, [0.0] * 3, "silu")
 
     def stock(how: str, turn: int) -> Tensor:
         dense.config._experts_implementation = how
-        return dense(x, index[turn % turns], weights.to(x.dtype))
+        return dense(x, index[turn], weights.to(x.dtype))
     variants = {"native": native} | {how: partial(stock, how) for how in DENSE}
     traffic = TOP_K * (2 * r * D + 2 * P * r + D * P) * x.element_size()
     rows = race("decode", f"one token, r {r}", variants, stock("eager", 0), traffic, args, 0.05,
@@ -987,14 +984,13 @@ def write_qwen15(to: Path, layout: str, fractions: Tensor, layers: int = 24, voc
     makers = {}
     for name, t in sorted(model.state_dict().items(), key=lambda item: item[1].dtype == torch.int8):
         kept = t.dtype in (torch.int8, torch.int32) or name.endswith("_val")
-        parts = {name: tuple(t.shape)}
-        if layout == "published":
-            parts = matrices_of(name, tuple(t.shape))
+        whole = {name: tuple(t.shape)}
+        parts = matrices_of(name, tuple(t.shape)) if layout == "published" else whole
         for part, shape in parts.items():
             shapes[part] = t.dtype if kept else torch.bfloat16, shape
             makers[part] = partial(random.make, part, shape)
-    tensors = globe.LazyDict(makers)
-    globe.write_tensors(to / "model.safetensors", shapes, tensors, {"format": "pt"}, sync=False)
+    weights = to / "model.safetensors"
+    globe.write_tensors(weights, shapes, globe.LazyDict(makers), {"format": "pt"}, sync=False)
 
 
 # what describes factors of the sizes that cfg asks for
@@ -1018,30 +1014,22 @@ LIMIT = 21  # GiB that a process may hold of its own before it is ended
 WAYS = {"published": ("plain", "offload"), "fused": ("mapped",), "globe": ("globe",)}  # by files' layout
 
 
-# the dense model over memory-mapped files in the fused layout: eager experts use the pages where they lie
-def mapped(directory: Path) -> nn.Module:
-    model = globe.empty_model(globe.read_json(directory / "config.json"), torch.bfloat16, directory)
-    for path in directory.glob("*.safetensors"):
-        for name, t in load_file(path).items():
-            globe.assign(model, name, t)
-    model.set_experts_implementation("eager")
-    return globe.finish_model(model, directory, CPU)
-
-
-# globe, mapped, plain (from_pretrained), or offload (from_pretrained with what does not fit on the disk)
-def load_contender(folder: Path, how: str, cache: globe.CacheConfig) -> nn.Module:
+# globe, or transformers' from_pretrained: plain; offload, with what does not fit on the disk; mapped, fused
+# files, which it maps into memory: eager experts use the pages where they lie
+def load_contender(folder: Path, how: str, cache: globe.CacheConfig | None = None) -> nn.Module:
     from transformers import AutoModelForCausalLM
     if how == "globe":
         model = globe.load(folder, cache=cache)
         globe.warm(model, as_words("calibration", 128, VOCAB))
         return model
-    if how == "mapped":
-        return mapped(folder)
     more = {}
     if how == "offload":
         memory = {"cpu": f"{LIMIT - 3}GiB"}
         more = {"device_map": "auto", "max_memory": memory, "offload_folder": str(folder / "offload")}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **more)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **more)
+    if how == "mapped":
+        model.set_experts_implementation("eager")
+    return model
 
 
 # one way, in a process of its own: a prompt of 8 tokens, then `tokens` more in each turn; sends its figures
@@ -1408,15 +1396,17 @@ def parse(argv: list | None) -> Namespace:
     args = parser.parse_intermixed_args(argv)
 
     # one command with its settings, or suites
-    args.asked = list(SUITES) if "all" in args.words else args.words or ["decode"]
+    args.asked = args.words or ["decode"]
     if args.asked[0] in COMMANDS:
-        args.asked = args.words[:1]
         args.overrides = args.words[1:]
+        args.asked = args.words[:1]
         for word in args.overrides:
             expect("=" in word, f"{args.asked[0]}: expected section.key=value, found {word!r}")
     for word in args.asked:
-        fine = word in SUITES or args.asked[0] in COMMANDS
+        fine = word in SUITES or word == "all" or len(args.asked) == 1 and word in COMMANDS
         expect(fine, f"suite: expected {', '.join(SUITES)} or all, found {word!r}")
+    if "all" in args.asked:
+        args.asked = list(SUITES)
 
     # an option must be known to one of what was asked for
     for names, option, default, _, _ in OPTIONS:
