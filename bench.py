@@ -368,8 +368,7 @@ def quality_texts(tokenizer, count: int) -> tuple:
     """({text name: windows (N, 512)}, calibration text): the rest of topics, and other texts.
 
     The documentation repeats itself, so parts of its windows recur in the calibration text; code has none.
-    topics: tokens i * 4096 + 512 .. i * 4096 + 1024 of pydoc_data.topics, i = 0..count-1; code: argparse.py
-    and tarfile.py; license: CPython's LICENSE.txt, where it is installed.
+    topics: tokens i * 4096 + 512 .. i * 4096 + 1024 of pydoc_data.topics, i = 0..count-1.
     """
     # of every 4096 tokens of the documentation, 512 are evaluated on and the others calibrated on
     from pydoc_data.topics import topics
@@ -989,8 +988,7 @@ def write_qwen15(to: Path, layout: str, fractions: Tensor, layers: int = 24, voc
         for part, shape in parts.items():
             shapes[part] = t.dtype if kept else torch.bfloat16, shape
             makers[part] = partial(random.make, part, shape)
-    weights = to / "model.safetensors"
-    globe.write_tensors(weights, shapes, globe.LazyDict(makers), {"format": "pt"}, sync=False)
+    globe.write_tensors(to / "model.safetensors", shapes, globe.LazyDict(makers), {"format": "pt"}, sync=False)
 
 
 # what describes factors of the sizes that cfg asks for
@@ -1402,9 +1400,9 @@ def parse(argv: list | None) -> Namespace:
         args.asked = args.words[:1]
         for word in args.overrides:
             expect("=" in word, f"{args.asked[0]}: expected section.key=value, found {word!r}")
-    for word in args.asked:
-        fine = word in SUITES or word == "all" or len(args.asked) == 1 and word in COMMANDS
-        expect(fine, f"suite: expected {', '.join(SUITES)} or all, found {word!r}")
+    else:
+        for word in args.asked:
+            expect(word in (*SUITES, "all"), f"suite: expected {', '.join(SUITES)} or all, found {word!r}")
     if "all" in args.asked:
         args.asked = list(SUITES)
 
