@@ -980,15 +980,15 @@ def write_qwen15(to: Path, layout: str, fractions: Tensor, layers: int = 24, voc
     # the guards of one byte last: what followed one would lie at odd addresses
     random = RandomWeights(vocab, fractions)
     shapes = {}
-    makers = {}
+    make = {}
     for name, t in sorted(model.state_dict().items(), key=lambda item: item[1].dtype == torch.int8):
         kept = t.dtype in (torch.int8, torch.int32) or name.endswith("_val")
         whole = {name: tuple(t.shape)}
         parts = matrices_of(name, tuple(t.shape)) if layout == "published" else whole
         for part, shape in parts.items():
             shapes[part] = t.dtype if kept else torch.bfloat16, shape
-            makers[part] = partial(random.make, part, shape)
-    globe.write_tensors(to / "model.safetensors", shapes, globe.LazyDict(makers), {"format": "pt"}, sync=False)
+            make[part] = partial(random.make, part, shape)
+    globe.write_tensors(to / "model.safetensors", shapes, globe.LazyDict(make), {"format": "pt"}, sync=False)
 
 
 # what describes factors of the sizes that cfg asks for
@@ -1305,8 +1305,7 @@ def sweep(args: Namespace) -> dict:
         options = [f"{option}={value}" for option, value in given.items() if value]
 
         # a run per combination; fit.json is written when it is finished
-        fresh = globe.Config(model=globe.ModelConfig(path="sweep"))
-        base = Path(args.out) if args.out else globe.new_run(fresh)
+        base = Path(args.out or globe.new_run(globe.Config(model=globe.ModelConfig(path="sweep"))))
         for values, settings in combinations:
             short = [key.rpartition(".")[2] for key in grid]
             out = base / "-".join(map("=".join, zip(short, values)))
