@@ -1092,21 +1092,22 @@ def watched(folder: Path, how: str, tokens: int, cache: globe.CacheConfig, limit
 def bench_24gib(args: Namespace) -> list:
     need_native("experts_decode", CPU)
     fractions = popularity(checkpoint_of("tiny", args))
-    home = globe.user_cache()
-    free = shutil.disk_usage(home).free / 2 ** 30
-    expect(free >= 46, f"qwen15: expected 46 GiB free in GLOBE_CACHE, {home}, found {free:.0f}")
+    model = globe.user_cache() / "qwen15"
+    shutil.rmtree(model, ignore_errors=True)  # of a run that was killed
+    free = shutil.disk_usage(model.parent).free / 2 ** 30
+    expect(free >= 46, f"qwen15: expected 46 GiB free in GLOBE_CACHE, {model.parent}, found {free:.0f}")
     cfg = globe.load_config(QWEN15, args.set)
     rows = []
     for layout, ways in WAYS.items():
-        # one layout at a time: the disk need not hold two
-        with tempfile.TemporaryDirectory(prefix="qwen15-", dir=home) as folder:
-            model = Path(folder) / "model"
+        try:  # one layout at a time: the disk need not hold two
             with globe.written(model) as tmp:
                 write_qwen15(tmp, layout, fractions, cfg=cfg)
             for how in ways:
                 say(f"  {how}, {globe.weight_bytes(model) / 2 ** 30:.1f} GiB on disk")
                 tokens = 2 if how == "offload" else min(args.tokens, 32)
                 rows.append(watched(model, how, tokens, cfg.cache))
+        finally:
+            shutil.rmtree(model, ignore_errors=True)
     show(beside_best(rows), *DECODE_KEYS)
     return rows
 
@@ -1316,8 +1317,8 @@ def sweep(args: Namespace) -> dict:
             rows.append(dict(zip(grid, values)) | globe.read_json(out / "fit.json"))
             fine = rows[-1].pop("settings", None) == settings and "rel_frob" in rows[-1]
             expect(fine, f"{out}: fitted with other settings; choose another --out")
-    columns = (*grid, "ratio", "model_ratio", "seconds", *rows[0]["rel_frob"])
-    show([row | row["rel_frob"] for row in rows], *columns)
+    lines = [row | row["rel_frob"] for row in rows]
+    show(lines, *grid, "ratio", "model_ratio", "seconds", *rows[0]["rel_frob"])
     return {"sweep": str(base), "rows": rows}
 
 
