@@ -1104,8 +1104,7 @@ def bench_24gib(args: Namespace) -> list:
                 write_qwen15(tmp, layout, fractions, cfg=cfg)
             for how in ways:
                 say(f"  {how}, {globe.weight_bytes(model) / 2 ** 30:.1f} GiB on disk")
-                tokens = 2 if how == "offload" else min(args.tokens, 32)
-                rows.append(watched(model, how, tokens, cfg.cache))
+                rows.append(watched(model, how, 2 if how == "offload" else min(args.tokens, 32), cfg.cache))
         finally:
             shutil.rmtree(model, ignore_errors=True)
     show(beside_best(rows), *DECODE_KEYS)
