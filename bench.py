@@ -13,7 +13,7 @@ Suites (several in one command, or all) and commands:
     fit         seconds, passes, error of the fit's methods on tiny, beside MoBE's setting
     quality     nats lost per token at one stored size, beside the peers, with the same calibration
     report      tables of a run: errors, effective ranks, use of bases, quality, a zero-shot task
-    sweep       a fit per combination of a grid, one table; the same command goes on where it stopped
+    sweep       a fit per combination of a grid, one table; started again, it goes on
 
 A figure of speed is the median of several turns; peers run in the same process, turn by turn with ours.
 """
@@ -58,7 +58,7 @@ PAIR = ("gate", "up")  # the families that every peer compresses
 
 
 # ---- 1. Helpers: rows, tables, timing ------------------------------------------------------------
-# one figure, numbers to six digits; `ratio`: times as fast as the best peer, None where there is none;
+# one figure, numbers to six digits; `ratio`: times as fast as the best peer, None where none ran;
 # of quality: stored / dense numbers of gate and up
 def new_row(suite: str, preset: str, test: str, variant: str, value: float | None, unit: str, **more) -> dict:
     row = {"suite": suite, "preset": preset, "test": test, "variant": variant, "value": value, "unit": unit,
@@ -346,7 +346,7 @@ MATRIX_PEERS = {
 GROUPS = {"none": (), "closed": ("svd", "svd-llm", "layer-pca", "d2"), "all": (*MATRIX_PEERS, "mobe", "reap")}
 
 
-# put what a peer makes of gate and up into a dense model; (ratio, {family: relative Frobenius error})
+# put what a peer makes of gate and up into a dense model; (ratio, {family: relative error})
 def put_peer(model: nn.Module, name: str, asked: float, factors: dict, args: Namespace) -> tuple:
     peer, calibrated, _ = MATRIX_PEERS[name]
     sums = torch.zeros(3, 2, dtype=torch.float64)  # per family: squares of errors and weights, numbers
@@ -733,7 +733,7 @@ def prefill(model: nn.Module, ids: Tensor, device: torch.device) -> float:
     return timed(lambda: int(model(ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax()), device)
 
 
-# seconds for a text's tokens after its first 8, one at a time: a real text, the same for every model
+# seconds for a text's tokens after its first 8, one at a time: real text, the same for every model
 @torch.no_grad()
 def decode(model: nn.Module, ids: Tensor, device: torch.device) -> float:
     past = model(ids[:, :8], use_cache=True, logits_to_keep=1).past_key_values
