@@ -620,7 +620,7 @@ def bench_compose(preset: None, args: Namespace, r: int = 768) -> list:
         for a in range(0, r, step):
             z = torch.mm(mixtures[part].to(wide), bank[:, a:a + step].reshape(M, -1).to(wide))
             target = out[part, a:a + step]
-            torch.ops.aten.silu.out(z.view(target.shape), out=target)
+            torch.ops.aten.silu.out(z.to(out.dtype).view(target.shape), out=target)
 
     def adds(part: slice) -> None:
         for target, (bases, alphas) in zip(out[part], picks[part]):
