@@ -9,25 +9,13 @@
 Suites (several in one command, or all) and commands:
     compose     composed bases at Qwen1.5-MoE's shapes, against torch's best ways
     sparsemax   sparsemax and entmax-1.5, forward and backward, against the package entmax
-    decode      tokens/s, seconds to load, memory of models: dense in each of transformers' ways, GloBE
+    decode      tokens/s and memory of models: dense in each of transformers' ways, GloBE
     fit         seconds, passes, error of the fit's methods on tiny, beside MoBE's setting
     quality     nats lost per token at one stored size, beside the peers, with the same calibration
-    report      tables and plots of a run: errors, spectra, routing, quality by size, zero-shot tasks
-    sweep       a fit per combination of a grid, one table; the same command goes on where it stopped
+    report      tables of a run: errors, effective ranks, use of bases, quality, a zero-shot task
+    sweep       a fit per combination of a grid, one table; started again, it goes on
 
-Glossary:
-    preset      tiny: the default model; smol-moe: SmolLM2-135M in --experts N slices that act as experts;
-                qwen15: Qwen1.5-MoE-A2.7B's shapes, random weights, tiny's popularity of experts; qwen15-layer
-    variant     what is measured: a peer, or globe; `native` is our operator, `twin` its torch form
-    ratio       speed: times as fast as the best peer; quality: stored / dense numbers of gate and up
-    bits        stored bits per dense weight of gate and up
-    cache       of composed bases: all experts held; warm: a quarter of them, filled from calibration
-                text; cold: the same, empty at first; direct: nothing is composed
-    ppN, tgN    a prompt of N tokens; N more tokens of a held-out text, one at a time
-    peak_gib    the process's peak while that variant alone is loaded and run
-    gbps        bytes that must move over the time; share_of_bandwidth: that over what can move
-
-Peers run in the same process, turn by turn with ours; a figure is the median of the repeats.
+A figure of speed is the median of several turns; peers run in the same process, turn by turn with ours.
 """
 from __future__ import annotations
 
@@ -40,13 +28,13 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import zlib
@@ -58,27 +46,26 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import globe
 from globe import Checkpoint, UserError, expect, say
 
 HERE = Path(globe.__file__).resolve().parent
 CONFIGS = HERE / "configs"
-SMOL_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CPU = torch.device("cpu")
 PAIR = ("gate", "up")  # the families that every peer compresses
 
 
-# ---- 1. Helpers: rows, tables, plots, timing -----------------------------------------------------
-# one figure of a benchmark, numbers to six digits; `ratio` is None where nothing is compared
+# ---- 1. Helpers: rows, tables, timing ------------------------------------------------------------
+# one figure, numbers to six digits; `ratio`: times as fast as the best peer, None where none ran;
+# of quality: stored / dense numbers of gate and up
 def new_row(suite: str, preset: str, test: str, variant: str, value: float | None, unit: str, **more) -> dict:
-    row = {"suite": suite, "preset": preset, "test": test, "variant": variant, "value": value, "unit": unit}
-    row["ratio"] = None
-    for key, value in (row | more).items():
-        row[key] = float(f"{value:.6g}") if isinstance(value, float) else value
+    row = {"suite": suite, "preset": preset, "test": test, "variant": variant, "value": value, "unit": unit,
+           "ratio": None, **more}
+    for key, figure in row.items():
+        if isinstance(figure, float):
+            row[key] = float(f"{figure:.6g}")
     return row
 
 
@@ -96,19 +83,9 @@ def times(value: float | None, reference: float | None) -> float | None:
     return round(value / reference, 3) if value and reference else None
 
 
-# one key of many rows
-def column(rows: list, key: str) -> list:
-    return [row[key] for row in rows]
-
-
 # the rows that have these values
 def where(rows: list, **wanted) -> list:
     return [row for row in rows if wanted.items() <= row.items()]
-
-
-# in hex, of UTF-8
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # the result of a command of globe.py, run in this process; its errors come through as they are
@@ -117,32 +94,7 @@ def run_globe(*argv: object) -> dict:
     return args.run(args)
 
 
-# matplotlib.pyplot that draws into files
-def pyplot():
-    expect(importlib.util.find_spec("matplotlib"), "plots need matplotlib: pip install matplotlib")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
-
-
-# (figure, its panels): n of them beside each other
-def panels(n: int, width: float = 4.3, **more) -> tuple:
-    fig, axes = pyplot().subplots(1, n, figsize=(width * n, 3.8), squeeze=False, **more)
-    return fig, axes[0]
-
-
-# write a figure as PNG, whole or not at all
-def save_plot(fig, path: Path | str) -> Path:
-    fig.tight_layout()
-    with globe.written(Path(path)) as tmp:
-        fig.savefig(tmp, dpi=120, format="png")
-    pyplot().close(fig)
-    return Path(path)
-
-
 # seconds of run(), with what it queued on the device
-@torch.no_grad()
 def timed(run: Callable, device: torch.device) -> float:
     globe.synchronize(device)
     begin = time.perf_counter()
@@ -196,70 +148,55 @@ def load_llama(source: str) -> tuple:
     elif not Path(source).is_dir():
         source = globe.resolve_model(source)
     tokenizer = AutoTokenizer.from_pretrained(source, **more)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **more).eval()
-    if more:  # transformers marks the model quantized, and then it cannot be saved
-        model.hf_quantizer = None
-        model.config.__dict__.pop("quantization_config", None)
-    return model, tokenizer
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **more).eval(), tokenizer
 
 
-NOTHING = 8  # width of the shared expert of smol-moe, which adds nothing
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
         "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def sliced_state(dense: nn.Module, slices: int) -> dict:
-    """The tensors of the Qwen2-MoE that computes what a dense Llama computes.
+@torch.no_grad()
+def sliced(dense: nn.Module, slices: int) -> nn.Module:
+    """The Qwen2-MoE that computes what a dense Llama computes.
 
     The FFN's hidden units are cut into equal slices, all of them active. The router is zero, so every softmax
     weight is 1/slices; down takes the factor `slices` (exact in floating point for a power of two).
     """
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
     c = dense.config
-    state = {}
-    for name, w in dense.state_dict().items():
-        prefix, _, rest = name.rpartition(".mlp.")
-        if prefix:
-            # rows of gate and up, columns of down; shared experts and routers are zero
-            proj = rest.split(".")[0]
-            parts = w.chunk(slices)
-            nothing = w.new_zeros(NOTHING, c.hidden_size)
-            if proj == "down_proj":
-                parts = (w * slices).chunk(slices, 1)
-                nothing = nothing.T
-            for e, part in enumerate(parts):
-                state[f"{prefix}.mlp.experts.{e}.{proj}.weight"] = part
-            state[f"{prefix}.mlp.shared_expert.{proj}.weight"] = nothing
-            state[f"{prefix}.mlp.gate.weight"] = w.new_zeros(slices, c.hidden_size)
-            state[f"{prefix}.mlp.shared_expert_gate.weight"] = w.new_zeros(1, c.hidden_size)
-        elif name != "lm_head.weight" or not c.tie_word_embeddings:
-            state[name] = w
-        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):  # Qwen2 has biases, zero here
-            state[name.replace(".weight", ".bias")] = w.new_zeros(w.shape[0])
-    return state
+    known = {key: getattr(c, key) for key in SAME if getattr(c, key, None) is not None}
+    moe = Qwen2MoeForCausalLM(Qwen2MoeConfig(
+        **known, moe_intermediate_size=c.intermediate_size // slices, num_experts=slices,
+        num_experts_per_tok=slices, shared_expert_intermediate_size=8, norm_topk_prob=False)).float()
+
+    # what both have; biases, routers and the shared experts stay zero
+    state = dense.state_dict()
+    for name, t in moe.state_dict().items():
+        t.copy_(state.get(name, torch.zeros(())))
+
+    # rows of gate and up, columns of down
+    for layer, module in dense_experts(moe).items():
+        mlp = dense.model.layers[layer].mlp
+        gate = mlp.gate_proj.weight.unflatten(0, (slices, -1))  # (E, p, d)
+        up = mlp.up_proj.weight.unflatten(0, (slices, -1))
+        down = mlp.down_proj.weight.unflatten(1, (slices, -1))  # (d, E, p)
+        module.gate_up_proj.copy_(torch.cat([gate, up], 1))
+        module.down_proj.copy_(slices * down.transpose(0, 1))
+    return moe
 
 
 # write a stock Qwen2-MoE checkpoint that computes what the Llama `source` does; its logits are compared
 def build_smol_moe(source: str, out: Path, slices: int = 8) -> None:
-    from transformers import Qwen2MoeConfig
     dense, tokenizer = load_llama(source)
-    c = dense.config
-    width = c.intermediate_size
-    fine = c.model_type == "llama" and width % slices == 0
-    expect(fine, f"{source}: expected a Llama whose width {slices} divides, found {c.model_type} of {width}")
-    known = {key: getattr(c, key) for key in SAME if getattr(c, key, None) is not None}
-    config = Qwen2MoeConfig(
-        **known, moe_intermediate_size=width // slices, num_experts=slices, num_experts_per_tok=slices,
-        shared_expert_intermediate_size=NOTHING, norm_topk_prob=False, architectures=["Qwen2MoeForCausalLM"],
-        dtype=torch.float32)
-    state = sliced_state(dense, slices)
-    shapes = {name: (t.dtype, t.shape) for name, t in state.items()}
+    kind = dense.config.model_type
+    width = dense.config.intermediate_size
+    fine = kind == "llama" and width % slices == 0
+    expect(fine, f"{source}: expected a Llama whose width {slices} divides, found {kind} of {width}")
     with globe.written(out) as tmp:
-        # config, generation's defaults, tokenizer, weights
-        tmp.mkdir()
-        for part in (config, dense.generation_config, tokenizer):
+        # generation's defaults, tokenizer, weights
+        for part in (dense.generation_config, tokenizer, sliced(dense, slices)):
             part.save_pretrained(tmp)
-        globe.write_tensors(tmp / "model.safetensors", shapes, state, {"format": "pt"})
 
         # both models on one sentence
         ids = tokenizer("The reference describes the syntax of assignment.", return_tensors="pt").input_ids
@@ -273,103 +210,73 @@ def build_smol_moe(source: str, out: Path, slices: int = 8) -> None:
 def checkpoint_of(preset: str, args: Namespace) -> Checkpoint:
     if preset == "tiny":
         return globe.open_model(globe.load_config(None, args.set), CPU)
-    path = globe.user_cache() / f"smol-moe-{args.experts}"
+    path = globe.user_cache() / "smol-moe-8"
     if not (path / "config.json").is_file():
-        build_smol_moe(os.environ.get("SMOL_DIR") or SMOL_HUB_ID, path, args.experts)
+        build_smol_moe(os.environ.get("SMOL_DIR") or "HuggingFaceTB/SmolLM2-135M-Instruct", path)
     return Checkpoint(path)
 
 
-# the config file of a preset's fits; tiny's holds the defaults
-def config_of(preset: str) -> str:
-    return str(CONFIGS / {"smol-moe": "smol.yaml"}.get(preset, "tiny.yaml"))
-
-
 # ---- 3. Peers, written from their papers ---------------------------------------------------------
-# Each gives ({(family, layer, expert): W^ (p, d)}, stored numbers) of gate and up at a stored size.
-# L: {layer: (d, d)}, Cholesky factor of the inputs' second moment, as in the fit; {}: no data.
+# Each gives (W^ (2, E, p, d), numbers stored) for one layer's gates and ups W (2, E, p, d) at a stored size.
+# L: (d, d), Cholesky factor of the inputs' second moment, as in the fit; None: no data.
 
 
-# (E, p, d) float32
-def layer_weights(ckpt: Checkpoint, family: str, layer: int) -> Tensor:
-    return torch.stack([ckpt.expert(family, layer, e).float() for e in range(ckpt.dims.experts)])
-
-
-# (E, p, d) -> {(family, layer, expert): (p, d)}
-def by_expert(family: str, layer: int, W: Tensor) -> dict:
-    return {(family, layer, e): w for e, w in enumerate(W)}
-
-
-# argmin of ||(W - W^) L|| at that rank, W (E, p, d): truncated SVD of W L (SVD-LLM, eq. 4)
+# argmin of ||(W - W^) L|| at that rank, W (.., p, d): truncated SVD of W L (SVD-LLM, eq. 4)
 def low_rank(W: Tensor, rank: int, L: Tensor | None) -> Tensor:
     U, S, V = torch.linalg.svd(W if L is None else W @ L, full_matrices=False)
-    out = U[..., :rank] * S[:, None, :rank] @ V[:, :rank]
+    out = U[..., :rank] * S[..., None, :rank] @ V[..., :rank, :]
     return out if L is None else torch.linalg.solve_triangular(L, out, upper=False, left=False)
 
 
 # Truncated SVD of every matrix; with L whitened, as in SVD-LLM (Wang et al. 2024)
-def peer_svd(ckpt: Checkpoint, ratio: float, L: dict, args: Namespace) -> tuple:
-    D = ckpt.dims
-    rank = max(1, int(ratio * D.p * D.d / (D.p + D.d)))
-    out = {}
-    for l, f in itertools.product(D.layers, PAIR):
-        out |= by_expert(f, l, low_rank(layer_weights(ckpt, f, l), rank, L.get(l)))
-    return out, len(out) * rank * (D.p + D.d)
+def peer_svd(W: Tensor, ratio: float, L: Tensor | None, args: Namespace) -> tuple:
+    _, E, p, d = W.shape
+    rank = max(1, int(ratio * p * d / (p + d)))
+    return low_rank(W, rank, L), 2 * E * rank * (p + d)
 
 
-# One basis (r, d) per layer for its gates and ups: leading right singular directions of W L, stacked
-def peer_layer_pca(ckpt: Checkpoint, ratio: float, L: dict, args: Namespace) -> tuple:
-    D = ckpt.dims
-    rows = 2 * D.experts * D.p  # of a layer's gates and ups
-    r = int(ratio * rows * D.d / (rows + D.d))
-    out = {}
-    for l in D.layers:
-        # eigenvectors of the summed Gram matrix (d, d), the largest last
-        WL = torch.cat([layer_weights(ckpt, f, l) for f in PAIR]) @ L[l]
-        Q = torch.linalg.eigh((WL.mT @ WL).sum(0).double())[1][:, -r:].float()
+# One basis (r, d) for gates and ups: leading right singular directions of W L, stacked
+def peer_layer_pca(W: Tensor, ratio: float, L: Tensor, args: Namespace) -> tuple:
+    _, E, p, d = W.shape
+    r = int(ratio * 2 * E * p * d / (2 * E * p + d))
 
-        # project, and take L off again
-        W = torch.linalg.solve_triangular(L[l], WL @ Q @ Q.T, upper=False, left=False)
-        for f, part in zip(PAIR, W.split(D.experts)):
-            out |= by_expert(f, l, part)
-    return out, len(D.layers) * r * (rows + D.d)
+    # eigenvectors of the summed Gram matrix (d, d), the largest last
+    WL = W @ L
+    gram = (WL.mT @ WL).flatten(0, 1).sum(0)
+    Q = torch.linalg.eigh(gram.double())[1][:, -r:].float()
+
+    # project, and take L off again
+    return torch.linalg.solve_triangular(L, WL @ Q @ Q.T, upper=False, left=False), r * (2 * E * p + d)
 
 
-# A layer's mean expert plus a whitened low-rank delta for each (D2-MoE, Gu et al. 2025; plain mean)
-def peer_d2(ckpt: Checkpoint, ratio: float, L: dict, args: Namespace) -> tuple:
-    D = ckpt.dims
-    rank = max(0, int((ratio * D.experts - 1) * D.p * D.d / (D.experts * (D.p + D.d))))
-    out = {}
-    for l, f in itertools.product(D.layers, PAIR):
-        W = layer_weights(ckpt, f, l)
-        mean = W.mean(0)
-        delta = low_rank(W - mean, rank, L[l]) if rank else torch.zeros_like(W)
-        out |= by_expert(f, l, mean + delta)
-    return out, 2 * len(D.layers) * (D.p * D.d + rank * D.experts * (D.p + D.d))
+# The mean expert plus a whitened low-rank delta for each (D2-MoE, Gu et al. 2025; plain mean)
+def peer_d2(W: Tensor, ratio: float, L: Tensor, args: Namespace) -> tuple:
+    _, E, p, d = W.shape
+    rank = max(0, int((ratio * E - 1) * p * d / (E * (p + d))))
+    mean = W.mean(1, keepdim=True)
+    return mean + low_rank(W - mean, rank, L), 2 * (p * d + rank * E * (p + d))
 
 
-def peer_slbf(ckpt: Checkpoint, ratio: float, L: dict, args: Namespace) -> tuple:
+def peer_slbf(W: Tensor, ratio: float, L: None, args: Namespace) -> tuple:
     """Low-rank bases shared by a layer's experts, data-free: W_i = sum_j alpha_ij U_j V_j, two per expert.
 
     They start from each expert's own SVD (so at the plain SVD); then Adam on U, V and alpha.
     """
-    D = ckpt.dims
-    m = 2 * D.experts
-    k = int((ratio * D.experts * D.p * D.d - D.experts * m) / (m * (D.p + D.d)))  # rank of a basis
-    out = {}
-    for l, f in itertools.product(D.layers, PAIR):
-        W = layer_weights(ckpt, f, l)  # (E, p, d)
-        scale = W.square().mean().sqrt()
+    _, E, p, d = W.shape
+    m = 2 * E
+    k = int((ratio * E * p * d - E * m) / (m * (p + d)))  # rank of a basis
+    out = []
+    for dense in W.to(args.device):  # gates, then ups
+        scale = dense.square().mean().sqrt()
 
         # the first k and the next k singular directions of an expert are its two bases
-        U, S, V = torch.linalg.svd(W / scale, full_matrices=False)
+        U, S, V = torch.linalg.svd(dense / scale, full_matrices=False)
         root = S[:, :2 * k].sqrt()
-        U = (U[..., :2 * k] * root[:, None]).unflatten(-1, (2, k)).movedim(-2, 1).reshape(m, D.p, k)
-        V = (root[..., None] * V[:, :2 * k]).reshape(m, k, D.d)
-        alpha = torch.eye(D.experts).repeat_interleave(2, 1) + 1e-3  # (E, m)
-        start = [t.to(args.device) for t in (U, V, alpha)]
-        best = adam_bases(start, (W / scale).to(args.device), args.steps or 3000)
-        out |= by_expert(f, l, best.cpu() * scale)
-    return out, 2 * len(D.layers) * m * (k * (D.p + D.d) + D.experts)
+        U = (U[..., :2 * k] * root[:, None]).unflatten(-1, (2, k)).movedim(-2, 1).reshape(m, p, k)
+        V = (root[..., None] * V[:, :2 * k]).reshape(m, k, d)
+        alpha = torch.eye(E, device=U.device).repeat_interleave(2, 1) + 1e-3  # (E, m)
+        out.append(scale * adam_bases([U, V, alpha], dense / scale, args.steps or 3000))
+    return torch.stack(out).cpu(), 2 * m * (k * (p + d) + E)
 
 
 # sum_j alpha_ij U_j V_j (E, p, d) after Adam from start = U, V, alpha; the start's where that is better
@@ -381,7 +288,7 @@ def adam_bases(start: list, W: Tensor, steps: int, lr: float = 2e-3) -> Tensor:
         return (alpha @ (U @ V).flatten(1)).view(W.shape)
     first = build().detach()
     opt = torch.optim.Adam(x, lr, fused=True)
-    for step in tqdm(range(steps), desc="adam", leave=False):
+    for step in globe.bar("adam")(range(steps)):
         opt.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         opt.zero_grad()
 
@@ -393,51 +300,39 @@ def adam_bases(start: list, W: Tensor, steps: int, lr: float = 2e-3) -> Tensor:
 
 
 # {layer: (E,)} mean over an expert's tokens of router weight times norm of its output (REAP, eq. 9)
-@torch.no_grad()
 def saliency(model: nn.Module, windows: Tensor) -> dict:
     experts = dense_experts(model)
-    total = {}
-    count = {}
+    sums = {}  # norms, tokens
     for module in experts.values():
-        total[module] = torch.zeros(module.num_experts)
-        count[module] = torch.zeros(module.num_experts)
+        sums[module] = torch.zeros(2, module.num_experts)
 
     def collect(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> None:
-        for e in index.unique().tolist():
-            token, slot = (index == e).nonzero(as_tuple=True)
-            h = module._apply_gate(F.linear(x[token], module.gate_up_proj[e]))
-            out = F.linear(h, module.down_proj[e]).norm(dim=-1)
-            total[module][e] += float((weight[token, slot] * out).sum())
-            count[module][e] += len(token)
-    with watching(list(total), collect):
+        call = globe.LayerCall(None, module, x, index, weight, None)
+        for e in range(module.num_experts):
+            group = globe.routed_group(call, [e])
+            group.activate(module, x, slopes=False)
+            sums[module][0, e] += float(group.output().norm(dim=-1).sum())
+            sums[module][1, e] += len(group.h)
+    with watching(list(sums), collect):
         globe.nll(model, windows)
-    return {l: total[module] / count[module].clamp_min(1) for l, module in experts.items()}
+    return {l: sums[module][0] / sums[module][1].clamp_min(1) for l, module in experts.items()}
 
 
 @torch.no_grad()
-def pruned(ckpt: Checkpoint, ratio: float, windows: Tensor, device: torch.device) -> tuple:
-    """(model without its least useful experts, equivalent ratio): REAP (Lasby et al. 2025), at equal size.
+def prune(model: nn.Module, ratio: float, windows: Tensor) -> float:
+    """Take a model's least useful experts out (REAP, Lasby et al. 2025); the equivalent ratio of gate and up.
 
     Dropping one expert saves its gate, up and down, so the size of gate+up that the others are held to allows
     fewer drops; rounded in its favour.
     """
-    from transformers import AutoModelForCausalLM
-    model = globe.load_dense(ckpt.dir, device, None)
     score = saliency(model, windows)
-    n = ckpt.dims.experts
-    kept = math.ceil(n - (1 - ratio) * 2 * n / 3)
-    config = type(model.config)(**{**model.config.to_dict(), "num_experts": kept})
-    small = AutoModelForCausalLM.from_config(config, dtype=ckpt.dtype).eval()
-
-    # experts and router rows of the kept experts, everything else as it is
-    state = model.state_dict()
-    for name, like in small.state_dict().items():
-        if state[name].shape != like.shape:
-            layer = int(name.split("layers.")[1].split(".")[0])
-            rows = score[layer].topk(kept).indices.sort().values
-            state[name] = state[name][rows.to(device)]
-    small.load_state_dict(state)
-    return small.to(device), 1 - (n - kept) * 3 / (2 * n)
+    for l, (parent, _, module) in globe.experts_modules(model).items():
+        n = len(score[l])
+        module.num_experts = math.ceil(n - (1 - ratio) * 2 * n / 3)
+        rows = score[l].topk(module.num_experts).indices.sort().values.to(model.device)
+        for holder, name in ((module, "gate_up_proj"), (module, "down_proj"), (parent.gate, "weight")):
+            setattr(holder, name, nn.Parameter(getattr(holder, name)[rows]))
+    return 1 - (n - module.num_experts) * 3 / (2 * n)
 
 
 # name: (function, whether it is given L, what shares a basis)
@@ -448,52 +343,35 @@ MATRIX_PEERS = {
     "d2": (peer_d2, True, "layer"),
     "slbf": (peer_slbf, False, "layer"),
 }
-CLOSED_FORM = ("svd", "svd-llm", "layer-pca", "d2")
-PEERS = (*CLOSED_FORM, "mobe", "slbf", "reap")
+GROUPS = {"none": (), "closed": ("svd", "svd-llm", "layer-pca", "d2"), "all": (*MATRIX_PEERS, "mobe", "reap")}
 
 
-# write dense weights {(family, layer, expert): (p, d)} into a stock model's fused gate_up_proj
-@torch.no_grad()
-def put_experts(model: nn.Module, weights: dict, p: int) -> None:
-    modules = dense_experts(model)
-    rows = {"gate": slice(0, p), "up": slice(p, None)}
-    for (family, layer, e), W in weights.items():
-        modules[layer].gate_up_proj[e, rows[family]] = W.to(modules[layer].gate_up_proj.dtype)
-
-
-# relative Frobenius error per family of weights {(family, layer, expert): (p, d)}
-def frobenius(ckpt: Checkpoint, weights: dict) -> dict:
-    error = dict.fromkeys(PAIR, 0.0)
-    size = dict.fromkeys(PAIR, 0.0)
-    for (family, layer, e), W in weights.items():
-        dense = ckpt.expert(family, layer, e).float()
-        error[family] += float((dense - W).square().sum())
-        size[family] += float(dense.square().sum())
-    return {family: math.sqrt(error[family] / size[family]) for family in PAIR}
+# put what a peer makes of gate and up into a dense model; (ratio, {family: relative error})
+def put_peer(model: nn.Module, name: str, asked: float, factors: dict, args: Namespace) -> tuple:
+    peer, calibrated, _ = MATRIX_PEERS[name]
+    sums = torch.zeros(3, 2, dtype=torch.float64)  # per family: squares of errors and weights, numbers
+    stored = 0
+    for l, module in dense_experts(model).items():
+        weight = module.gate_up_proj.data  # (E, 2 p, d)
+        W = torch.stack(weight.float().cpu().chunk(2, 1))  # (2, E, p, d)
+        new, numbers = peer(W, asked, factors[l] if calibrated else None, args)
+        weight.copy_(new.transpose(0, 1).flatten(1, 2))
+        stored += numbers
+        sums += torch.stack([(new - W).square().sum((1, 2, 3)), W.square().sum((1, 2, 3)),
+                             torch.full((2,), W[0].numel())])
+    errors = (sums[0] / sums[1]).sqrt().tolist()
+    return stored / float(sums[2].sum()), dict(zip(PAIR, errors))
 
 
 # ---- 4. quality: nats lost per token at one stored size ------------------------------------------
-def quality_texts(tokenizer, count: int, files: list = ()) -> tuple:
+def quality_texts(tokenizer, count: int) -> tuple:
     """({text name: windows (N, 512)}, calibration text): the rest of topics, and other texts.
 
     The documentation repeats itself, so parts of its windows recur in the calibration text; code has none.
-    topics: tokens i * 4096 + 512 .. i * 4096 + 1024 of pydoc_data.topics, i = 0..count-1; code: argparse.py
-    and tarfile.py; license: CPython's LICENSE.txt; files: more texts, each named by its stem. Prints the
-    texts' hashes, since figures depend on them. UserError: a taken name, a text that is calibrated on.
+    topics: tokens i * 4096 + 512 .. i * 4096 + 1024 of pydoc_data.topics, i = 0..count-1.
     """
-    # the texts that are evaluated on whole
-    from pydoc_data.topics import topics
-    root = Path(sysconfig.get_path("stdlib"))
-    texts = {"code": (root / "argparse.py").read_text() + (root / "tarfile.py").read_text()}
-    if (root / "LICENSE.txt").is_file():
-        texts["license"] = (root / "LICENSE.txt").read_text()
-    for file in files:
-        name = Path(file).stem
-        taken = ["topics", *texts]
-        expect(name not in taken, f"--text {file}: expected a file of another name than the texts' {taken}")
-        texts[name] = globe.read_text(file, "test")
-
     # of every 4096 tokens of the documentation, 512 are evaluated on and the others calibrated on
+    from pydoc_data.topics import topics
     prose = "\n\n".join(topics[key] for key in sorted(topics))
     ids = torch.tensor(tokenizer(prose, add_special_tokens=False, verbose=False)["input_ids"])
     evaluated = []
@@ -504,23 +382,18 @@ def quality_texts(tokenizer, count: int, files: list = ()) -> tuple:
         end = begin + 512
         evaluated.append(ids[begin:end])
     calibrated.append(tokenizer.decode(ids[end:]))
-
-    # beside them as much of the library's other texts, twice
-    others = globe.builtin_text("train")[:len(prose)] + globe.builtin_text("calibration")[:len(prose)]
-    calibration = "\n\n".join([*calibrated, others])
     windows = {"topics": torch.stack(evaluated)}
-    sums = {"topics": sha256(prose)[:12]}
-    for name, text in texts.items():
-        windows[name] = globe.token_windows(tokenizer, text, count * 512, 512)
-        sums[name] = sha256(text)[:12]
-    say(f"texts: Python {sys.version.split()[0]}, sha256 {sums}")
 
-    # a given text may be one of the library's own
-    for file in files:
-        starts = map(tokenizer.decode, windows[Path(file).stem][:, :64])
-        seen = sum(part in calibration for part in starts)
-        expect(not seen, f"--text {file}: expected a text that is not calibrated on, found {seen} windows")
-    return windows, calibration
+    # texts of which nothing is calibrated on
+    root = Path(os.__file__).parent
+    for name, files in {"code": ("argparse.py", "tarfile.py"), "license": ("LICENSE.txt",)}.items():
+        if (root / files[0]).is_file():
+            text = "".join((root / file).read_text() for file in files)
+            windows[name] = globe.token_windows(tokenizer, text, count * 512, 512)
+
+    # calibrated on: beside the documentation, as much of the library's other texts, twice
+    others = globe.builtin_text("train")[:len(prose)] + globe.builtin_text("calibration")[:len(prose)]
+    return windows, "\n\n".join([*calibrated, others])
 
 
 class Quality:
@@ -531,40 +404,34 @@ class Quality:
         self.args = args
         self.scratch = scratch
         self.ckpt = checkpoint_of(preset, args)
+        self.config = str(CONFIGS / {"tiny": "tiny.yaml", "smol-moe": "smol.yaml"}[preset])
         self.tokenizer = globe.load_tokenizer(self.ckpt.dir)
-        self.windows, self.calibration = quality_texts(self.tokenizer, args.windows, args.text)
-        self.cfg = globe.load_config(config_of(preset), args.set)
+        self.windows, self.calibration = quality_texts(self.tokenizer, args.windows)
+        self.cfg = globe.load_config(self.config, args.set)
 
         # a hash of all that a figure depends on
         same = [self.ckpt.fingerprint(), {name: w.tolist() for name, w in self.windows.items()},
                 self.calibration, dataclasses.asdict(self.cfg), args.steps, args.heal]
-        self.settings = sha256(json.dumps(same))[:16]
-        self.rows = self.resumed() if args.resume else []
+        self.settings = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
+        self.rows = self.resumed() if args.resume else {}  # {(asked size, variant, text): row}
         self.cfg.calib.text = str(scratch / "calibration.txt")
         Path(self.cfg.calib.text).write_text(self.calibration, encoding="utf-8")
-        self.dense = self.losses(self.load())
+        self.dense = self.losses(globe.load_dense(self.ckpt.dir, args.device, None))
         for text, loss in self.dense.items():
             say(f"{preset}: dense perplexity of {text} {math.exp(loss):.2f}")
 
-    def load(self) -> nn.Module:
-        return globe.load_dense(self.ckpt.dir, self.args.device, None)
-
     # the rows of --json FILE and FILE.part with these settings; rows of older versions name none
-    def resumed(self) -> list:
-        found = {}
-        for file in (Path(self.args.json), Path(f"{self.args.json}.part")):
+    def resumed(self) -> dict:
+        kept = {}
+        for file in (self.args.json, f"{self.args.json}.part"):
             try:
-                rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else ()
+                rows = globe.read_json(Path(file))["rows"] if Path(file).is_file() else ()
                 for row in where(rows, suite="quality", preset=self.preset):
                     if row.get("settings", self.settings) == self.settings and row["text"] in self.windows:
-                        texts = found.setdefault((row["asked"], row["variant"]), {})
-                        texts[row["text"]] = row | {"bits": 16 * row["ratio"]}
-            except (ValueError, TypeError, KeyError, AttributeError):
+                        key = row["asked"], row["variant"], row["text"]
+                        kept[key] = row | {"bits": 16 * row["ratio"]}
+            except (TypeError, KeyError, AttributeError):
                 raise UserError(f"--resume: {file}: expected what bench.py wrote, found other text") from None
-        kept = []
-        for texts in found.values():
-            if len(texts) == len(self.windows):
-                kept += texts.values()
         say(f"--resume: {len(kept)} figures were measured on these texts with these settings")
         return kept
 
@@ -579,10 +446,9 @@ class Quality:
         test = f"{self.ckpt.dims.experts}x{self.ckpt.dims.p}"
         for text, loss in self.losses(model).items():
             delta = loss - self.dense[text]
-            self.rows.append(new_row(
+            self.rows[asked, variant, text] = new_row(
                 "quality", self.preset, test, variant, delta, "nats", text=text, delta_nats=delta,
-                seconds=round(seconds, 1), ratio=ratio, bits=16 * ratio, asked=asked, settings=self.settings,
-                **({"rel_frob": {}, "scope": "expert", "support": None} | more)))
+                seconds=seconds, ratio=ratio, bits=16 * ratio, asked=asked, settings=self.settings, **more)
             say(f"  {variant:9s} ratio {ratio:.3f} {text:8s} delta {delta:+.4f} nats, {seconds:.0f} s")
 
     # {layer: Cholesky factor of the inputs' second moment}; a ridge of 0.1 is worse for the peers
@@ -599,7 +465,7 @@ class Quality:
             self.matrices(asked, variant)
         elif variant == "globe":
             assert self.inputs_factor  # writes the moments
-            self.fitted(asked, variant, "--config", config_of(self.preset), *self.args.set, "calib.save=null",
+            self.fitted(asked, variant, "--config", self.config, *self.args.set, "calib.save=null",
                         f"calib.load={self.scratch}/moments.safetensors")
         elif variant == "mobe":  # its own form, r fitted to the size instead of r = p; data-free
             steps = self.args.steps or 3000
@@ -608,69 +474,65 @@ class Quality:
             begin = time.perf_counter()
             calib = self.cfg.calib
             windows = globe.token_windows(self.tokenizer, self.calibration, calib.tokens, calib.length)
-            small, ratio = pruned(self.ckpt, asked, windows, self.args.device)
-            self.add(asked, variant, small, ratio, time.perf_counter() - begin)
+            model = globe.load_dense(self.ckpt.dir, self.args.device, None)
+            ratio = prune(model, asked, windows)
+            self.add(asked, variant, model, ratio, time.perf_counter() - begin, scope="expert")
 
     # a peer that gives a matrix in place of each; the calibration's time is nobody's own
     def matrices(self, asked: float, variant: str) -> None:
         D = self.ckpt.dims
-        run, calibrated, scope = MATRIX_PEERS[variant]
-        L = self.inputs_factor if calibrated else {}
+        _, calibrated, scope = MATRIX_PEERS[variant]
+        factors = self.inputs_factor if calibrated else {}
+        model = globe.load_dense(self.ckpt.dir, self.args.device, None)
         begin = time.perf_counter()
         with globe.threads_for(D.p, D.d):
-            weights, stored = run(self.ckpt, asked, L, self.args)
+            ratio, errors = put_peer(model, variant, asked, factors, self.args)
         seconds = time.perf_counter() - begin
-        model = self.load()
-        put_experts(model, weights, D.p)
-        ratio = stored / (2 * len(D.layers) * D.experts * D.p * D.d)
-        self.add(asked, variant, model, ratio, seconds, rel_frob=frobenius(self.ckpt, weights), scope=scope)
+        self.add(asked, variant, model, ratio, seconds, rel_frob=errors, scope=scope)
 
     # GloBE, or MoBE by GloBE's fit; with --heal healed too
     def fitted(self, asked: float, variant: str, *settings: object) -> None:
         device = ("--device", self.args.device)
         fit = run_globe("fit", *settings, "--out", self.scratch / f"{variant}-{asked}", *device,
                         f"model.path={self.ckpt.dir}", f"bank.ratio={asked}", "bank.r=null")
-        self.add_run(asked, variant, fit, fit)
+        self.add_run(asked, variant, fit, fit["factors"], fit["seconds"])
         if self.args.heal and variant == "globe":
             # in a process of its own; the JSON is the last line of stdout
-            own = filter(re.compile(r"heal\.").match, self.args.set)
-            command = [sys.executable, HERE / "train.py", "heal", "--factors", fit["factors"], *device, *own,
-                       "--out", self.scratch / f"heal-{asked}", "calib.sampled=0",
-                       f"calib.text={self.cfg.calib.text}"]
+            command = [sys.executable, HERE / "train.py", "heal", "--factors", fit["factors"], *device,
+                       "--out", self.scratch / f"heal-{asked}", f"calib.text={self.cfg.calib.text}",
+                       "calib.sampled=0", *filter(re.compile(r"heal\.").match, self.args.set)]
             done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
             expect(done.returncode == 0, f"train.py heal: expected exit code 0, found {done.returncode}")
             healed = json.loads(done.stdout.splitlines()[-1])
-            self.add_run(asked, "globe+heal", fit, healed | {"seconds": fit["seconds"] + healed["seconds"]})
+            seconds = fit["seconds"] + healed["seconds"]
+            self.add_run(asked, "globe+heal", fit, healed["factors"], seconds)
 
-    # the factors of `run`, which come from this fit
-    def add_run(self, asked: float, variant: str, fit: dict, run: dict) -> None:
-        factors = globe.load_factors(run["factors"])
+    # factors that come from this fit
+    def add_run(self, asked: float, variant: str, fit: dict, path: str, seconds: float) -> None:
+        factors = globe.load_factors(path)
         errors = {family: e["all"] for family, e in globe.reconstruction(self.ckpt, factors).items()}
         model = globe.assemble(self.ckpt, factors, self.args.device)
-        self.add(asked, variant, model, fit["ratio"], run["seconds"], rel_frob=errors, support=fit["support"],
+        self.add(asked, variant, model, fit["ratio"], seconds, rel_frob=errors, support=fit["support"],
                  scope=factors.config["bank"]["scope"], metric=factors.config["fit"]["metric"])
 
 
+# Nats lost by GloBE and its peers at the same stored sizes, calibration and texts
 def bench_quality(preset: str, args: Namespace) -> list:
-    """Nats lost by GloBE and its peers at the same stored sizes, calibration and texts.
-
-    With --json FILE, a method's rows are in FILE.part once it is measured; --resume keeps both's rows.
-    """
-    groups = {"closed": CLOSED_FORM, "all": PEERS, "none": ()}
     variants = []
     for name in args.peers:  # a peer, or a group of them
-        variants += groups.get(name, (name,))
+        variants += GROUPS.get(name, (name,))
     with tempfile.TemporaryDirectory() as scratch:
         job = Quality(preset, args, Path(scratch))
         for asked, variant in itertools.product(args.ratio, [*variants, "globe"]):
-            if not where(job.rows, asked=asked, variant=variant):
+            if not all((asked, variant, text) in job.rows for text in job.windows):
                 job.measure(asked, variant)
-                if args.json:
-                    globe.write_text(Path(f"{args.json}.part"), json.dumps({"rows": job.rows}))
+                if args.json:  # what is measured so far
+                    part = json.dumps({"rows": list(job.rows.values())})
+                    globe.write_text(Path(f"{args.json}.part"), part)
 
     # one line per method and size, a column per text
+    rows = sorted(job.rows.values(), key=lambda row: -row["asked"])
     lines = {}
-    rows = sorted(job.rows, key=lambda row: -row["asked"])
     for row in rows:
         line = lines.setdefault((row["asked"], row["variant"]), dict(row))
         line[row["text"]] = row["delta_nats"]
@@ -680,26 +542,28 @@ def bench_quality(preset: str, args: Namespace) -> list:
     return rows
 
 
-# delta_nats against size, a panel per text, a marker per method; readable in greyscale
-def plot_quality(rows: list, texts: list, path: str) -> None:
-    fig, axes = panels(len(texts), sharey=True)
+# delta_nats against size as PNG, a panel per text, a marker per method; ours are black
+def plot_quality(rows: list, texts: list, path: Path) -> None:
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(4.3 * len(texts), 3.8), layout="tight")
+    axes = fig.subplots(1, len(texts), squeeze=False, sharey=True)[0]
     for ax, text in zip(axes, texts):
-        for i, variant in enumerate(dict.fromkeys(column(rows, "variant"))):
-            mine = sorted(where(rows, text=text, variant=variant), key=lambda row: row["ratio"])
-            look = {"color": "0.5", "linestyle": (":", "--", "-.")[i % 3], "marker": "osv^D*PX<"[i % 9]}
-            if variant.startswith("globe"):
-                look |= {"color": "black", "linestyle": "-"}
-            ax.plot(column(mine, "ratio"), column(mine, "delta_nats"), label=variant, **look)
+        for variant, mark in zip(dict.fromkeys(row["variant"] for row in rows), "osv^D*PX<"):
+            mine = where(rows, text=text, variant=variant)
+            points = sorted((row["ratio"], row["delta_nats"]) for row in mine)
+            color = "black" if variant.startswith("globe") else "0.6"
+            ax.plot(*zip(*points), mark + "-", color=color, label=variant)
         ax.set(title=text, xlabel="stored / dense size of gate and up", yscale="log")
-        ax.locator_params(axis="x", nbins=4)
     axes[0].set_ylabel("increase of the loss (nats per token)")
-    axes[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
-    save_plot(fig, path)
+    axes[-1].legend()
+    with globe.written(path) as tmp:
+        fig.savefig(tmp, dpi=120, format="png")
 
 
 # ---- 5. Operators at Qwen1.5-MoE-A2.7B's shapes: compose, sparsemax, one token of decode ---------
 D, P, M, S, E, TOP_K = 2048, 1408, 128, 12, 60, 4  # d, p; a bank of 128 bases, supports of 12; experts, top-k
 DENSE = ("eager", "grouped_mm", "batched_mm")      # transformers' ways to run experts; the best is the peer
+REPEATS = 5                                        # times that a model is timed; of operators twice as many
 
 
 def race(suite: str, test: str, variants: dict, want: tuple | Tensor, traffic: float, args: Namespace,
@@ -709,37 +573,22 @@ def race(suite: str, test: str, variants: dict, want: tuple | Tensor, traffic: f
     variants: {name: function of the turn, an index, so that no input is still in a cache}; "native" is ours,
     "twin" our torch form, the others are peers. traffic: bytes that must move. `value` is milliseconds.
     """
-    def run(name: str, turn: int) -> tuple | Tensor:
-        with torch.set_grad_enabled(gradients):
-            return variants[name](turn)
-
-    # right first, then fast
-    for name in variants:
-        for got, wanted in zip(run(name, 0), want):
-            error = float((got.detach().double() - wanted.detach().double()).abs().max())
-            if not error <= tolerance:
-                raise RuntimeError(f"{suite} {test}: {name} is off by {error}, more than {tolerance}")
-
-    # turn by turn, so that a slow spell hits all
     seconds = {name: [] for name in variants}
+    with torch.set_grad_enabled(gradients):
+        # right first, then fast
+        for name, run in variants.items():
+            for got, wanted in zip(run(0), want):
+                error = float((got.detach().double() - wanted.detach().double()).abs().max())
+                if not error <= tolerance:
+                    raise RuntimeError(f"{suite} {test}: {name} is off by {error}, more than {tolerance}")
 
-    def race_for(turns: range, names: list) -> None:
-        for turn, name in itertools.product(turns, names):
-            seconds[name].append(timed(partial(run, name, turn), args.device))
-    begin = time.perf_counter()
-    race_for(range(2), list(variants))
+        # turn by turn, so that a slow spell hits all; the first third is not counted
+        for turn, (name, run) in itertools.product(range(3 * REPEATS), variants.items()):
+            seconds[name].append(timed(partial(run, turn), args.device))
+    middle = {name: statistics.median(s[REPEATS:]) for name, s in seconds.items()}
 
-    # the first allocations of a process are dear: quick operators get a fifth of a second to settle
-    warm = max(2, min(20, int(0.4 / (time.perf_counter() - begin))))
-
-    # peers that take five times as long as the best one are timed no more
-    peers = [name for name in variants if name not in ("native", "twin")]
-    first = {name: min(seconds[name]) for name in peers}
-    limit = 5 * min(first.values(), default=0.0)
-    race_for(range(2, warm + 2 * args.repeats), [name for name in variants if first.get(name, 0.0) <= limit])
-
-    # medians beside the best peer's and what the machine can move
-    middle = {name: statistics.median(s[warm:] or s) for name, s in seconds.items()}
+    # beside the best peer's, and what the machine can move
+    peers = middle.keys() - {"native", "twin"}
     best = min(map(middle.get, peers), default=None)
     top = bandwidth(args.device)
     rows = []
@@ -751,172 +600,140 @@ def race(suite: str, test: str, variants: dict, want: tuple | Tensor, traffic: f
 
 
 # One pass over 60 experts, and one expert (a cache miss), against torch's best ways; silu
-def bench_compose(preset: None, args: Namespace) -> list:
+def bench_compose(preset: None, args: Namespace, r: int = 768) -> list:
     need_native("compose", args.device)
     g = torch.Generator().manual_seed(0)
-    return compose_rows(768, g, args) + compose_rows(1408, g, args)
-
-
-# both tests at one r: a bank (m, r, d) and supports of 12 of its bases per expert
-def compose_rows(r: int, g: torch.Generator, args: Namespace) -> list:
     bank = torch.empty(M, r, D, dtype=args.dtype, device=args.device)
     for b in bank:
         b.copy_(torch.randn(r, D, generator=g))
     idx = torch.stack([torch.randperm(M, generator=g)[:S] for _ in range(E)]).to(args.device)  # (E, s)
     val = torch.rand(E, S, generator=g).to(args.device)  # (E, s)
-    weights = torch.zeros(E, M, device=args.device).scatter_(1, idx, val).to(bank.dtype)
-    flat = bank.view(M, -1)
+    mixtures = torch.zeros(E, M, device=args.device).scatter_(1, idx, val)
     picks = list(zip(idx.tolist(), val.tolist()))
     out = torch.empty(E, r, D, dtype=bank.dtype, device=args.device)
 
-    # scaled adds of one expert's bases
-    def adds(turn: int, wide: torch.dtype = bank.dtype) -> Tensor:
-        bases, alphas = picks[turn % E]
-        z = (bank[bases[0]] * alphas[0]).to(wide)
-        for j, alpha in zip(bases[1:], alphas[1:]):
-            z.add_(bank[j], alpha=alpha)
-        return F.silu(z, inplace=True).to(bank.dtype)[None]
+    # dense mixtures as one product: in float32, in pieces, where products of the dtype are slow
+    slow = globe.slow_products(bank.dtype, args.device.type)
+    step, wide = (32, torch.float32) if slow else (r, bank.dtype)
 
-    def each(turn: int) -> Tensor:
-        for e in range(E):
-            out[e] = adds(turn + e)[0]
+    def product(part: slice) -> None:
+        for a in range(0, r, step):
+            z = torch.mm(mixtures[part].to(wide), bank[:, a:a + step].reshape(M, -1).to(wide))
+            target = out[part, a:a + step]
+            torch.ops.aten.silu.out(z.to(out.dtype).view(target.shape), out=target)
+
+    def adds(part: slice) -> None:
+        for target, (bases, alphas) in zip(out[part], picks[part]):
+            z = bank[bases[0]] * alphas[0]
+            for j, alpha in zip(bases[1:], alphas[1:]):
+                z.add_(bank[j], alpha=alpha)
+            torch.ops.aten.silu.out(z, out=target)
+
+    def native(part: slice) -> None:
+        globe.compose(bank, idx[part], val[part], "silu", out=out[part])
+
+    # n experts from the turn's place on
+    def result(way: Callable, n: int, turn: int) -> Tensor:
+        start = turn % (E - n + 1)
+        way(slice(start, start + n))
         return out[:1]
-
-    def dense(turn: int) -> Tensor:
-        torch.mm(weights, flat, out=out.view(E, -1))
-        return F.silu(out, inplace=True)[:1]
-
-    # the dense product in float32, where those of the dtype are slow; the bank in pieces
-    def widened(turn: int, rows: int = 32) -> Tensor:
-        for a in range(0, r, rows):
-            z = torch.mm(weights.float(), bank[:, a:a + rows].reshape(M, -1).float())
-            out[:, a:a + rows] = F.silu(z, inplace=True).view(E, rows, D)
-        return out[:1]
-
-    def native(turn: int) -> Tensor:
-        e = turn % E
-        return globe.compose(bank, idx[e:e + 1], val[e:e + 1], "silu", out=out[:1])
-    every = {"native": lambda turn: globe.compose(bank, idx, val, "silu", out=out)}
-    if not globe.slow_products(bank.dtype, args.device.type):
-        every["dense product"] = dense
-    every |= {"dense product, float32": widened, "scaled adds of each": each}
-    one = {"native": native, "scaled adds": adds, "scaled adds, float32": partial(adds, wide=torch.float32),
-           "dense product": lambda turn: F.silu(weights[turn % E] @ flat).view(1, r, D)}
-
-    # what must move: each used base once and each result once
     want = F.silu(torch.einsum("s,srd->rd", val[0], bank[idx[0]].float()))[None]
-    item = r * D * bank.element_size()
-    dtype = str(bank.dtype)
-    bases = len(idx.unique())
-    rows = race("compose", f"60 experts, r {r}", every, want, (bases + E) * item, args, dtype=dtype)
-    return rows + race("compose", f"1 expert, r {r}", one, want, (S + 1) * item, args, dtype=dtype)
+    rows = []
+    for n, test, bases in ((E, "60 experts", len(idx.unique())), (1, "1 expert", S)):
+        variants = {"native": partial(result, native, n), "dense product": partial(result, product, n),
+                    "scaled adds": partial(result, adds, n)}
+        # what must move: each used base once and each result once
+        traffic = (bases + n) * out[0].nbytes
+        rows += race("compose", f"{test}, r {r}", variants, want, traffic, args, dtype=str(bank.dtype))
+    return rows
 
 
 # sparsemax and entmax-1.5, forward and backward, against the `entmax` package and our torch form
 def bench_sparsemax(preset: None, args: Namespace) -> list:
     need_native("simplex", args.device)
     g = torch.Generator().manual_seed(0)
+    x = torch.randn(1440, 128, generator=g).to(args.device)
+    grad = torch.randn(1440, 128, generator=g).to(args.device)
     peer = importlib.util.find_spec("entmax") and importlib.import_module("entmax")
     if not peer:
         say("sparsemax: the peer is the package entmax, which is not installed: no ratio")
+
+    # result and gradient of f over the last dim
+    def both(f: Callable, x: Tensor, turn: int = 0) -> tuple:
+        leaf = x.detach().requires_grad_()
+        y = f(leaf)
+        y.backward(grad)
+        return y, leaf.grad
     rows = []
-    for shape, (name, alpha) in itertools.product(((1440, 128), (24, 60, 256)),
-                                                  (("sparsemax", 2.0), ("entmax15", 1.5))):
-        x = torch.randn(shape, generator=g).to(args.device)
-        grad = torch.randn(shape, generator=g).to(args.device)
-
-        # result and gradient of f over the last dim
-        def both(f: Callable, x: Tensor, turn: int = 0, grad: Tensor = grad) -> tuple:
-            leaf = x.detach().requires_grad_()
-            y = f(leaf)
-            y.backward(grad)
-            return y, leaf.grad
-
-        def twin(leaf: Tensor, alpha: float = alpha) -> Tensor:
-            return globe.SimplexMap.apply(leaf, alpha, False)[0]
-        variants = {"native": partial(both, getattr(globe, name), x), "twin": partial(both, twin, x)}
+    for name, alpha in (("sparsemax", 2.0), ("entmax15", 1.5)):
+        maps = {"native": getattr(globe, name),
+                "twin": lambda leaf, alpha=alpha: globe.SimplexMap.apply(leaf, alpha, False)[0]}
         if peer:
-            variants["entmax"] = partial(both, partial(getattr(peer, name), dim=-1), x)
-        want = both(twin, x.double())
-        rows += race("sparsemax", f"{name} {shape}", variants, want, 5 * x.nbytes, args, 1e-4, True)
+            maps["entmax"] = partial(getattr(peer, name), dim=-1)
+        variants = {variant: partial(both, f, x) for variant, f in maps.items()}
+        want = both(maps["twin"], x.double())
+        rows += race("sparsemax", f"{name} {tuple(x.shape)}", variants, want, 5 * x.nbytes, args, 1e-4, True)
     return rows
 
 
 # One token through one Qwen1.5-MoE layer, all cached: experts_decode against transformers' experts
-def bench_one_token(args: Namespace) -> list:
+@torch.no_grad()
+def bench_one_token(args: Namespace, r: int = 768) -> list:
     from transformers import Qwen2MoeConfig
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
     need_native("experts_decode", args.device)
     g = torch.Generator().manual_seed(0)
-    with torch.device("meta"):
-        dense = Qwen2MoeExperts(Qwen2MoeConfig(hidden_size=D, moe_intermediate_size=P, num_experts=E))
-    dense = dense.to(args.dtype).to_empty(device=args.device).requires_grad_(False)
 
     # Gaussian numbers that keep a vector's length
     def new(*shape: int) -> Tensor:
-        t = torch.empty(shape, dtype=args.dtype, device=args.device)
-        for part in t:
-            part.copy_(torch.randn(shape[1:], generator=g) / shape[-1] ** 0.5)
-        return t
+        parts = [torch.randn(shape[1:], generator=g) / shape[-1] ** 0.5 for _ in range(shape[0])]
+        return torch.stack(parts).to(args.device, args.dtype)
+    with torch.device("meta"):
+        dense = Qwen2MoeExperts(Qwen2MoeConfig(hidden_size=D, moe_intermediate_size=P, num_experts=E))
+    dense = dense.to(args.dtype).to_empty(device=args.device)
     dense.down_proj.copy_(new(E, D, P))
-    rows = one_token_rows(dense, [new(E, P, 768), new(E, P, 768)], [new(E, 768, D), new(E, 768, D)], g, args)
-    return rows + one_token_rows(dense, [None, None], [new(E, P, D), new(E, P, D)], g, args)
+    A = [new(E, P, r), new(E, P, r)]  # of gate and up
+    X = [new(E, r, D), new(E, r, D)]
 
-
-# A: adapters (E, p, r) of gate and up, or two None where `held` (E, r, d) are whole matrices
-def one_token_rows(dense: nn.Module, A: list, held: list, g: torch.Generator, args: Namespace) -> list:
-    r = held[0].shape[1]
-    down = dense.down_proj.data  # (E, d, p)
-
-    # the peers hold the same weights, multiplied out
+    # the peers hold the same weights, multiplied out (in float32: half types' products can take minutes)
     for e, i in itertools.product(range(E), range(2)):
-        W = held[i][e] if A[i] is None else A[i][e] @ held[i][e]
-        dense.gate_up_proj[e, i * P:(i + 1) * P] = W
-    turns = 16
+        dense.gate_up_proj[e, i * P:(i + 1) * P] = A[i][e].float() @ X[i][e].float()
     x = torch.randn(1, D, generator=g).to(args.device, args.dtype)
-    index = [torch.randperm(E, generator=g)[None, :TOP_K].to(args.device) for _ in range(turns)]
+    index = [torch.randperm(E, generator=g)[None, :TOP_K].to(args.device) for _ in range(3 * REPEATS)]
     weights = torch.full((1, TOP_K), 0.25, device=args.device)
-
-    # what turn 0 gives in float32
-    want = torch.zeros(1, D, device=args.device)
-    for e in index[0][0].tolist():
-        gate, up = (dense.gate_up_proj[e].float() @ x[0].float()).split(P)
-        want += 0.25 * (down[e].float() @ (F.silu(gate) * up))
 
     # ours: every expert in its slot, down dense
     table = torch.arange(E, device=args.device)
-    held_by_family = (held[0], A[0], held[1], A[1], down, None)
-    constants = ([1, 1, 0], [1.0] * 3, [0.0] * 3, "silu")
+    operands = (X[0], A[0], X[1], A[1], dense.down_proj, None)
 
     def native(turn: int) -> Tensor:
-        at = index[turn % turns]
-        return torch.ops.globe.experts_decode(x, at, weights, table, table, *held_by_family, *constants)
+        return torch.ops.globe.experts_decode(x, index[turn], weights, table, table, *operands,
+                                              [1, 1, 0], [1.0] * 3, [0.0] * 3, "silu")
 
     def stock(how: str, turn: int) -> Tensor:
         dense.config._experts_implementation = how
-        return dense(x, index[turn % turns], weights.to(x.dtype))
+        return dense(x, index[turn], weights.to(x.dtype))
     variants = {"native": native} | {how: partial(stock, how) for how in DENSE}
-    numbers = 2 * r * D + D * P  # that a token reads of an expert
-    test = "one token, weights held"
-    if A[0] is not None:
-        numbers += 2 * P * r
-        test = f"one token, r {r}"
-    rows = race("decode", test, variants, want, TOP_K * numbers * down.element_size(), args, 0.05)
-    return [row | {"preset": "qwen15-layer", "dtype": str(args.dtype)} for row in rows]
+    traffic = TOP_K * (2 * r * D + 2 * P * r + D * P) * x.element_size()
+    rows = race("decode", f"one token, r {r}", variants, stock("eager", 0), traffic, args, 0.05,
+                dtype=str(args.dtype))
+    return [row | {"preset": "qwen15-layer"} for row in rows]
 
 
 # ---- 6. decode: whole models ---------------------------------------------------------------------
-HELD = 0.25  # of the experts that the caches of `warm` and `cold` hold
+HELD = 0.25    # of the experts that the caches of `warm` and `cold` hold
+PROMPT = 512   # tokens of the prefill test
 DECODE_KEYS = ("test", "variant", "implementation", "value", "unit", "ratio", "peak_gib", "weights_gib",
                "cache_mib", "hit_rate")
 
 
 # seconds from a prompt ids (1, n) to its first new token
+@torch.no_grad()
 def prefill(model: nn.Module, ids: Tensor, device: torch.device) -> float:
     return timed(lambda: int(model(ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax()), device)
 
 
-# seconds for a text's tokens after its first 8, one at a time: a real text, the same for every model
+# seconds for a text's tokens after its first 8, one at a time: real text, the same for every model
 @torch.no_grad()
 def decode(model: nn.Module, ids: Tensor, device: torch.device) -> float:
     past = model(ids[:, :8], use_cache=True, logits_to_keep=1).past_key_values
@@ -944,18 +761,9 @@ def cache_figures(model: nn.Module) -> dict:
     return {"cache_mib": stats["cache_mib"], "hit_rate": hit_rate, "weights_gib": gib}
 
 
-# {key: seconds of run(thing, key) in each turn} for {key: thing}, turn by turn; the first is not counted
-def in_turns(things: dict, run: Callable, args: Namespace) -> dict:
-    seconds = {key: [] for key in things}
-    for _ in range(args.repeats + 1):
-        for key, thing in things.items():
-            seconds[key].append(run(thing, key))
-    return {key: took[1:] for key, took in seconds.items()}
-
-
 # Rows of pp and tg for {(variant, how): function that makes a model}: memory one by one, then speed
 def speed_rows(make: dict, text: Tensor, args: Namespace, preset: str) -> list:
-    runs = {f"pp{args.prefill}": lambda model: prefill(model, text[:, :args.prefill], args.device),
+    runs = {f"pp{PROMPT}": lambda model: prefill(model, text[:, :PROMPT], args.device),
             f"tg{args.tokens}": lambda model: decode(model, text[:, :8 + args.tokens], args.device)}
 
     # a model alone in memory, run once
@@ -968,81 +776,47 @@ def speed_rows(make: dict, text: Tensor, args: Namespace, preset: str) -> list:
             run(model)
         peak[key] = globe.peak_gib(args.device)
         model = None
-    models = {key: load() for key, load in make.items()}
 
-    def afresh(model: nn.Module, key: tuple) -> float:
-        start_counts(model, forget=key[1] == "cold")
-        return runs[test](model)
+    # turn by turn; the first one is not counted
+    models = {key: load() for key, load in make.items()}
     rows = []
-    for test in runs:
+    for test, run in runs.items():
+        speeds = {key: [] for key in models}
+        for _, (key, model) in itertools.product(range(1 + REPEATS), models.items()):
+            start_counts(model, forget=key[1] == "cold")
+            speeds[key].append(int(test[2:]) / run(model))
         mine = []
-        tokens = int(test[2:])
-        for (variant, how), took in in_turns(models, afresh, args).items():
-            speeds = [tokens / s for s in took]
-            value = statistics.median(speeds)
-            mine.append(new_row("decode", preset, test, variant, value, "tokens/s", implementation=how,
-                                spread=statistics.pstdev(speeds), peak_gib=peak[variant, how],
-                                **cache_figures(models[variant, how])))
-            mine[-1]["cache"] = how if variant == "globe" else None
-            if test[:2] == "pp":
-                mine[-1]["ttft_ms"] = 1e3 * tokens / value
+        for (variant, how), model in models.items():
+            counted = speeds[variant, how][1:]
+            mine.append(new_row(
+                "decode", preset, test, variant, statistics.median(counted), "tokens/s", implementation=how,
+                cache=how if variant == "globe" else None, spread=statistics.pstdev(counted),
+                peak_gib=peak[variant, how], **cache_figures(model)))
         rows += beside_best(mine)
     return rows
 
 
 # the rows with their ratio to the best of the dense ways
 def beside_best(rows: list) -> list:
-    best = max(filter(None, column(where(rows, variant="dense"), "value")), default=None)
+    best = max(row["value"] or 0.0 for row in where(rows, variant="dense"))
     for row in rows:
         row["ratio"] = times(row["value"], best)
     return rows
 
 
-# seconds to a model that can run, for {variant: function that makes it}
-def load_rows(load: dict, args: Namespace, preset: str) -> list:
-    rows = []
-    for variant, took in in_turns(load, lambda make, _: timed(make, args.device), args).items():
-        rows.append(new_row("decode", preset, "load", variant, statistics.median(took), "s", cache=None,
-                            implementation=None, spread=statistics.pstdev(took), peak_gib=None))
-        rows[-1]["ratio"] = times(rows[0]["value"], rows[-1]["value"])
-    return rows
-
-
-# rows of test "sweep": tokens/s and hit rate against the number of slots per layer; a plot with --png
-def sweep_rows(warmed: Callable, text: Tensor, experts: int, args: Namespace, preset: str) -> list:
-    rows = []
-    for slots in sorted({1, *(max(1, experts * i // 8) for i in range(1, 9))}):
-        # the third time a text is decoded, the cache holds what it holds
-        model = warmed(per_layer=slots)
-        for _ in range(3):
-            start_counts(model)
-            took = decode(model, text[:, :8 + args.tokens], args.device)
-        rows.append(new_row("decode", preset, "sweep", "globe", args.tokens / took, "tokens/s", cache="warm",
-                            slots=slots, peak_gib=None, **cache_figures(model)))
-    show(rows, "slots", "cache_mib", "hit_rate", "value", "unit")
-    if args.png:
-        fig, axes = panels(2)
-        for ax, key, title in zip(axes, ("value", "hit_rate"), (f"{preset}: tokens/s", "hit rate")):
-            ax.plot(column(rows, "cache_mib"), column(rows, key), "ko-")
-            ax.set(title=title, xlabel="MiB held by the caches", ylim=(0, None))
-        save_plot(fig, args.png)
-    return rows
-
-
-# Tokens/s of prompt (pp) and decode (tg), seconds of loading: dense in each of its ways, and GloBE
+# Tokens/s of prompt (pp) and decode (tg): dense in each of its ways, and GloBE. `cache` holds all experts; a
+# quarter (warm: those of a calibration text, cold: none at first); or direct: nothing is composed
 def bench_decode(preset: str, args: Namespace) -> list:
     if preset == "qwen15":
         return bench_24gib(args)
     rows = bench_one_token(args) if preset == "qwen15-layer" else []
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "dense"
         text, calibration = decode_models(preset, Path(folder), args)
-        experts = globe.dims_of(globe.read_json(source / "config.json")).experts
+        experts = globe.dims_of(globe.read_json(Path(folder) / "dense" / "config.json")).experts
 
-        def dense(how: str | None = None) -> nn.Module:
-            model = globe.load_dense(source, args.device, args.dtype)
-            if how:
-                model.set_experts_implementation(how)
+        def dense(how: str) -> nn.Module:
+            model = globe.load_dense(Path(folder) / "dense", args.device, args.dtype)
+            model.set_experts_implementation(how)
             return model
 
         def warmed(**cache) -> nn.Module:
@@ -1050,18 +824,18 @@ def bench_decode(preset: str, args: Namespace) -> list:
             globe.warm(model, calibration)
             return model
         ways = DENSE if preset == "tiny" else DENSE[:2]  # batched_mm copies the weights of a token's experts
-        quarter = max(1, int(HELD * experts))
         make = {("dense", how): partial(dense, how) for how in ways}
-        make["globe", "all"] = partial(warmed, mode="all")
-        make["globe", "warm"] = partial(warmed, per_layer=quarter)
-        make["globe", "cold"] = partial(warmed, per_layer=quarter)
-        make["globe", "direct"] = partial(warmed, mode="direct")
+        quarter = {"per_layer": max(1, int(HELD * experts))}
+        caches = {"all": {"mode": "all"}, "warm": quarter, "cold": quarter, "direct": {"mode": "direct"}}
+        if args.sweep:
+            for i in range(9):
+                slots = max(1, experts * i // 8)
+                caches[f"{slots} slots"] = {"per_layer": slots}
+        for how, cache in caches.items():
+            make["globe", how] = partial(warmed, **cache)
         models = speed_rows(make, text, args, preset)
-        ours = partial(globe.load, f"{folder}/globe", args.device, args.dtype)
-        models += load_rows({"dense": dense, "globe": ours}, args, preset)
-        show(models, *DECODE_KEYS)
-        swept = sweep_rows(warmed, text, experts, args, preset) if args.sweep else []
-    return rows + models + swept
+    show(models, *DECODE_KEYS)
+    return rows + models
 
 
 # write to/dense and to/globe, in one dtype; the text to measure on and the one that fills caches, (1, n)
@@ -1070,7 +844,7 @@ def decode_models(preset: str, to: Path, args: Namespace) -> tuple:
     if preset == "qwen15-layer":
         fractions = popularity(source)
         write_qwen15(to / "dense", "published", fractions, 1, 4096)
-        write_qwen15(to / "globe", "globe", fractions, 1, 4096, qwen15_config(args))
+        write_qwen15(to / "globe", "globe", fractions, 1, 4096, globe.load_config(QWEN15, args.set))
         return as_words("heldout", 2048, 4096).to(args.device), as_words("calibration", 512, 4096)
     fit = run_globe("fit", "--out", to / "run", f"model.path={source.dir}", "fit.steps=10", *args.set)
     run_globe("export", "--factors", fit["factors"], "--to", to / "globe", "--no-check",
@@ -1087,6 +861,7 @@ def tiny_words(ckpt: Checkpoint, split: str, n: int) -> Tensor:
 # ---- 7. Qwen1.5-MoE's shapes with random weights -------------------------------------------------
 BLOCK = 2 ** 24  # random numbers that all tensors are cut from
 VOCAB = 151936
+QWEN15 = str(CONFIGS / "qwen15.yaml")
 SCALES = {"shared_expert": 0.01, "globe_bank": 1.0, "_A": 0.004, "": 0.02}  # by what is in a tensor's name
 
 
@@ -1137,6 +912,9 @@ class RandomWeights:
         self.seen /= self.seen.square().mean(-1, keepdim=True).sqrt()
 
     def make(self, name: str, shape: tuple) -> Tensor:
+        matrices = matrices_of(name, shape)
+        if name not in matrices:
+            return torch.stack(list(itertools.starmap(self.make, matrices.items()))).view(shape)
         if name.endswith("_idx"):
             return torch.arange(shape[1], dtype=torch.int32).repeat(shape[0], 1)
         if name.endswith("_val"):
@@ -1202,33 +980,18 @@ def write_qwen15(to: Path, layout: str, fractions: Tensor, layers: int = 24, voc
     # the guards of one byte last: what followed one would lie at odd addresses
     random = RandomWeights(vocab, fractions)
     shapes = {}
-    makers = {}
+    make = {}
     for name, t in sorted(model.state_dict().items(), key=lambda item: item[1].dtype == torch.int8):
-        held = matrices_of(name, tuple(t.shape))
         kept = t.dtype in (torch.int8, torch.int32) or name.endswith("_val")
-        if layout == "published" or list(held) == [name]:
-            for part, shape in held.items():
-                shapes[part] = t.dtype if kept else torch.bfloat16, shape
-                makers[part] = partial(random.make, part, shape)
-        else:
-            shapes[name] = torch.bfloat16, tuple(t.shape)
-            makers[name] = partial(stacked, random, held, t.shape)
-    tensors = globe.LazyDict(makers)
-    globe.write_tensors(to / "model.safetensors", shapes, tensors, {"format": "pt"}, sync=False)
+        whole = {name: tuple(t.shape)}
+        parts = matrices_of(name, tuple(t.shape)) if layout == "published" else whole
+        for part, shape in parts.items():
+            shapes[part] = t.dtype if kept else torch.bfloat16, shape
+            make[part] = partial(random.make, part, shape)
+    globe.write_tensors(to / "model.safetensors", shapes, globe.LazyDict(make), {"format": "pt"}, sync=False)
 
 
-# the fused tensor of this shape
-def stacked(random: RandomWeights, matrices: dict, shape: tuple) -> Tensor:
-    return torch.stack([random.make(*item) for item in matrices.items()]).view(shape)
-
-
-# configs/qwen15.yaml with the cache's settings of --set
-def qwen15_config(args: Namespace) -> globe.Config:
-    own = filter(re.compile(r"cache\.").match, args.set)
-    return globe.load_config(str(CONFIGS / "qwen15.yaml"), list(own))
-
-
-# what Factors.meta() says of factors of the sizes that cfg asks for
+# what describes factors of the sizes that cfg asks for
 def random_meta(cfg: globe.Config, dims: globe.Dims) -> dict:
     group = globe.bank_groups(dims.layers, cfg.bank.scope)
     groups = len(set(group.values()))
@@ -1236,77 +999,56 @@ def random_meta(cfg: globe.Config, dims: globe.Dims) -> dict:
     for family in globe.FAMILIES:
         owner = "gate" if cfg.bank.share and family == "up" else family
         m, r = globe.bank_shape(cfg, owner, len(dims.layers) * dims.experts, groups, dims)
-        families[family] = {
-            "m": m, "r": r, "s": min(cfg.sparsity.support, m), "groups": groups, "bank": owner, "shift": 0.0,
-            "scale": 1.0, "group": {str(l): g for l, g in group.items()}, "activation": cfg.bank.activation}
-    experts = {str(l): list(range(dims.experts)) for l in dims.layers}
-    return globe.Factors({}, {}, dims, "qwen2_moe", "random").meta() | {
-        "families": families, "experts": experts, "config": {"cache": dataclasses.asdict(cfg.cache)}}
+        bank = groups * [torch.empty(m, r, dims.d, device="meta")]
+        val = {0: torch.empty(dims.experts, min(cfg.sparsity.support, m))}
+        families[family] = globe.FamilyFactors(bank, {}, {}, val, group, cfg.bank.activation, owner=owner)
+    experts = dict.fromkeys(dims.layers, list(range(dims.experts)))
+    own = {"cache": dataclasses.asdict(cfg.cache)}
+    return globe.Factors(families, experts, dims, "qwen2_moe", "random", own).meta()
 
 
 # ---- 8. decode --preset qwen15: 26.7 GiB of weights on a 24-GiB machine --------------------------
 LIMIT = 21  # GiB that a process may hold of its own before it is ended
+WAYS = {"published": ("plain", "offload"), "fused": ("mapped",), "globe": ("globe",)}  # by files' layout
 
 
-# the dense model over memory-mapped files in the fused layout: eager experts use the pages where they lie
-def mapped(directory: Path) -> nn.Module:
-    model = globe.empty_model(globe.read_json(directory / "config.json"), torch.bfloat16, directory)
-    for path in directory.glob("*.safetensors"):
-        for name, t in load_file(path).items():
-            globe.assign(model, name, t)
-    model.set_experts_implementation("eager")
-    return globe.finish_model(model, directory, CPU)
-
-
-# globe, mapped, plain (from_pretrained), or offload (from_pretrained with what does not fit on the disk)
-def load_contender(home: Path, args: Namespace) -> nn.Module:
+# globe, or transformers' from_pretrained: plain; offload, with what does not fit on the disk; mapped, fused
+# files, which it maps into memory: eager experts use the pages where they lie
+def load_contender(folder: Path, how: str, cache: globe.CacheConfig | None = None) -> nn.Module:
     from transformers import AutoModelForCausalLM
-    if args.only == "globe":
-        model = globe.load(home / "globe", cache=qwen15_config(args).cache)
+    if how == "globe":
+        model = globe.load(folder, cache=cache)
         globe.warm(model, as_words("calibration", 128, VOCAB))
         return model
-    if args.only == "mapped":
-        return mapped(home / "dense")
     more = {}
-    if args.only == "offload":
+    if how == "offload":
         memory = {"cpu": f"{LIMIT - 3}GiB"}
-        more = {"device_map": "auto", "max_memory": memory, "offload_folder": str(home / "offload")}
-    return AutoModelForCausalLM.from_pretrained(home / "dense", dtype=torch.bfloat16, **more)
+        more = {"device_map": "auto", "max_memory": memory, "offload_folder": str(folder / "offload")}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **more)
+    if how == "mapped":
+        model.set_experts_implementation("eager")
+    return model
 
 
-# the row of one way to run the model; value is None where it did not finish
-def contender_row(only: str, tokens: int, value: float | None, **more) -> dict:
-    variant = "globe" if only == "globe" else "dense"
-    return new_row("decode", "qwen15", f"tg{tokens}", variant, value, "tokens/s", implementation=only, **more)
-
-
-# one contender, in a process of its own: 8 tokens of prompt, then args.tokens more, after a run to warm up
-def run_one(home: Path, args: Namespace) -> list:
-    text = as_words("heldout", 8 + 4 * args.tokens, VOCAB)
+# one way, in a process of its own: a prompt of 8 tokens, then `tokens` more in each turn; sends its figures
+def run_one(folder: Path, how: str, tokens: int, cache: globe.CacheConfig, sender: object) -> None:
+    text = as_words("heldout", 8 + 4 * tokens, VOCAB)
     begin = time.perf_counter()
-    model = load_contender(home, args)
+    model = load_contender(folder, how, cache)
     load = time.perf_counter() - begin
-    first = prefill(model, text[:, :8], CPU)
-    if args.only in ("mapped", "globe"):
+    prefill(model, text[:, :8], CPU)
+    if how in ("mapped", "globe"):
         # what fits in memory shall be in the page cache
-        for path in (home / args.only.replace("mapped", "dense")).glob("*.safetensors"):
-            with open(path, "rb", buffering=0) as f:
-                while f.read(2 ** 24):
-                    pass
+        shutil.copyfile(folder / "model.safetensors", os.devnull)
 
-    # another part of the text in each turn
+    # another part of the text in each turn; the first one is not counted
     speeds = []
-    for turn in range(1 if args.only == "offload" else 3):
-        part = text[:, turn * args.tokens:][:, :8 + args.tokens]
+    for turn in range(1 if how == "offload" else 3):
         start_counts(model)
-        speeds.append((part.shape[1] - 8) / decode(model, part, CPU))
+        speeds.append(tokens / decode(model, text[:, turn * tokens:][:, :8 + tokens], CPU))
     counted = speeds[1:] or speeds
-    value = statistics.median(counted)
-    composing = globe.cache_stats(model)["compose_seconds"] * value / args.tokens
-    return [contender_row(args.only, args.tokens, value, spread=max(counted) - min(counted), load_s=load,
-                          peak_gib=globe.peak_gib(CPU), ttft_ms=1e3 * first, compose_share=composing,
-                          cache=qwen15_config(args).cache.mode if args.only == "globe" else None,
-                          **cache_figures(model))]
+    sender.send({"value": statistics.median(counted), "spread": max(counted) - min(counted), "load_s": load,
+                 "peak_gib": globe.peak_gib(CPU), **cache_figures(model)})
 
 
 # GiB that a process holds of its own, file pages not counted; 0 where the system does not say
@@ -1317,74 +1059,54 @@ def own_memory(pid: int) -> float:
 
 
 # the row of run_one in a process that is ended where its own memory or its time passes the limit
-def watched(home: Path, only: str, args: Namespace, tokens: int, limit_s: float) -> dict:
-    command = [sys.executable, __file__, "decode", "--preset", "qwen15", "--only", only,
-               "--tokens", str(tokens)]
-    if args.set:
-        command += ["--set", *args.set]
+def watched(folder: Path, how: str, tokens: int, cache: globe.CacheConfig, limit_s: float = 400) -> dict:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=run_one, args=(folder, how, tokens, cache, sender), daemon=True)
     begin = time.perf_counter()
+    child.start()
     own = 0.0
     why = None
-    with tempfile.TemporaryFile("w+") as out:
+    while child.is_alive() and not why:
         # look five times a second at what it holds
-        process = subprocess.Popen(command, stdout=out)
-        while process.poll() is None and not why:
-            time.sleep(0.2)
-            own = max(own, own_memory(process.pid))
-            seconds = time.perf_counter() - begin
-            if own > LIMIT:
-                why = f"out of memory: {own:.1f} GiB of its own after {seconds:.0f} s, and not loaded"
-            elif seconds > limit_s:
-                why = f"no result in {limit_s:.0f} s"
-            elif shutil.disk_usage(home).free < 2 ** 31:
-                why = "stopped, the disk is full"
-        if why:
-            process.kill()
-        if process.wait() == 0:
-            out.seek(0)
-            return json.loads(out.read().splitlines()[-1])["rows"][0] | {"own_gib": round(own, 2)}
-    why = why or f"exit code {process.returncode}"
-    say(f"  {only}: {why}")
-    return contender_row(only, tokens, None, cache=None, peak_gib=None, own_gib=own, why=why)
+        child.join(0.2)
+        own = max(own, own_memory(child.pid))
+        seconds = time.perf_counter() - begin
+        if own > LIMIT:
+            why = f"out of memory: {own:.1f} GiB of its own after {seconds:.0f} s, and not loaded"
+        elif seconds > limit_s:
+            why = f"no result in {limit_s:.0f} s"
+    child.kill()
+    child.join()
+    if receiver.poll():
+        figures = receiver.recv()
+    else:
+        figures = {"value": None, "why": why or f"exit code {child.exitcode}"}
+        say(f"  {how}: {figures['why']}")
+    variant = "globe" if how == "globe" else "dense"
+    return new_row("decode", "qwen15", f"tg{tokens}", variant, unit="tokens/s", implementation=how,
+                   cache=cache.mode if how == "globe" else None, own_gib=own, **figures)
 
 
 # Qwen1.5-MoE in bfloat16 on a 24-GiB machine: dense in three ways, and GloBE; 32 tokens behind 8
 def bench_24gib(args: Namespace) -> list:
-    home = globe.user_cache() / "qwen15"
-    dense = home / "dense"
-    tokens = min(args.tokens, 32)
-    if args.only:
-        args.tokens = tokens
-        needed = home / "globe" if args.only == "globe" else dense
-        expect(needed.is_dir(), f"--only {args.only}: expected files that --keep left in {home}, found none")
-        return run_one(home, args)
     need_native("experts_decode", CPU)
-    home.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(home).free / 2 ** 30
-    fine = free >= 46 or dense.is_dir()
-    expect(fine, f"qwen15: expected 46 GiB free below {home} (GLOBE_CACHE names another), found {free:.0f}")
     fractions = popularity(checkpoint_of("tiny", args))
-
-    def write(layout: str, to: Path) -> None:
-        with globe.written(to) as tmp:
-            write_qwen15(tmp, layout, fractions, cfg=qwen15_config(args))
-        say(f"  {layout}: {globe.weight_bytes(to) / 2 ** 30:.1f} GiB")
-    try:
-        # published, and then fused in its place: the disk need not hold both
-        if not dense.is_dir():
-            write("published", dense)
-        rows = [watched(home, "plain", args, tokens, 300), watched(home, "offload", args, 2, 300)]
-        shutil.rmtree(home / "offload", ignore_errors=True)
-        if not Checkpoint(dense).fused:
-            shutil.rmtree(dense)
-            write("fused", dense)
-        rows.append(watched(home, "mapped", args, tokens, 400))
-        if not (home / "globe").is_dir():
-            write("globe", home / "globe")
-        rows.append(watched(home, "globe", args, tokens, 400))
-    finally:
-        if not args.keep:
-            shutil.rmtree(home)
+    model = globe.user_cache() / "qwen15"
+    shutil.rmtree(model, ignore_errors=True)  # of a run that was killed
+    free = shutil.disk_usage(model.parent).free / 2 ** 30
+    expect(free >= 46, f"qwen15: expected 46 GiB free in GLOBE_CACHE, {model.parent}, found {free:.0f}")
+    cfg = globe.load_config(QWEN15, args.set)
+    rows = []
+    for layout, ways in WAYS.items():
+        try:  # one layout at a time: the disk need not hold two
+            with globe.written(model) as tmp:
+                write_qwen15(tmp, layout, fractions, cfg=cfg)
+            for how in ways:
+                say(f"  {how}, {globe.weight_bytes(model) / 2 ** 30:.1f} GiB on disk")
+                rows.append(watched(model, how, 2 if how == "offload" else min(args.tokens, 32), cfg.cache))
+        finally:
+            shutil.rmtree(model, ignore_errors=True)
     show(beside_best(rows), *DECODE_KEYS)
     return rows
 
@@ -1407,13 +1129,11 @@ def trace_fit(ckpt: Checkpoint, cfg: globe.Config, args: Namespace, target: floa
     return trace, passes
 
 
-# Each method, a plain SVD of its size, MoBE's setting until it is flat, and ours until it is there
+# Each method, MoBE's setting until it is flat, and ours until it is there
 def bench_fit(preset: str, args: Namespace) -> list:
     ckpt = checkpoint_of(preset, args)
+    steps = args.steps or 60
     rows = []
-
-    def config(method: str, steps: int) -> globe.Config:
-        return globe.load_config(None, [*args.set, f"fit.method={method}", f"fit.steps={steps}"])
 
     def fit(variant: str, cfg: globe.Config, target: float = 0.0) -> list:
         trace, passes = trace_fit(ckpt, cfg, args, target)
@@ -1421,31 +1141,27 @@ def bench_fit(preset: str, args: Namespace) -> list:
         test = f"{len(trace)} of {cfg.fit.steps} steps"
         rows.append(new_row("fit", preset, test, variant, seconds, "s", passes=passes, rel_frob=error))
         return trace
-    steps = args.steps or 60
+
+    def ours(method: str, steps: int) -> globe.Config:
+        return globe.load_config(None, [*args.set, f"fit.method={method}", f"fit.steps={steps}"])
     for method in ("varpro", "am", "adam"):
-        fit(method, config(method, steps))
-    begin = time.perf_counter()
-    ratio = config("varpro", steps).bank.ratio
-    error = frobenius(ckpt, peer_svd(ckpt, ratio, {}, args)[0])["gate"]
-    seconds = time.perf_counter() - begin
-    rows.append(new_row("fit", preset, "closed form", "svd", seconds, "s", passes=1, rel_frob=error))
+        fit(method, ours(method, steps))
 
     # MoBE's setting is flat where the rest of its steps gains it a hundredth
-    mobe = ["bank.r=null", f"bank.ratio={ratio}", f"fit.steps={args.mobe_steps}"]
+    ratio = ours("varpro", steps).bank.ratio
+    mobe = ["bank.r=null", f"bank.ratio={ratio}", f"fit.steps={50 * steps}"]
     trace = fit("mobe", globe.load_config(str(CONFIGS / "mobe.yaml"), mobe))
-    flat = next(error for _, error in trace if error <= 1.01 * trace[-1][1])
-    fit("varpro, to where mobe is flat", config("varpro", 5 * steps), flat)
+    seconds, flat = next(step for step in trace if step[1] <= 1.01 * trace[-1][1])
 
-    # how much sooner ours is at an error that both reach
-    for row, goal in ((rows[0], rows[0]["rel_frob"]), (rows[-1], flat)):
-        late = next((seconds for seconds, error in trace if error <= goal), None)
-        if late and row["rel_frob"] <= goal:
-            row |= {"ratio": times(late, row["value"]), "mobe_seconds": late}
+    # how much sooner ours is at that error
+    fit("varpro, to where mobe is flat", ours("varpro", 5 * steps), flat)
+    if rows[-1]["rel_frob"] <= flat:
+        rows[-1] |= {"ratio": times(seconds, rows[-1]["value"]), "mobe_seconds": seconds}
     show(rows, "variant", "test", "value", "unit", "passes", "rel_frob", "ratio")
     return rows
 
 
-# ---- 10. report: tables and plots of a run -------------------------------------------------------
+# ---- 10. report: tables of a run -----------------------------------------------------------------
 def builtin_choices(n: int = 100) -> list:
     """[(context, four continuations, index of the right one)] from held-out documentation of the library.
 
@@ -1460,7 +1176,7 @@ def builtin_choices(n: int = 100) -> list:
         for paragraph in text.split("\n\n"):
             cut = re.fullmatch(r"([A-Z].{120}\S*)( .{40}\S*).*", " ".join(paragraph.split()))
             if cut:
-                cuts[sha256(cut[0])] = cut[1], cut[2]
+                cuts[hashlib.sha256(cut[0].encode()).digest()] = cut[1], cut[2]
 
     # the first n by their hash; the right continuation takes each place in turn
     chosen = [cuts[key] for key in sorted(cuts)][:n]
@@ -1473,11 +1189,11 @@ def builtin_choices(n: int = 100) -> list:
 
 # Fraction of builtin_choices whose right continuation has the highest log-likelihood per character
 @torch.no_grad()
-def choice_accuracy(model: nn.Module, tokenizer, items: list, progress: Callable = lambda it: it) -> float:
+def choice_accuracy(model: nn.Module, tokenizer, items: list) -> float:
     def tokens(text: str) -> list:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     right = 0
-    for context, tails, answer in progress(items):
+    for context, tails, answer in globe.bar("builtin")(items):
         # the four continuations as one batch, padded after the end
         start = len(tokens(context))
         rows = [torch.tensor(tokens(context + tail)) for tail in tails]
@@ -1490,24 +1206,7 @@ def choice_accuracy(model: nn.Module, tokenizer, items: list, progress: Callable
     return right / len(items)
 
 
-# a row per task and metric, a column per model of {name: function that loads it}; "builtin" is ours
-def zero_shot(names: list, models: dict, tokenizer, context: int | None) -> list:
-    run = globe.task_runner([name for name in names if name != "builtin"], tokenizer, context)
-    rows = {}
-    for what, load in models.items():
-        model = load()
-        results = run(model, globe.bar(what))
-        if "builtin" in names:
-            accuracy = choice_accuracy(model, tokenizer, builtin_choices(), globe.bar(what))
-            results["builtin"] = {"acc": accuracy}
-        for task, metrics in results.items():
-            for metric, value in metrics.items():
-                rows.setdefault((task, metric), {"task": task, "metric": metric})[what] = value
-        model = None
-    return list(rows.values())
-
-
-# a row per family: mean effective rank (exp of the entropy of singular values' energies), largest norm
+# a row per family: mean effective rank (exp of the entropy of singular values' energies), use of its bases
 def spectra(factors: globe.Factors) -> list:
     rows = []
     for name, f in factors.families.items():
@@ -1518,118 +1217,47 @@ def spectra(factors: globe.Factors) -> list:
             fraction = s.square() / s.square().sum(-1, keepdim=True).clamp_min(1e-30)
             entropy = -(fraction * fraction.clamp_min(1e-30).log()).sum(-1)
             row[f"effective rank of {key}"] = float(entropy.exp().mean())
-            row[f"norm of {key}"] = float(s[:, 0].max())
+
+        # experts that use a basis, for all banks
+        m = len(f.bank[0])
+        used = torch.cat([f.group[l] * m + idx[f.val[l] != 0] for l, idx in f.idx.items()])
+        uses = torch.bincount(used, minlength=len(f.bank) * m)
+        row |= {"bases": len(uses), "not used": int((uses == 0).sum()),
+                "experts a basis": float(uses.double().mean()), "at most": int(uses.max())}
         rows.append(row)
     return rows
 
 
-# how many experts use a basis, for all banks, largest first
-def basis_uses(f: globe.FamilyFactors) -> Tensor:
-    m = len(f.bank[0])
-    uses = torch.zeros(len(f.bank) * m, dtype=torch.long)
-    for l, idx in f.idx.items():
-        used = idx[f.val[l] != 0].long() + f.group[l] * m
-        uses += torch.bincount(used, minlength=len(uses))
-    return uses.sort(descending=True).values
-
-
-# {layer: (tokens' fractions per expert, largest first; cache hit rate)}, ids (1, n) decoded one by one
-@torch.no_grad()
-def routing(model: nn.Module, ids: Tensor) -> dict:
-    modules = globe.globe_modules(model)
-    counts = {module.layer: torch.zeros(module.num_experts) for module in modules}
-
-    def count(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> None:
-        counts[module.layer] += torch.bincount(index.flatten().cpu(), minlength=module.num_experts)
-    past = None
-    with watching(modules, count):
-        for token in ids.to(next(model.parameters()).device).split(1, 1):
-            past = model(token, past_key_values=past, use_cache=True).past_key_values
-    out = {}
-    for module in modules:
-        fractions = counts[module.layer] / counts[module.layer].sum()
-        hit_rate = module.cache.hits / max(1, module.cache.hits + module.cache.misses)
-        out[module.layer] = fractions.sort(descending=True).values, hit_rate
-    return out
-
-
-# error and support by step, error by layer, popularity of bases; a line style per family
-def plot_run(log: list, factors: globe.Factors, errors: dict, path: Path) -> Path:
-    fig, axes = panels(4)
-    for (family, f), line in zip(factors.families.items(), ("-", "--", ":")):
-        look = {"linestyle": line, "color": "black", "label": family}
-        mine = [row for row in log if family in row.get("family", "") and "support" in row]  # not heal's
-        for ax, key in zip(axes, ("rel_frob", "support")):
-            ax.plot(column(mine, "step"), column(mine, key), **look)
-        axes[2].plot(list(f.A), [errors[family][l] for l in f.A], marker="o", **look)
-        axes[3].plot(basis_uses(f), **look)
-    axes[0].set(title="relative error in the fit's metric", xlabel="step", yscale="log")
-    axes[1].set(title="median support", xlabel="step")
-    axes[2].set(title="relative Frobenius error", xlabel="layer", ylim=(0, None))
-    axes[3].set(title="experts that use a basis", xlabel="basis, by rank", ylim=(0, None))
-    axes[2].legend()
-    return save_plot(fig, path)
-
-
-# popularity of experts, hit rates, and the loss against the size of several runs
-def plot_routing(routes: dict, sizes: list, path: Path) -> Path:
-    fig, axes = panels(3)
-    for i, (fractions, _) in enumerate(routes.values()):
-        axes[0].plot(range(1, len(fractions) + 1), fractions, color=str(0.7 * i / len(routes)))
-    axes[1].plot(list(routes), [hit_rate for _, hit_rate in routes.values()], "ko-")
-    for text, mark in zip(dict.fromkeys(column(sizes, "text")), "osv^Dx+*"):
-        mine = where(sizes, text=text)
-        axes[2].plot(column(mine, "model_ratio"), column(mine, "delta_nats"), mark, color="black", label=text)
-        axes[2].legend()
-    axes[0].set(title="fraction of tokens (first layer black)", xlabel="expert, by rank", ylim=(0, None))
-    axes[1].set(title="hit rate of the cache", xlabel="layer", ylim=(0, 1))
-    axes[2].set(title="nats lost per token", xlabel="size of the model, stored / dense")
-    return save_plot(fig, path)
-
-
-# Write RUN/report.md and its plots; the result names them
+# Write RUN/report.md; the result names it
 def report(args: Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = globe.open_run(args)
-
-    # what eval left in this run and in others
-    sizes = []
-    for directory in (run, *map(Path, args.runs)) if args.runs else ():
-        for text, e in (globe.read_evals(directory) or globe.read_json(directory / "eval.json")).items():
-            figures = {key: e[key] for key in ("ratio", "model_ratio", "ppl", "delta_nats")}
-            sizes.append({"run": directory.name, "text": text} | figures)
-    models = {"dense": partial(globe.load_dense, ckpt.dir, device, dtype),
-              "globe": partial(globe.assemble, ckpt, factors, device, dtype, cfg.cache)}
-    tasks = []
-    if args.tasks:
-        tasks = zero_shot(args.tasks, models, globe.load_tokenizer(ckpt.dir), cfg.eval.context)
     errors = globe.reconstruction(ckpt, factors)
-    routes = routing(models["globe"](), globe.sample_ids(ckpt))
-    plots = [plot_run(globe.read_rows(run / "log.jsonl"), factors, errors, run / "factors.png"),
-             plot_routing(routes, sizes, run / "routing.png")]
-
-    # tables, in the order of the report
     by_layer = []
     for l in ("all", *factors.experts):
         by_layer.append({"layer": l} | {family: error[l] for family, error in errors.items()})
-    used = []
-    for l, (fractions, hit_rate) in routes.items():
-        quarter = float(fractions[:-(-len(fractions) // 4)].sum())
-        unused = int((fractions == 0).sum())
-        used.append({"layer": l, "top quarter's tokens": quarter, "not used": unused, "hit rate": hit_rate})
+
+    # what eval left in the run, and the built-in task
+    evals = []
+    for text, figures in globe.read_evals(run).items():
+        evals.append({"text": text} | {key: figures[key] for key in ("ppl_dense", "ppl", "delta_nats")})
+    tasks = []
+    if args.tasks:
+        asked = globe.load_tokenizer(ckpt.dir), builtin_choices()
+        dense = choice_accuracy(globe.load_dense(ckpt.dir, device, dtype), *asked)
+        ours = choice_accuracy(globe.assemble(ckpt, factors, device, dtype, cfg.cache), *asked)
+        tasks.append({"task": "builtin", "metric": "acc", "dense": dense, "globe": ours})
+
     whole = factors.model_ratio(ckpt.num_parameters())
     text = f"# {run.name}\n\nratio {factors.ratio():.4f} of the compressed families, {whole:.4f} of all\n\n"
-    for title, rows in (
-            ("Relative Frobenius error", by_layer), ("Spectra", spectra(factors)),
-            ("Quality against size", sizes), ("Routing and cache, 64 tokens decoded", used),
-            ("Zero-shot tasks", tasks)):
+    tables = {"Relative Frobenius error": by_layer, "Effective ranks, and use of bases": spectra(factors),
+              "Quality": evals, "Zero-shot tasks": tasks}
+    for title, rows in tables.items():
         if rows:
             table = globe.text_table(list(rows[0]), [list(row.values()) for row in rows])
             text += f"## {title}\n\n{table}\n\n"
-    for path in plots:
-        text += f"![{path.stem}]({path.name})\n"
     globe.write_text(run / "report.md", text)
     say(text)
-    return {"report": str(run / "report.md"), "plots": list(map(str, plots)), "tasks": tasks}
+    return {"report": str(run / "report.md"), "tasks": tasks}
 
 
 # ---- 11. sweep: one fit per combination ----------------------------------------------------------
@@ -1673,13 +1301,11 @@ def sweep(args: Namespace) -> dict:
             settings = plain + list(map("=".join, zip(grid, values)))
             globe.load_config(config, settings)
             combinations.append((values, settings))
-        options = []
-        for option, value in (("--config", config), ("--device", args.device), ("--dtype", args.dtype)):
-            options += [option, value] if value else []
+        given = {"--config": config, "--device": args.device, "--dtype": args.dtype}
+        options = [f"{option}={value}" for option, value in given.items() if value]
 
         # a run per combination; fit.json is written when it is finished
-        fresh = globe.Config(model=globe.ModelConfig(path="sweep"))
-        base = Path(args.out) if args.out else globe.new_run(fresh)
+        base = Path(args.out or globe.new_run(globe.Config(model=globe.ModelConfig(path="sweep"))))
         for values, settings in combinations:
             short = [key.rpartition(".")[2] for key in grid]
             out = base / "-".join(map("=".join, zip(short, values)))
@@ -1690,8 +1316,8 @@ def sweep(args: Namespace) -> dict:
             rows.append(dict(zip(grid, values)) | globe.read_json(out / "fit.json"))
             fine = rows[-1].pop("settings", None) == settings and "rel_frob" in rows[-1]
             expect(fine, f"{out}: fitted with other settings; choose another --out")
-    columns = (*grid, "ratio", "model_ratio", "seconds", *rows[0]["rel_frob"])
-    show([row | row["rel_frob"] for row in rows], *columns)
+    lines = [row | row["rel_frob"] for row in rows]
+    show(lines, *grid, "ratio", "model_ratio", "seconds", *rows[0]["rel_frob"])
     return {"sweep": str(base), "rows": rows}
 
 
@@ -1713,52 +1339,38 @@ def checked(read: Callable, fine: Callable, expected: str) -> dict:
     return {"type": convert}
 
 
-# whole numbers
-def up_to(most: int) -> dict:
-    return checked(int, lambda n: 1 <= n <= most, f"1 to {most}")
-
-
-# whether its directory exists and it is none itself
-def can_be_written(file: str) -> bool:
-    return Path(file).absolute().parent.is_dir() and not Path(file).is_dir()
-
-
 ALL = " ".join(SUITES)
 MANY = {"nargs": "+"}
 ON = {"action": "store_true"}
-COUNT = up_to(10 ** 6)
-FILE = checked(str, can_be_written, "a file in a directory that exists")
+COUNT = checked(int, lambda n: 1 <= n <= 10 ** 6, "1 to 1000000")
+TOKENS = checked(int, lambda n: 1 <= n <= 2000, "1 to 2000")
+FILE = checked(Path, lambda path: path.absolute().parent.is_dir() and not path.is_dir(),
+               "a file in a directory that exists")
 SIZES = MANY | checked(float, lambda ratio: 0 < ratio < 10, "numbers above 0, as 0.8")
 SET = {"nargs": "+", "action": "extend", "metavar": "section.key=value"}
-ONE_OF = {"choices": (*PEERS, "closed", "all", "none")}
+ONE_OF = {"choices": (*GROUPS["all"], *GROUPS)}
 
 OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help)
-    ("decode fit quality", "--preset", None, MANY, "tiny; qwen15-layer, qwen15 (decode; 46 GiB of disk); "
-     "smol-moe (quality; SMOL_DIR or the hub). Default: tiny; decode by name: qwen15-layer too"),
+    ("decode fit quality", "--preset", None, MANY,
+     "tiny: the default model; smol-moe (quality): SmolLM2-135M, of SMOL_DIR or the hub, in slices; qwen15 "
+     "(decode, 46 GiB of disk): Qwen1.5-MoE's shapes, random weights; qwen15-layer: one layer of it. "
+     "Default: tiny; decode by name: qwen15-layer too"),
     ("decode fit quality", "--set", [], SET, "config of the fits and of the tiny model"),
-    ("fit quality", "--steps", None, COUNT, "fit: of each method (60); quality: of mobe and slbf (3000)"),
+    ("fit quality", "--steps", None, COUNT, "fit: of each method (60; mobe 50 times as many); "
+     "quality: of mobe and slbf (3000)"),
     ("quality", "--ratio", [0.8, 0.6], SIZES, "stored / dense sizes"),
     ("quality", "--peers", ["closed"], MANY | ONE_OF, "closed: those in closed form (default); "
      "mobe and slbf take hours on smol-moe"),
-    ("quality", "--experts", 8, COUNT, "smol-moe: equal slices of a layer's FFN, which act as its experts"),
     ("quality", "--heal", False, ON, "heal globe's factors too (variant globe+heal)"),
     ("quality", "--resume", False, ON, "keep the rows of --json FILE, also of a run that was cut short"),
-    ("quality", "--text", [], MANY, "evaluate on these files too, each named by its stem"),
     ("quality", "--windows", 12, COUNT, "evaluation windows of 512 tokens per text"),
-    ("decode quality", "--png", None, FILE, "file: loss against size; --sweep: speed against memory"),
-    ("compose sparsemax decode", "--repeats", 5, COUNT, "how often each variant is timed"),
-    ("decode", "--tokens", 128, up_to(2000), "new tokens (qwen15: at most 32)"),
-    ("decode", "--prefill", 512, up_to(2048), "prompt tokens of the prefill test"),
-    ("decode", "--sweep", False, ON, "also over cache sizes"),
-    ("decode", "--keep", False, ON, "qwen15: leave its files in the user's cache, for the next run"),
-    ("decode", "--only", None, {"choices": ("plain", "offload", "mapped", "globe")},
-     "qwen15: this way alone, on files that --keep left"),
-    ("fit", "--mobe-steps", 3000, COUNT, "steps of MoBE's setting"),
+    ("quality", "--png", None, FILE, "file for a plot: loss against size"),
+    ("decode", "--tokens", 128, TOKENS, "new tokens (qwen15: at most 32)"),
+    ("decode", "--sweep", False, ON, "also with caches of 1 expert a layer to all"),
     (ALL, "--json", None, FILE, "file for the rows"),
     ("report", "--factors", None, {}, "run directory; default: the newest below ./runs"),
     ("report", "--model", None, {}, "source checkpoint, where it is no longer at the run's model.path"),
-    ("report", "--runs", [], MANY, "other evaluated runs, to plot quality against size"),
-    ("report", "--tasks", [], MANY, "zero-shot: builtin, or tasks of lm-eval"),
+    ("report", "--tasks", [], MANY | {"choices": ("builtin",)}, "zero-shot task"),
     ("report sweep", "--config", None, {}, "YAML file; for sweep it may hold a section sweep"),
     ("sweep", "--out", None, {}, "directory of the runs; default: a fresh runs/sweep-NNN"),
     (f"{ALL} report sweep", "--device", None, {}, "auto (default), cpu, cuda, cuda:N or mps"),
@@ -1773,37 +1385,30 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: list | None) -> Namespace:
     """The suites or a command, its settings and options; UserError for an option that none of them knows."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="bench.py", description=__doc__, formatter_class=raw)
+    parser = Parser("bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="SUITE", help=f"{ALL} all report sweep; default: decode")
-    for names, option, _, about, text in OPTIONS:
-        who = names.replace(ALL, "all suites")
-        parser.add_argument(option, default=argparse.SUPPRESS, help=f"[{who}] {text}", **about)
-    args, rest = parser.parse_known_args(argv)
-    words = args.words + rest
-    for option in ("runs", "tasks"):  # these take all that follows them, settings too
-        given = getattr(args, option, [])
-        words += filter(re.compile(".*=").match, given)
-        given[:] = itertools.filterfalse(re.compile(".*=").match, given)
+    for names, option, default, about, text in OPTIONS:
+        about = about | {"default": default, "help": f"[{names.replace(ALL, 'all suites')}] {text}"}
+        parser.add_argument(option, **about)
+    args = parser.parse_intermixed_args(argv)
 
-    # one command, or suites
-    args.named = bool(words)
-    args.asked = list(SUITES) if "all" in words else words or ["decode"]
+    # one command with its settings, or suites
+    args.asked = args.words or ["decode"]
     if args.asked[0] in COMMANDS:
-        args.overrides = words[1:]
-        args.asked = words[:1]
+        args.overrides = args.words[1:]
+        args.asked = args.words[:1]
         for word in args.overrides:
-            expect("=" in word, f"{words[0]}: expected section.key=value, found {word!r}")
-    for word in args.asked:
-        fine = word in SUITES or word in COMMANDS
-        expect(fine, f"suite: expected {', '.join(SUITES)} or all, found {word!r}")
+            expect("=" in word, f"{args.asked[0]}: expected section.key=value, found {word!r}")
+    else:
+        for word in args.asked:
+            expect(word in (*SUITES, "all"), f"suite: expected {', '.join(SUITES)} or all, found {word!r}")
+    if "all" in args.asked:
+        args.asked = list(SUITES)
 
-    # an option must be known to one of what was asked for; what was not given has its default
+    # an option must be known to one of what was asked for
     for names, option, default, _, _ in OPTIONS:
-        key = option[2:].replace("-", "_")
-        fine = not hasattr(args, key) or not set(args.asked).isdisjoint(names.split())
+        fine = getattr(args, option[2:]) == default or not set(args.asked).isdisjoint(names.split())
         expect(fine, f"{option}: expected an option of {', '.join(args.asked)}, found one of {names}")
-        setattr(args, key, getattr(args, key, default))
     return args
 
 
@@ -1813,11 +1418,11 @@ def run_suites(args: Namespace) -> dict:
     for preset in args.preset or ():
         expect(preset in good, f"--preset: expected one of {', '.join(sorted(good))}, found {preset!r}")
     expect(args.json or not args.resume, "--resume: expected --json FILE, whose rows are kept, found none")
-    if args.png:
-        pyplot()
+    plots = not args.png or importlib.util.find_spec("matplotlib")
+    expect(plots, "--png: plots need matplotlib: pip install matplotlib")
     args.device = globe.pick_device(args.device)
     args.dtype = globe.as_dtype(args.dtype) or torch.bfloat16
-    wanted = args.preset or ["tiny", "qwen15-layer"][:1 + args.named]
+    wanted = args.preset or ["tiny", "qwen15-layer"][:1 + bool(args.words)]
     rows = []
     for suite in args.asked:
         for preset in PRESETS[suite]:
@@ -1828,20 +1433,17 @@ def run_suites(args: Namespace) -> dict:
     result = {"rows": rows, "device": str(args.device), "torch": torch.__version__,
               "threads": torch.get_num_threads()}
     if args.json:
-        globe.write_text(Path(args.json), json.dumps(result))
+        globe.write_text(args.json, json.dumps(result))
         Path(f"{args.json}.part").unlink(missing_ok=True)
     return result
 
 
-# what was asked for, and its result
-def run(argv: list | None) -> dict:
-    args = parse(argv)
-    return COMMANDS.get(args.asked[0], run_suites)(args)
-
-
 def main(argv: list | None = None) -> int:
     """Run the suites or the command; exit code 0 done, 2 wrong input, 1 a failure of ours, 130 stopped."""
-    return globe.exit_code("bench.py", partial(run, argv))
+    def run() -> dict:
+        args = parse(argv)
+        return COMMANDS.get(args.asked[0], run_suites)(args)
+    return globe.exit_code("bench.py", run)
 
 
 if __name__ == "__main__":
