@@ -12,7 +12,7 @@ Suites (several in one command, or all) and commands:
     decode      tokens/s and memory of models: dense in each of transformers' ways, GloBE
     fit         seconds, passes, error of the fit's methods on tiny, beside MoBE's setting
     quality     nats lost per token at one stored size, beside the peers, with the same calibration
-    report      tables of a run: errors, effective ranks, use of bases, quality, a zero-shot task
+    report      tables and a plot of a run: errors, effective ranks, use of bases, quality, a zero-shot task
     sweep       a fit per combination of a grid, one table; started again, it goes on
 
 A figure of speed is the median of several turns; peers run in the same process, turn by turn with ours.
@@ -187,7 +187,7 @@ def sliced(dense: nn.Module, slices: int) -> nn.Module:
 
 
 # write a stock Qwen2-MoE checkpoint that computes what the Llama `source` does; its logits are compared
-def build_smol_moe(source: str, out: Path, slices: int = 8) -> None:
+def build_smol_moe(source: str, out: Path, slices: int) -> None:
     dense, tokenizer = load_llama(source)
     kind = dense.config.model_type
     width = dense.config.intermediate_size
@@ -210,9 +210,10 @@ def build_smol_moe(source: str, out: Path, slices: int = 8) -> None:
 def checkpoint_of(preset: str, args: Namespace) -> Checkpoint:
     if preset == "tiny":
         return globe.open_model(globe.load_config(None, args.set), CPU)
-    path = globe.user_cache() / "smol-moe-8"
+    path = globe.user_cache() / f"smol-moe-{args.experts}"
     if not (path / "config.json").is_file():
-        build_smol_moe(os.environ.get("SMOL_DIR") or "HuggingFaceTB/SmolLM2-135M-Instruct", path)
+        source = os.environ.get("SMOL_DIR") or "HuggingFaceTB/SmolLM2-135M-Instruct"
+        build_smol_moe(source, path, args.experts)
     return Checkpoint(path)
 
 
@@ -364,11 +365,12 @@ def put_peer(model: nn.Module, name: str, asked: float, factors: dict, args: Nam
 
 
 # ---- 4. quality: nats lost per token at one stored size ------------------------------------------
-def quality_texts(tokenizer, count: int) -> tuple:
+def quality_texts(tokenizer, count: int, files: list = ()) -> tuple:
     """({text name: windows (N, 512)}, calibration text): the rest of topics, and other texts.
 
     The documentation repeats itself, so parts of its windows recur in the calibration text; code has none.
-    topics: tokens i * 4096 + 512 .. i * 4096 + 1024 of pydoc_data.topics, i = 0..count-1.
+    topics: tokens i * 4096 + 512 .. i * 4096 + 1024 of pydoc_data.topics, i = 0..count-1; files: more texts,
+    each named by its stem. UserError: a name that is taken, a text that is calibrated on.
     """
     # of every 4096 tokens of the documentation, 512 are evaluated on and the others calibrated on
     from pydoc_data.topics import topics
@@ -386,14 +388,21 @@ def quality_texts(tokenizer, count: int) -> tuple:
 
     # texts of which nothing is calibrated on
     root = Path(os.__file__).parent
-    for name, files in {"code": ("argparse.py", "tarfile.py"), "license": ("LICENSE.txt",)}.items():
-        if (root / files[0]).is_file():
-            text = "".join((root / file).read_text() for file in files)
+    for name, parts in {"code": ("argparse.py", "tarfile.py"), "license": ("LICENSE.txt",)}.items():
+        if (root / parts[0]).is_file():
+            text = "".join((root / part).read_text() for part in parts)
             windows[name] = globe.token_windows(tokenizer, text, count * 512, 512)
 
     # calibrated on: beside the documentation, as much of the library's other texts, twice
     others = globe.builtin_text("train")[:len(prose)] + globe.builtin_text("calibration")[:len(prose)]
-    return windows, "\n\n".join([*calibrated, others])
+    calibration = "\n\n".join([*calibrated, others])
+    for file in files:
+        name = Path(file).stem
+        expect(name not in windows, f"--text {file}: expected another name than {', '.join(windows)}")
+        windows[name] = globe.token_windows(tokenizer, globe.read_text(file, "test"), count * 512, 512)
+        seen = sum(tokenizer.decode(ids) in calibration for ids in windows[name][:, :64])
+        expect(not seen, f"--text {file}: expected a text that is not calibrated on, found {seen} windows")
+    return windows, calibration
 
 
 class Quality:
@@ -406,7 +415,7 @@ class Quality:
         self.ckpt = checkpoint_of(preset, args)
         self.config = str(CONFIGS / {"tiny": "tiny.yaml", "smol-moe": "smol.yaml"}[preset])
         self.tokenizer = globe.load_tokenizer(self.ckpt.dir)
-        self.windows, self.calibration = quality_texts(self.tokenizer, args.windows)
+        self.windows, self.calibration = quality_texts(self.tokenizer, args.windows, args.text)
         self.cfg = globe.load_config(self.config, args.set)
 
         # a hash of all that a figure depends on
@@ -563,7 +572,6 @@ def plot_quality(rows: list, texts: list, path: Path) -> None:
 # ---- 5. Operators at Qwen1.5-MoE-A2.7B's shapes: compose, sparsemax, one token of decode ---------
 D, P, M, S, E, TOP_K = 2048, 1408, 128, 12, 60, 4  # d, p; a bank of 128 bases, supports of 12; experts, top-k
 DENSE = ("eager", "grouped_mm", "batched_mm")      # transformers' ways to run experts; the best is the peer
-REPEATS = 5                                        # times that a model is timed; of operators twice as many
 
 
 def race(suite: str, test: str, variants: dict, want: tuple | Tensor, traffic: float, args: Namespace,
@@ -583,9 +591,9 @@ def race(suite: str, test: str, variants: dict, want: tuple | Tensor, traffic: f
                     raise RuntimeError(f"{suite} {test}: {name} is off by {error}, more than {tolerance}")
 
         # turn by turn, so that a slow spell hits all; the first third is not counted
-        for turn, (name, run) in itertools.product(range(3 * REPEATS), variants.items()):
+        for turn, (name, run) in itertools.product(range(3 * args.repeats), variants.items()):
             seconds[name].append(timed(partial(run, turn), args.device))
-    middle = {name: statistics.median(s[REPEATS:]) for name, s in seconds.items()}
+    middle = {name: statistics.median(s[args.repeats:]) for name, s in seconds.items()}
 
     # beside the best peer's, and what the machine can move
     peers = middle.keys() - {"native", "twin"}
@@ -699,7 +707,7 @@ def bench_one_token(args: Namespace, r: int = 768) -> list:
     for e, i in itertools.product(range(E), range(2)):
         dense.gate_up_proj[e, i * P:(i + 1) * P] = A[i][e].float() @ X[i][e].float()
     x = torch.randn(1, D, generator=g).to(args.device, args.dtype)
-    index = [torch.randperm(E, generator=g)[None, :TOP_K].to(args.device) for _ in range(3 * REPEATS)]
+    index = [torch.randperm(E, generator=g)[None, :TOP_K].to(args.device) for _ in range(3 * args.repeats)]
     weights = torch.full((1, TOP_K), 0.25, device=args.device)
 
     # ours: every expert in its slot, down dense
@@ -722,7 +730,6 @@ def bench_one_token(args: Namespace, r: int = 768) -> list:
 
 # ---- 6. decode: whole models ---------------------------------------------------------------------
 HELD = 0.25    # of the experts that the caches of `warm` and `cold` hold
-PROMPT = 512   # tokens of the prefill test
 DECODE_KEYS = ("test", "variant", "implementation", "value", "unit", "ratio", "peak_gib", "weights_gib",
                "cache_mib", "hit_rate")
 
@@ -763,7 +770,7 @@ def cache_figures(model: nn.Module) -> dict:
 
 # Rows of pp and tg for {(variant, how): function that makes a model}: memory one by one, then speed
 def speed_rows(make: dict, text: Tensor, args: Namespace, preset: str) -> list:
-    runs = {f"pp{PROMPT}": lambda model: prefill(model, text[:, :PROMPT], args.device),
+    runs = {f"pp{args.prefill}": lambda model: prefill(model, text[:, :args.prefill], args.device),
             f"tg{args.tokens}": lambda model: decode(model, text[:, :8 + args.tokens], args.device)}
 
     # a model alone in memory, run once
@@ -782,7 +789,7 @@ def speed_rows(make: dict, text: Tensor, args: Namespace, preset: str) -> list:
     rows = []
     for test, run in runs.items():
         speeds = {key: [] for key in models}
-        for _, (key, model) in itertools.product(range(1 + REPEATS), models.items()):
+        for _, (key, model) in itertools.product(range(1 + args.repeats), models.items()):
             start_counts(model, forget=key[1] == "cold")
             speeds[key].append(int(test[2:]) / run(model))
         mine = []
@@ -1206,6 +1213,13 @@ def choice_accuracy(model: nn.Module, tokenizer, items: list) -> float:
     return right / len(items)
 
 
+# how many experts use each basis, of all banks
+def basis_uses(f: globe.FamilyFactors) -> Tensor:
+    m = len(f.bank[0])
+    used = torch.cat([f.group[l] * m + idx[f.val[l] != 0] for l, idx in f.idx.items()])
+    return torch.bincount(used, minlength=len(f.bank) * m)
+
+
 # a row per family: mean effective rank (exp of the entropy of singular values' energies), use of its bases
 def spectra(factors: globe.Factors) -> list:
     rows = []
@@ -1218,17 +1232,35 @@ def spectra(factors: globe.Factors) -> list:
             entropy = -(fraction * fraction.clamp_min(1e-30).log()).sum(-1)
             row[f"effective rank of {key}"] = float(entropy.exp().mean())
 
-        # experts that use a basis, for all banks
-        m = len(f.bank[0])
-        used = torch.cat([f.group[l] * m + idx[f.val[l] != 0] for l, idx in f.idx.items()])
-        uses = torch.bincount(used, minlength=len(f.bank) * m)
+        uses = basis_uses(f)
         row |= {"bases": len(uses), "not used": int((uses == 0).sum()),
                 "experts a basis": float(uses.double().mean()), "at most": int(uses.max())}
         rows.append(row)
     return rows
 
 
-# Write RUN/report.md; the result names it
+# error and support by step, error by layer, experts by basis; a line style per family
+def plot_run(log: list, factors: globe.Factors, errors: dict, path: Path) -> None:
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(17, 3.8), layout="tight")
+    axes = fig.subplots(1, 4)
+    for (family, f), line in zip(factors.families.items(), ("-", "--", ":")):
+        look = {"linestyle": line, "color": "black", "label": family}
+        mine = [row for row in log if family in row.get("family", "") and "support" in row]  # not heal's
+        for ax, key in zip(axes, ("rel_frob", "support")):
+            ax.plot([row["step"] for row in mine], [row[key] for row in mine], **look)
+        axes[2].plot(list(f.A), [errors[family][l] for l in f.A], marker="o", **look)
+        axes[3].plot(basis_uses(f).sort(descending=True).values, **look)
+    axes[0].set(title="relative error in the fit's metric", xlabel="step", yscale="log")
+    axes[1].set(title="median support", xlabel="step")
+    axes[2].set(title="relative Frobenius error", xlabel="layer", ylim=(0, None))
+    axes[3].set(title="experts that use a basis", xlabel="basis, by rank", ylim=(0, None))
+    axes[2].legend()
+    with globe.written(path) as tmp:
+        fig.savefig(tmp, dpi=120, format="png")
+
+
+# Write RUN/report.md and its plot; the result names them
 def report(args: Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = globe.open_run(args)
     errors = globe.reconstruction(ckpt, factors)
@@ -1255,9 +1287,14 @@ def report(args: Namespace) -> dict:
         if rows:
             table = globe.text_table(list(rows[0]), [list(row.values()) for row in rows])
             text += f"## {title}\n\n{table}\n\n"
+    plots = []
+    if importlib.util.find_spec("matplotlib"):
+        plots.append(str(run / "factors.png"))
+        plot_run(globe.read_rows(run / "log.jsonl"), factors, errors, Path(plots[0]))
+        text += "![factors](factors.png)\n"
     globe.write_text(run / "report.md", text)
     say(text)
-    return {"report": str(run / "report.md"), "tasks": tasks}
+    return {"report": str(run / "report.md"), "plots": plots, "tasks": tasks}
 
 
 # ---- 11. sweep: one fit per combination ----------------------------------------------------------
@@ -1363,8 +1400,12 @@ OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help
      "mobe and slbf take hours on smol-moe"),
     ("quality", "--heal", False, ON, "heal globe's factors too (variant globe+heal)"),
     ("quality", "--resume", False, ON, "keep the rows of --json FILE, also of a run that was cut short"),
+    ("quality", "--experts", 8, COUNT, "smol-moe: equal slices of a layer's FFN, which act as its experts"),
+    ("quality", "--text", [], MANY, "evaluate on these files too, each named by its stem"),
     ("quality", "--windows", 12, COUNT, "evaluation windows of 512 tokens per text"),
     ("quality", "--png", None, FILE, "file for a plot: loss against size"),
+    ("compose sparsemax decode", "--repeats", 5, COUNT, "times that a model is timed; operators: twice"),
+    ("decode", "--prefill", 512, TOKENS, "tokens of the prompt"),
     ("decode", "--tokens", 128, TOKENS, "new tokens (qwen15: at most 32)"),
     ("decode", "--sweep", False, ON, "also with caches of 1 expert a layer to all"),
     (ALL, "--json", None, FILE, "file for the rows"),

@@ -1722,7 +1722,7 @@ BENCH_ROWS = {
     "a preset of another suite": (("quality", "--preset", "qwen15"), "'qwen15'"),
     "an option of another suite": (("decode", "--ratio", "0.8"), "--ratio: expected an option of decode"),
     "an option of nobody": (("decode", "--speed", "2"), "--speed"),
-    "0 windows": (("quality", "--windows", "0"), "--windows: expected 1"),
+    "0 repeats": (("compose", "--repeats", "0"), "--repeats: expected 1"),
     "a command among suites": (("decode", "report"), "'report'"),
     "-1 tokens": (("decode", "--tokens", "-1"), "--tokens: expected 1 to 2000"),
     "a ratio of NaN": (("quality", "--ratio", "nan"), "--ratio"),
@@ -1845,6 +1845,7 @@ def test_a_report_shows_errors_effective_ranks_use_of_bases_quality_and_tasks(ru
     for words in ("Relative Frobenius error", "effective rank", "not used", "words.txt", "builtin"):
         assert words in text, words
     assert 0 <= got["tasks"][0]["globe"] <= 1
+    assert all(Path(p).read_bytes().startswith(b"\x89PNG") and Path(p).name in text for p in got["plots"])
 
 def test_a_sweep_fits_every_combination_once_and_ends_in_one_table(small, capsys):
     quick = [f"model.path={small}", "bank.r=6", "fit.steps=2", "fit.metric=weights", "bank.m=2,3"]
@@ -2475,7 +2476,7 @@ def test_the_readmes_recipes_run_as_they_stand(words, monkeypatch):
         "globe.py generate": [*SPEED, "--max-new-tokens", "4"], "globe.py export": [],
         "globe.py info": [], "train.py tiny": tiny,
         "train.py heal": ["heal.steps=4", "heal.tokens=512", "calib.length=64"],
-        "bench.py decode": ["--set", *tiny, *fit, "--tokens", "4"],
+        "bench.py decode": ["--set", *tiny, *fit, "--tokens", "4", "--prefill", "16", "--repeats", "1"],
         "bench.py report": [],
         "bench.py sweep": fit}
     seen = set()
