@@ -1,4 +1,4 @@
-"""Speed, memory and quality of GloBE beside its peers; reports; grids of fits. Last line of stdout: JSON.
+"""Speed, memory, quality of GloBE beside its peers; reports; grids of fits. Last line of stdout: JSON.
 
     python bench.py                                    decode on tiny: tokens/s and memory
     python bench.py compose sparsemax decode           operators, a layer of Qwen1.5-MoE's shapes, tiny
@@ -12,10 +12,10 @@ Suites (several in one command, or all) and commands:
     decode      tokens/s and memory of models: dense in each of transformers' ways, GloBE
     fit         seconds, passes, error of the fit's methods on tiny, beside MoBE's setting
     quality     nats lost per token at one stored size, beside the peers, with the same calibration
-    report      tables and a plot of a run: errors, effective ranks, use of bases, quality, a zero-shot task
+    report      tables and a plot of a run: errors, effective ranks, bases, quality, a zero-shot task
     sweep       a fit per combination of a grid, one table; started again, it goes on
 
-A figure of speed is the median of several turns; peers run in the same process, turn by turn with ours.
+A speed is the median of several turns; peers run in the same process, turn by turn with ours.
 """
 from __future__ import annotations
 
@@ -452,12 +452,17 @@ class Quality:
 
     # a row per text: what the model loses against the dense one
     def add(self, asked: float, variant: str, model: nn.Module, ratio: float, seconds: float, **more) -> None:
-        test = f"{self.ckpt.dims.experts}x{self.ckpt.dims.p}"
+        D = self.ckpt.dims
+        test = f"{D.experts}x{D.p}"
+        # of the whole file: what gate and up lose
+        pair = 2 * len(D.layers) * D.experts * D.p * D.d * self.ckpt.dtype.itemsize
+        size = round(self.ckpt.bytes - (1 - ratio) * pair)
         for text, loss in self.losses(model).items():
             delta = loss - self.dense[text]
             self.rows[asked, variant, text] = new_row(
                 "quality", self.preset, test, variant, delta, "nats", text=text, delta_nats=delta,
-                seconds=seconds, ratio=ratio, bits=16 * ratio, asked=asked, settings=self.settings, **more)
+                seconds=seconds, ratio=ratio, bits=16 * ratio, bytes=size, saved=1 - size / self.ckpt.bytes,
+                asked=asked, settings=self.settings, **more)
             say(f"  {variant:9s} ratio {ratio:.3f} {text:8s} delta {delta:+.4f} nats, {seconds:.0f} s")
 
     # {layer: Cholesky factor of the inputs' second moment}; a ridge of 0.1 is worse for the peers
@@ -545,7 +550,7 @@ def bench_quality(preset: str, args: Namespace) -> list:
     for row in rows:
         line = lines.setdefault((row["asked"], row["variant"]), dict(row))
         line[row["text"]] = row["delta_nats"]
-    show(list(lines.values()), "variant", "ratio", "bits", "scope", *job.windows, "seconds")
+    show(list(lines.values()), "variant", "ratio", "bits", "saved", "scope", *job.windows, "seconds")
     if args.png:
         plot_quality(rows, list(job.windows), args.png)
     return rows
@@ -1280,7 +1285,8 @@ def report(args: Namespace) -> dict:
         tasks.append({"task": "builtin", "metric": "acc", "dense": dense, "globe": ours})
 
     whole = factors.model_ratio(ckpt.num_parameters())
-    text = f"# {run.name}\n\nratio {factors.ratio():.4f} of the compressed families, {whole:.4f} of all\n\n"
+    text = f"# {run.name}\n\nratio {factors.ratio():.4f} of the compressed families, {whole:.4f} of all: "
+    text += f"{1 - whole:.1%} of the file is saved\n\n"
     tables = {"Relative Frobenius error": by_layer, "Effective ranks, and use of bases": spectra(factors),
               "Quality": evals, "Zero-shot tasks": tasks}
     for title, rows in tables.items():
@@ -1336,22 +1342,23 @@ def sweep(args: Namespace) -> dict:
         combinations = []
         for values in itertools.product(*grid.values()):
             settings = plain + list(map("=".join, zip(grid, values)))
-            globe.load_config(config, settings)
-            combinations.append((values, settings))
+            whole = json.dumps(dataclasses.asdict(globe.load_config(config, settings)))
+            combinations.append((values, settings, hashlib.sha256(whole.encode()).hexdigest()))
         given = {"--config": config, "--device": args.device, "--dtype": args.dtype}
         options = [f"{option}={value}" for option, value in given.items() if value]
 
         # a run per combination; fit.json is written when it is finished
         base = Path(args.out or globe.new_run(globe.Config(model=globe.ModelConfig(path="sweep"))))
-        for values, settings in combinations:
+        for values, settings, resolved in combinations:
             short = [key.rpartition(".")[2] for key in grid]
             out = base / "-".join(map("=".join, zip(short, values)))
             if not (out / "fit.json").is_file():
                 say(f"{len(rows) + 1} of {len(combinations)}: {out}")
                 result = run_globe("fit", "--resume", "--out", out, *options, *settings)
-                globe.write_text(out / "fit.json", json.dumps({"settings": settings} | result))
+                globe.write_text(out / "fit.json", json.dumps({"settings": resolved} | result))
             rows.append(dict(zip(grid, values)) | globe.read_json(out / "fit.json"))
-            fine = rows[-1].pop("settings", None) == settings and "rel_frob" in rows[-1]
+            # those of older versions name the command line's settings alone
+            fine = rows[-1].pop("settings", None) in (resolved, settings) and "rel_frob" in rows[-1]
             expect(fine, f"{out}: fitted with other settings; choose another --out")
     lines = [row | row["rel_frob"] for row in rows]
     show(lines, *grid, "ratio", "model_ratio", "seconds", *rows[0]["rel_frob"])

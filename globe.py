@@ -42,7 +42,6 @@ import shutil
 import threading
 import time
 import timeit
-import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +52,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer, auto
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 __version__ = "0.2.0"
 FORMAT_VERSION = 1
@@ -537,9 +538,12 @@ class GlobeExperts(nn.Module):
         for key, value in (vars(old) | old._modules).items():
             if not key.startswith("_") and not hasattr(self, key) and not isinstance(value, Tensor):
                 setattr(self, key, value)
-        self._gate = types.MethodType(type(old)._apply_gate, self)
+        self._dense_class = type(old)
         plain = type(old)._apply_gate.__name__ == "_default_apply_gate"  # act(gate) * up
         self.native_act = NATIVE_ACTS.get(type(getattr(self, "act_fn", None)).__name__) if plain else None
+
+    def _gate(self, z: Tensor) -> Tensor:
+        return self._dense_class._apply_gate(self, z)
 
     def train(self, mode: bool = True):
         self.cache.clear()  # factors may have moved while training
@@ -548,6 +552,10 @@ class GlobeExperts(nn.Module):
     def _apply(self, fn, recurse=True):
         self.cache.clear()  # slots follow the module to its new device and dtype
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args):
+        self.cache.clear()  # other factors come in
+        super()._load_from_state_dict(*args)
 
     # -- what is held
     # {family: "basis" | "weight"}: weights where they are composed once and take fewer products
@@ -565,7 +573,7 @@ class GlobeExperts(nn.Module):
         return self._shape(f) if self.hold[f] == "weight" else (self.families[f]["r"], self.hidden_dim)
 
     def _adapters(self) -> Tensor:
-        return self._parameters[f"{next(iter(self.families))}_A"]
+        return getattr(self, f"{next(iter(self.families))}_A")
 
     def _bank_of(self, f: str) -> Tensor:
         about = self.families[f]
@@ -608,7 +616,8 @@ class GlobeExperts(nn.Module):
             A = self._adapters()
             for f in self.families:
                 shape = (cache.slots, *self._held_shape(f))
-                cache.slabs[f] = torch.empty(shape, dtype=self.cache_dtype or A.dtype, device=A.device)
+                with torch.inference_mode(False):  # they outlive it: later steps may want gradients
+                    cache.slabs[f] = torch.empty(shape, dtype=self.cache_dtype or A.dtype, device=A.device)
         return cache.slabs
 
     # This layer's cache; without slots of its own, those that such layers use in turn
@@ -628,7 +637,8 @@ class GlobeExperts(nn.Module):
             slot_of = self.fitted if self.composed else cache.slot_of
             slots = [slot_of.get(e, -1) for e in range(self.num_experts)]
             rows = [self.fitted.get(e, -1) for e in range(self.num_experts)]
-            cache.table = tuple(torch.tensor([slots, rows], device=self._adapters().device))
+            with torch.inference_mode(False):
+                cache.table = tuple(torch.tensor([slots, rows], device=self._adapters().device))
         return cache.table
 
     def hold_only(self, cache: ExpertCache, experts: Sequence[int]) -> None:
@@ -660,6 +670,8 @@ class GlobeExperts(nn.Module):
         grad = torch.is_grad_enabled()
         if grad and x.requires_grad and not self.full():
             return True
+        if "parametrizations" in self._modules:  # peft's target_parameters, on factors or on dense matrices
+            return any(not name.endswith("proj") for name in self.parametrizations)
         if not self.training and not grad:  # training: also in the no-grad pass of gradient checkpointing
             return False
         factors = itertools.chain(self.named_parameters(), self._bank[0].named_parameters())
@@ -693,7 +705,8 @@ class GlobeExperts(nn.Module):
         operands = self._operands(cache)
         tensors = [t for operand in operands.values() for t in operand[:2]]
         read = [t for t in tensors if t is not None]
-        if not same_type(read, x.dtype):
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in read)
+        if learns or not same_type(read, x.dtype):
             return self.forward_loop(x, index, weights)
         if self._can_decode(x):
             args = (*native_args(x, index, weights), *self._table(cache), *tensors, *self.constants)
@@ -705,8 +718,8 @@ class GlobeExperts(nn.Module):
     def _operands(self, cache: ExpertCache) -> dict:
         slabs, out = self._slabs(cache), {}
         for f in FAMILIES:
-            adapter = self._parameters[f"{f}_A"] if self.hold.get(f) == "basis" else None
-            out[f] = Operand(slabs[f] if f in slabs else self._parameters[f"{f}_proj"], adapter)
+            adapter = getattr(self, f"{f}_A") if self.hold.get(f) == "basis" else None
+            out[f] = Operand(slabs[f] if f in slabs else getattr(self, f"{f}_proj"), adapter)
         return out
 
     def _can_decode(self, x: Tensor) -> bool:
@@ -806,10 +819,10 @@ class GlobeExperts(nn.Module):
         mixtures = {}
         for f in FAMILIES:
             if f in self.families:
-                A, val = self._parameters[f"{f}_A"], self._parameters[f"{f}_val"].float()
+                A, val = getattr(self, f"{f}_A"), getattr(self, f"{f}_val").float()
                 mixtures[f] = Operand(self._bank_of(f), A, self._buffers[f"{f}_idx"], val)
             else:
-                mixtures[f] = Operand(self._parameters[f"{f}_proj"])
+                mixtures[f] = Operand(getattr(self, f"{f}_proj"))
         tensors = [t for mixture in mixtures.values() for t in mixture]
         if not self._can_mix(x, weights, tensors):
             return self._bases_torch(x, index, weights, mixtures)
@@ -928,6 +941,14 @@ def experts_modules(model: nn.Module) -> dict:
     return found
 
 
+# Grouped products want rows of whole 16 bytes: dense experts of others run one by one
+def one_by_one(model: nn.Module) -> None:
+    for _, _, module in experts_modules(model).values():
+        W = getattr(module, "down_proj", None)
+        if W is not None and any(n * W.itemsize % 16 for n in W.shape[1:]):
+            model.set_experts_implementation("eager")
+
+
 # The cache settings of the run that made the factors. UserError where they are none
 def own_cache(meta: dict) -> CacheConfig:
     own = meta.get("config", {}).get("cache") or {}
@@ -1037,6 +1058,12 @@ def set_cache(model: nn.Module, cache: CacheConfig) -> None:
 AUTO_MAP = {"AutoConfig": "globe.GlobeAuto", "AutoModelForCausalLM": "globe.GlobeAuto"}
 
 
+# auto_map without models: a tokenizer's or a processor's own code
+def other_code(config: Any) -> dict:
+    named = getattr(config, "auto_map", None) or {}
+    return {k: v for k, v in named.items() if not k.startswith(("AutoConfig", "AutoModel"))}
+
+
 def convert(model: nn.Module, meta: dict, cache: CacheConfig | None = None) -> dict:
     """install, and save_pretrained writes an export from here on; returns the old modules."""
     old_modules = install(model, meta, cache)
@@ -1053,12 +1080,15 @@ def loader_source() -> str:
 def save_pretrained(model: nn.Module, meta: dict, directory: str | Path, **kwargs) -> None:
     """save_pretrained (same kwargs) of a converted model: an export that from_pretrained reads."""
     model.config.quantization_config = {**meta, "quant_method": "globe"}
-    model.config.auto_map = dict(AUTO_MAP)
+    model.config.auto_map = other_code(model.config) | AUTO_MAP
     model._weight_conversions = []  # tensors keep the names of the converted model
     push = kwargs.pop("push_to_hub", False)
     repo = kwargs.pop("repo_id", Path(directory).name)
     type(model).save_pretrained(model, directory, **kwargs)
     (Path(directory) / "globe.py").write_bytes(loader_source().encode())
+    mode = (Path(directory) / "config.json").stat().st_mode  # by the umask; safetensors writes 0600
+    for file in Path(directory).glob("*.safetensors"):
+        file.chmod(mode)
     if push:
         known = ("token", "private", "commit_message")
         model.push_to_hub(repo, **{k: v for k, v in kwargs.items() if k in known})
@@ -1068,6 +1098,25 @@ def save_pretrained(model: nn.Module, meta: dict, directory: str | Path, **kwarg
 def refuse_missing(names: Sequence[str], where: Path | str) -> None:
     if names:
         raise UserError(f"{where}: expected tensor {names[0]}, found none (and {len(names) - 1} more)")
+
+
+# Tensors that no file holds, but for a new head's, which transformers initialises and says
+def missing_tensors(model: nn.Module, stored: set) -> list:
+    prefix = f"{model.base_model_prefix}."  # of names where the model has a head, here or when it was stored
+    held = {name.removeprefix(prefix) for name in stored}
+    missing = [name for name in model.state_dict() if name.removeprefix(prefix) not in held]
+    old = "" if model.base_model is model else (prefix, "globe_bank.", "lm_head.")
+    return [name for name in missing if name.startswith(old)]
+
+
+# UserError where a tensor-parallel plan has cut dense matrices: adapters and bases are not cut with them
+def refuse_slices(model: nn.Module) -> None:
+    for m in globe_modules(model):
+        for f in FAMILIES:
+            W = getattr(m, f"{f}_proj", None)
+            W = W.to_local() if hasattr(W, "to_local") else W
+            expect(W is None or (*W.shape[1:],) == m._shape(f), "tp_plan: GloBE's experts cannot be cut: "
+                   "take device_map or a dense export")
 
 
 # UserError where an expert mixes bases that its bank does not have
@@ -1100,50 +1149,61 @@ class GlobeAuto:
         """Nothing to do: the native classes need no code beside them."""
 
 
+class GlobeQuantizationConfig(QuantizationConfigMixin):
+    def __init__(self, **meta):
+        vars(self).update(meta)
+
+
+class GlobeQuantizer(HfQuantizer):
+    is_trainable, is_qat_trainable, is_compileable = True, True, False
+
+    def is_serializable(self) -> bool:
+        return True
+
+    # Called with what the user gave, and again with what "auto" came to
+    def validate_environment(self, device_map=None, **_) -> None:
+        places = device_map if isinstance(device_map, dict) else {}
+        names = [name for name in places if name.startswith("globe_bank")] or {""} & {*places}
+        bank = {str(places[name]) for name in names}
+        far = "cpu" in bank and {*map(str, places.values())} - {"cpu", "disk"}
+        expect("disk" not in bank and not far, "device_map: expected globe_bank, which every layer reads, in "
+               f"memory, on an accelerator if there is one, found it on {', '.join(bank)}: name its place")
+
+    # A map made for the dense model has no place for the bank
+    def update_device_map(self, device_map):
+        if not isinstance(device_map, dict) or any(n == "" or n.startswith("globe") for n in device_map):
+            return device_map
+        places = sorted(device_map.values(), key=lambda place: str(place) in ("cpu", "disk"))
+        return {"globe_bank": "cpu" if places[0] == "disk" else places[0], **device_map}
+
+    def update_weight_conversions(self, weight_conversions, model) -> list:
+        return []  # tensors are stored under the names of the converted model
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_) -> None:
+        where = str(getattr(model.config, "name_or_path", None) or "config.json")
+        convert(model, check_meta(self.quantization_config.to_dict(), where))
+        stored = set(model.all_tied_weights_keys)
+        for file in checkpoint_files or ():
+            with safe_open(file, "pt") as f:
+                stored.update(f.keys())
+        if checkpoint_files:
+            refuse_missing(missing_tensors(model, stored), where)
+
+    def _process_model_after_weight_loading(self, model, **_):
+        refuse_slices(model)
+        check_mixtures(model, getattr(model.config, "name_or_path", None) or "model")
+        model.is_quantized = False  # it may be cast, pickled and trained as any other
+        one_by_one(model)
+        for module in (model.globe_bank, *globe_modules(model)):
+            module.requires_grad_(False)
+        return model
+
+
 def register_loader() -> None:
     """Teach from_pretrained to read quant_method "globe"; once, however many copies are imported."""
-    from transformers.quantizers import auto, base
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-    if "globe" in auto.AUTO_QUANTIZER_MAPPING:
-        return
-
-    @auto.register_quantization_config("globe")
-    class GlobeQuantizationConfig(QuantizationConfigMixin):
-        def __init__(self, **meta):
-            vars(self).update(meta)
-
-    @auto.register_quantizer("globe")
-    class GlobeQuantizer(base.HfQuantizer):
-        is_trainable, is_qat_trainable, is_compileable = True, True, False
-
-        def is_serializable(self) -> bool:
-            return True
-
-        def validate_environment(self, device_map=None, **_) -> None:
-            places = device_map if isinstance(device_map, dict) else {}
-            bank = {str(v) for k, v in places.items() if k.startswith("globe_bank")}
-            far = "cpu" in bank and set(map(str, places.values())) - {"cpu", "disk"}
-            what = f"expected globe_bank on an accelerator, found {', '.join(bank)}: every layer reads it"
-            expect("disk" not in bank and not far, f"device_map: {what}")
-
-        def update_weight_conversions(self, weight_conversions, model) -> list:
-            return []  # tensors are stored under the names of the converted model
-
-        def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_) -> None:
-            where = str(getattr(model.config, "name_or_path", None) or "config.json")
-            convert(model, check_meta(self.quantization_config.to_dict(), where))
-            stored = set(model.all_tied_weights_keys)
-            for file in checkpoint_files or ():
-                with safe_open(file, "pt") as f:
-                    stored.update(f.keys())
-            if checkpoint_files:
-                refuse_missing([n for n in model.state_dict() if n not in stored], where)
-
-        def _process_model_after_weight_loading(self, model, **_):
-            check_mixtures(model, getattr(model.config, "name_or_path", None) or "model")
-            for module in (model.globe_bank, *globe_modules(model)):
-                module.requires_grad_(False)
-            return model
+    if "globe" not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config("globe")(GlobeQuantizationConfig)
+        auto.register_quantizer("globe")(GlobeQuantizer)
 
 
 register_loader()  # imported, as a package or as remote code: from_pretrained knows GloBE from here on
@@ -1161,6 +1221,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import types
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import field
@@ -1665,6 +1726,16 @@ def saved_state(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: expected the saved state of this run, found {found}") from None
 
 
+# ValueError that names what a saved state belongs to and a run does not
+def same_state(found: dict, wanted: dict) -> None:
+    if wanted and "checkpoint" not in found:
+        raise ValueError("one of an older version, which does not name its checkpoint")
+    other = [key for key in wanted if found.get(key, wanted[key]) != wanted[key]]
+    if other:
+        differ = [f"{key} {short(found[key])}, not {short(wanted[key])}" for key in other]
+        raise ValueError(f"one with {'; '.join(differ)}")
+
+
 # ---- devices: little else knows CUDA and MPS by name ----
 def pick_device(name: str | None = "auto") -> torch.device:
     """The device for "auto", "cpu", "cuda[:i]" or "mps"; UserError where there is no such."""
@@ -1930,6 +2001,7 @@ def build_kernels(csrc: Path, compiler: str) -> Path:
 
     # processes that start at once build it twice, each under its own temporary name
     sources = [str(file) for file in files if file.suffix != ".h"]
+    say("compiling the native operators, once, which takes some minutes (GLOBE_KERNELS=off does without)")
     with written(path) as tmp:
         command = [compiler, *flags, "-I", str(home / "include"), *sources, *libraries, "-o", str(tmp)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -1982,6 +2054,11 @@ UNSUPPORTED = {
 }
 
 
+# endings of files that hold weights, or are pickles
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".h5", ".msgpack",
+           ".onnx", ".npz", ".npy", ".ot")
+
+
 # type and first line of what another library raised
 def reason_of(error: Exception) -> str:
     first = str(error).partition("\n")[0]
@@ -1995,10 +2072,11 @@ def resolve_model(path: str, revision: str | None = None, force_download: bool =
     if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise UserError(f"model.path: expected a directory or a hub id (ORG/NAME), found {path!r}")
     from huggingface_hub import snapshot_download
-    kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
+    # everything but other forms of the weights
+    others = [f"*{suffix}" for suffix in WEIGHTS if suffix != ".safetensors"] + ["*/*.safetensors"]
     try:
         return Path(snapshot_download(path, revision=revision, force_download=force_download,
-                                      allow_patterns=kinds))
+                                      ignore_patterns=others))
     # offline, no such repository, gated: the hub's own reason is the useful part
     except Exception as e:
         raise UserError(f"model.path: no directory {path!r}, and not from the hub: {reason_of(e)}") from None
@@ -2094,15 +2172,21 @@ class Slot(NamedTuple):
     part: tuple  # its index in the tensor: (rows, columns), in a fused one (expert, rows, columns)
 
 
+# whether a file lies in the directory, with links followed
+def is_inside(path: Path, directory: Path) -> bool:
+    home = directory.resolve()
+    allowed = {home}
+    # the hub's cache links snapshots/REVISION/NAME to blobs/HASH, beside snapshots
+    if home.parent.name == "snapshots":
+        allowed.add(home.parent.parent / "blobs")
+    return not allowed.isdisjoint(path.resolve().parents)
+
+
 def open_shard(path: Path):
     """A lazy handle of a safetensors file; UserError where it is none, or a link to another directory."""
     expect(path.is_file(), f"{path}: expected safetensors, found no file")
-    real = path.resolve()
-    allowed = {path.parent.resolve()}
-    # the hub's cache links snapshots/REVISION/NAME to blobs/HASH, beside snapshots
-    allowed |= {home.parent.parent / "blobs" for home in allowed if home.parent.name == "snapshots"}
-    expect(not allowed.isdisjoint(real.parents),
-           f"{path}: expected a file in this directory, found a link to {real}, outside it")
+    expect(is_inside(path, path.parent),
+           f"{path}: expected a file in this directory, found a link to {path.resolve()}, outside it")
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as e:
@@ -2118,6 +2202,11 @@ def finite(w: Tensor, name: str, where: Any) -> Tensor:
     return w
 
 
+# keys of config.json that no product depends on
+BOOKKEEPING = {"transformers_version", "auto_map", "architectures", "dtype", "torch_dtype", "use_cache",
+               "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
 class Checkpoint:
     """A Hugging Face checkpoint directory, read lazily: one expert at a time through safetensors slices.
 
@@ -2130,13 +2219,44 @@ class Checkpoint:
         self.config = read_json(path)
         self.layout = layout_of(self.config, str(path))
         self.dims = dims_of(self.config, str(path))
+        self.apart: set = set()  # names that config.json ties and the files do not
         # open files by name, and the bytes of experts read since these were last closed
         self._handles: dict = {}
         self._bytes_read = 0
-        index = self.dir / "model.safetensors.index.json"
-        self.shard_of = self._read_index(index) if index.is_file() else self._list_shards()
+        self.shard_of = self._find_tensors()
         self.fused = self.layout.fused.format(l=self.dims.layers[0], n="gate_up_proj") in self.shard_of
         self._validate()
+
+    # {tensor: file} of the files that from_pretrained reads, looked for in its order
+    def _find_tensors(self) -> dict:
+        single = "model.safetensors"
+        index = f"{single}.index.json"
+        if name := self.config.get("transformers_weights"):
+            single, index = (index, name) if str(name).endswith(".index.json") else (name, index)
+        if os.path.isfile(self.dir / single):
+            table = dict.fromkeys(self._shard(single).keys(), single)
+            self._compare(table, self.dir / index)
+            return table
+        if os.path.isfile(self.dir / index):
+            return self._read_index(self.dir / index)
+        found = [f.name for f in sorted(self.dir.glob("*.safetensors"))]
+        found += [f"{f.name}, a pickle, which is never loaded" for f in self.dir.glob("*.bin")]
+        raise UserError(f"{self.dir}: expected {single} or {index}, found {', '.join(found[:5]) or 'none'}")
+
+    # an index beside a whole file is older or newer: from_pretrained ignores it
+    def _compare(self, table: dict, index: Path) -> None:
+        with contextlib.suppress(UserError):
+            other = self._read_index(index)
+            same = other.keys() == table.keys()
+            if not same or any(not self._equal(name, table[name], other[name]) for name in table):
+                say(f"{self.dir}: {next(iter(table.values()))} is read, as from_pretrained does; "
+                    f"{index.name} names files with other tensors")
+
+    # whether two files hold the same tensor, by its shape and first rows
+    def _equal(self, name: str, *shards: str) -> bool:
+        a, b = (self._shard(shard).get_slice(name) for shard in shards)
+        first = slice(0, 2)
+        return a.get_shape() == b.get_shape() and (not a.get_shape() or torch.equal(a[first], b[first]))
 
     def _read_index(self, index: Path) -> dict:
         table = read_json(index).get("weight_map")
@@ -2144,25 +2264,22 @@ class Checkpoint:
         for shard in table.values():
             fine = isinstance(shard, str) and os.path.basename(shard) == shard and "\0" not in shard
             expect(fine, f"{index}: shard {short(shard)}: expected a file name in this directory")
+
+        # whole files are loaded, with what the index does not name
         stored = {}
+        named = set()
         for shard in sorted(set(table.values())):
             # isfile is False also for a name that no file can have
             expect(os.path.isfile(self.dir / shard), f"{index}: {shard} is not in {self.dir}")
-            stored[shard] = set(self._shard(shard).keys())
+            for name in self._shard(shard).keys():
+                named.add((name, shard))
+                one = stored.setdefault(name, shard)
+                expect(one == shard or self._equal(name, one, shard),
+                       f"{self.dir}: {name} is in both {one} and {shard}, with other values")
         for name, shard in table.items():
-            expect(name in stored[shard],
+            expect((name, shard) in named,
                    f"{self.dir / shard}: expected tensor {name} (by the index), found none")
-        return table
-
-    def _list_shards(self) -> dict:
-        table: dict = {}
-        for file in sorted(self.dir.glob("*.safetensors")):
-            for name in self._shard(file.name).keys():
-                expect(name not in table, f"{self.dir}: {name} is in both {table.get(name)} and {file.name}")
-                table[name] = file.name
-        pickles = [f"{f.name}, a pickle, which is never loaded" for f in self.dir.glob("*.bin")]
-        expect(table, f"{self.dir}: expected *.safetensors, found {', '.join(pickles) or 'none'}")
-        return table
+        return stored
 
     def _shard(self, shard: str):
         # safetensors maps the file: nothing is read yet
@@ -2279,13 +2396,48 @@ class Checkpoint:
     def num_parameters(self) -> int:
         return sum(math.prod(self.shape(name)) for name in self.shard_of)
 
+    # bytes of the files that are read
+    @property
+    def bytes(self) -> int:
+        return sum((self.dir / shard).stat().st_size for shard in set(self.shard_of.values()))
+
+    # the name that a model's parameter has in the files, or None
+    def stored_name(self, name: str) -> str | None:
+        # Mixtral's checkpoints have another
+        names = (name, name.replace(".mlp.", ".block_sparse_moe."))
+        return next((n for n in names if n in self.shard_of), None)
+
     def fingerprint(self) -> str:
-        """Sizes and two rows of a matrix per layer and family, hashed: tells fine-tuned twins apart."""
+        """Sizes and two stored rows of every expert's matrices, hashed: tells fine-tuned twins apart."""
+        D = self.dims
+        sizes = [self.config["model_type"], D.layers, D.experts, D.p, D.d, D.shared]
+        h = hashlib.sha256(json.dumps(sizes).encode())
+        for layer, family, e in itertools.product(D.layers, FAMILIES, range(D.experts)):
+            slot = self.slot(family, layer, e)
+            *expert, rows, columns = slot.part
+            start = rows.start or 0
+            part = (*expert, slice(start, start + 2), columns)
+            h.update(self._slice(slot.tensor)[part].float().contiguous().numpy().tobytes())
+        return h.hexdigest()[:16]
+
+    def old_fingerprint(self) -> str:
+        """As version 0.2 made it: two rows of one expert a layer, and the number of experts per token."""
         sizes = [self.config["model_type"], dataclasses.astuple(self.dims)]
         h = hashlib.sha256(json.dumps(sizes).encode())
         for layer, family in itertools.product(self.dims.layers, FAMILIES):
             rows = self.expert(family, layer, 0)[:2].float().contiguous()
             h.update(rows.numpy().tobytes())
+        return h.hexdigest()[:16]
+
+    def state_of(self) -> str:
+        """The fingerprint, two rows of every other tensor, the config: what a calibration depends on."""
+        kept = {key: value for key, value in self.config.items() if key not in BOOKKEEPING}
+        h = hashlib.sha256(json.dumps([self.fingerprint(), kept], sort_keys=True).encode())
+        experts = {name for name, _ in self.expected_tensors()}
+        for name in sorted(self.shard_of.keys() - experts):
+            part = self._slice(name)
+            rows = part[:2] if part.get_shape() else self.tensor(name)
+            h.update(name.encode() + rows.float().contiguous().numpy().tobytes())
         return h.hexdigest()[:16]
 
 
@@ -2322,6 +2474,7 @@ def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None)
     except Exception as e:
         raise UserError(f"{directory}: expected a model that loads, found {reason_of(e)}") from None
     refuse_missing(sorted(info["missing_keys"]), directory)
+    one_by_one(model)
     return model.to(device).eval()
 
 
@@ -2375,11 +2528,13 @@ def _library_sources() -> Iterator[tuple]:
         for key, text in topics.items():
             yield f"topics/{key}", text
     root = Path(sysconfig.get_path("stdlib"))
-    for path in root.rglob("*.py"):
-        name = path.relative_to(root)
-        skipped = name.name in RESERVED or name.name.startswith("_sysconfigdata")
-        if not skipped and SKIPPED_DIRS.isdisjoint(name.parts):
-            yield name.as_posix(), path.read_text(encoding="utf-8", errors="ignore")
+    for folder, below, files in os.walk(root):
+        below[:] = set(below) - SKIPPED_DIRS
+        for file in files:
+            path = Path(folder, file)
+            skipped = file in RESERVED or file.startswith("_sysconfigdata")
+            if path.suffix == ".py" and not skipped:
+                yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8", errors="ignore")
     for path in (*root.glob("*/*.html"), *root.glob("idlelib/*.txt")):
         text = path.read_text(encoding="utf-8", errors="ignore")
         text = re.sub(r"<(style|script).*?</\1>|<[^>]+>", "", text, flags=re.S)
@@ -2500,7 +2655,8 @@ def calibration_windows(ckpt: Checkpoint, cfg: Config, device: torch.device, tok
 def empty_model(config: dict, dtype: torch.dtype, where: Path) -> nn.Module:
     """The model of a config.json in `where`, its parameters on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    skipped = ("quantization_config", "auto_map", "transformers_weights")
+    config = {k: v for k, v in config.items() if k not in skipped}
     register = nn.Module.register_parameter
 
     # parameters alone: buffers (rotary frequencies) are in no file, they are computed
@@ -2548,17 +2704,28 @@ def fill(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.
     for layer, (_, _, module) in experts_modules(model).items():
         if module in inside:
             fill_experts(module, layer, ckpt, device, dtype)
-    # everything else, by its name; Mixtral's checkpoints have another
+    # everything else, by its name; of a tied pair, one in the file stands for both
+    twin = {}
+    for target, tied in model.all_tied_weights_keys.items():
+        twin |= {target: tied, tied: target}
     for name, old in list(part.state_dict(prefix=prefix).items()):
-        stored = name
-        if name not in ckpt.shard_of:
-            stored = name.replace(".mlp.", ".block_sparse_moe.")
-        if stored in ckpt.shard_of and ".experts." not in name:
+        stored = ckpt.stored_name(name) or ckpt.stored_name(twin.get(name, name))
+        if stored and ".experts." not in name:
             assign(model, name, ckpt.tensor(stored).to(device, dtype if old.is_meta else old.dtype))
     if below in ("", "lm_head"):
-        model.tie_weights()
+        tie(model, ckpt)
     empty = [name for name, t in part.state_dict(prefix=prefix).items() if t.is_meta]
     refuse_missing(empty, ckpt.dir)
+
+
+# as from_pretrained ties: not a head that the file holds by itself, with other values
+def tie(model: nn.Module, ckpt: Checkpoint) -> None:
+    pairs = dict(model.all_tied_weights_keys)
+    model.tie_weights({name for name in model.state_dict() if not ckpt.stored_name(name)})
+    for target in pairs.keys() - model.all_tied_weights_keys.keys() - ckpt.apart:
+        ckpt.apart.add(target)
+        say(f"{ckpt.dir}: config.json ties {target} to {pairs[target]}, but the files hold both, with other "
+            "values: they are kept apart, as from_pretrained does")
 
 
 # of a module that may return more than its output
@@ -2590,6 +2757,7 @@ class LayerWalk:
         # on a CPU a loop over few experts is faster than grouped_mm; its gradient costs their number squared
         if self.device.type == "cpu" and self.ckpt.dims.experts <= 16:
             self.model.set_experts_implementation("eager")
+        one_by_one(self.model)
 
     @torch.no_grad()
     def embed(self, windows: Tensor, x: Tensor) -> None:
@@ -2694,6 +2862,8 @@ class Moments:
             else:
                 total = on_disk(scratch / f"{kind}.{l}", shape, torch.float32)
             self.sums.setdefault(kind, {})[l] = total
+        # tokens that each expert saw, {layer: (E,)}
+        self.tokens = {l: torch.zeros(walk.ckpt.dims.experts, dtype=torch.long) for l in self.places}
 
     # what enters the layer's experts and leaves their block is kept, in the pass that collects
     @contextlib.contextmanager
@@ -2739,6 +2909,7 @@ class Moments:
         squares = {}
         reach = x.new_zeros(len(x), dtype=torch.float32)
         hidden = x.new_zeros(module.intermediate_dim, module.intermediate_dim, dtype=torch.float32)
+        self.tokens[layer] += torch.bincount(index.flatten().cpu(), minlength=module.num_experts)
         for e in index.unique().tolist():
             tokens, slot = (index == e).nonzero(as_tuple=True)
             h, slopes = gate_slopes(module, F.linear(x[tokens], module.gate_up_proj[e]))
@@ -2770,6 +2941,18 @@ class Moments:
                 layers[l] = total.div_(count).cpu()
                 self.check(layers[l], f"moments ({kind}) in layer {l}")
         return self.sums
+
+    # one line on experts with too few tokens for their own p rows
+    def say_coverage(self) -> None:
+        D = self.walk.ckpt.dims
+        count = 0
+        where = ""
+        for l, tokens in self.tokens.items():
+            few = (tokens < D.p / 4).nonzero().flatten().tolist()
+            count += len(few)
+            where += f"; layer {l}: {few}" * bool(few)
+        say(one_line(f"calibration: {count} of {len(self.tokens) * D.experts} experts saw fewer than p/4 = "
+                     f"{D.p / 4:g} tokens{where}"))
 
     def check(self, t: Tensor, what: str) -> None:
         expect(torch.isfinite(t).all(), f"{self.walk.ckpt.dir}: calibration: expected finite {what}, found "
@@ -2844,11 +3027,12 @@ def activation_moments(walk: LayerWalk, windows: Tensor, at_once: int, fisher: b
         if fisher:
             sample_labels(walk, states[-1], moments, generator)
             backward_layers(walk, states, moments)
+    moments.say_coverage()
     return moments.over(windows.numel())
 
 
-def save_moments(path: Path, moments: dict, fingerprint: str) -> None:
-    """Write {kind: {layer: Tensor}} with the fingerprint of their checkpoint; MEANS in bfloat16."""
+def save_moments(path: Path, moments: dict, fingerprint: str, calib: CalibConfig | None = None) -> None:
+    """Write {kind: {layer: Tensor}}, MEANS in bfloat16, with their checkpoint and what made them."""
     shapes = {}
     makers = {}
     for kind, layers in moments.items():
@@ -2857,7 +3041,25 @@ def save_moments(path: Path, moments: dict, fingerprint: str) -> None:
             shapes[f"{kind}.{l}"] = (dtype, t.shape)
             # loaded ones are read when they are asked for
             makers[f"{kind}.{l}"] = lambda layers=layers, l=l, dtype=dtype: layers[l].to(dtype)
-    write_tensors(path, shapes, LazyDict(makers), {"globe_moments": fingerprint})
+    about = {"globe_moments": fingerprint}
+    if calib:
+        about["globe_calib"] = json.dumps({key: getattr(calib, key) for key in MADE_BY})
+    write_tensors(path, shapes, LazyDict(makers), about)
+
+
+# settings of calib.* that moments depend on
+MADE_BY = ("text", "tokens", "length", "batch", "fisher", "sampled", "dtype")
+
+
+def settings_of_moments(calib: CalibConfig) -> None:
+    """With calib.load: the settings that the loaded moments were made by, in place of those given."""
+    with contextlib.suppress(SafetensorError, OSError):  # load_moments has the words
+        with safe_open(calib.load, "pt") as f:
+            made = json.loads((f.metadata() or {}).get("globe_calib", "{}"))
+        for key, value in made.items():
+            if key in MADE_BY and getattr(calib, key) != value:
+                say(f"calib.load={calib.load}: made with calib.{key}={value}, which holds")
+                setattr(calib, key, value)
 
 
 def load_moments(path: Path, ckpt: Checkpoint, tag: str | None = None) -> dict:
@@ -2872,8 +3074,10 @@ def load_moments(path: Path, ckpt: Checkpoint, tag: str | None = None) -> dict:
         raise UserError(f"{where}: expected saved moments, found {e}") from None
     names = set(file.keys())
     found = (file.metadata() or {}).get("globe_moments")
-    want = tag or ckpt.fingerprint()
-    expect(found == want, f"{where}: expected moments of the fingerprint {want}, found {found}")
+    want = tag or ckpt.state_of()
+    # older files name the experts alone
+    fine = found == want or tag is None and found in (ckpt.fingerprint(), ckpt.old_fingerprint())
+    expect(fine, f"{where}: expected moments of this checkpoint ({want}), found {found}")
 
     def read(name: str, shape: tuple) -> Tensor:
         expect(name in names, f"{where}: {name}: expected finite numbers {shape}, found none")
@@ -2944,15 +3148,19 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device, scratch: Path
     # the refinement behind the fit works on the same text
     moments["windows"] = {0: windows}
     if cfg.calib.save:
-        save_moments(Path(cfg.calib.save), moments, ckpt.fingerprint())
+        save_moments(Path(cfg.calib.save), moments, ckpt.state_of(), cfg.calib)
     return moments
 
 
 def metric_factor(C: Tensor, ridge: float) -> Tensor:
     """L (d, d) float32 with L L^T = C + ridge * mean(diag C) * I, scaled to mean(diag L L^T) = 1."""
-    # the ridge keeps directions that a narrow calibration text never visits from being given up
-    C = C.double() / C.diagonal().mean()
+    C = C.double()
     eye = torch.eye(len(C), dtype=C.dtype)
+    # nothing came in: all directions are alike
+    if not C.any():
+        return eye.float()
+    # the ridge keeps directions that a narrow calibration text never visits from being given up
+    C = C / C.diagonal().mean()
     return torch.linalg.cholesky((C + (ridge + 1e-9) * eye) / (1 + ridge)).float().contiguous()
 
 
@@ -2974,8 +3182,10 @@ def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, d
         rows[l, e] = M.mean(1).sum().expand(M.shape[1])
         if e < len(M):
             rows[l, e] = M[e] + ROW_FLOOR * M.mean()
-        # L has mean square 1: the size of the inputs goes into the rows
-        left[l, e] = (rows[l, e] * level[l]).sqrt().float().to(device)
+    # L has mean square 1: the size of the inputs goes into the rows; what cannot matter weighs near nothing
+    top = max(float((rows[key] * level[key[0]]).max()) for key in keys) or 1.0
+    for key in keys:
+        left[key] = (rows[key] * level[key[0]]).clamp_min(1e-12 * top).sqrt().float().to(device)
 
     # all tokens alike and tokens as they count, in equal parts: either alone does worse
     def right(l: int) -> Tensor:
@@ -2988,7 +3198,7 @@ def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, d
         X = moments[f"{family}_x"][l]  # (E, p, d)
         if e >= len(X):
             return torch.zeros(X.shape[1:])
-        return X[e].float() / (rows[l, e] * level[l].sqrt()).float()[:, None]
+        return X[e].float() / (rows[l, e] * level[l].sqrt()).clamp_min(1e-30).float()[:, None]
 
     layers = dict.fromkeys(l for l, _ in keys)
     return {"right": LazyDict({l: functools.partial(right, l) for l in layers}), "left": left,
@@ -4217,7 +4427,7 @@ class Fitter:
 
         # mixtures as (n, s) indices in rising order, and values; padded with 0
         alpha, data = self.alpha(), self.data
-        s = int((alpha != 0).sum(-1).max())
+        s = max(1, int((alpha != 0).sum(-1).max()))
         idx = alpha.abs().topk(s, -1).indices.sort(-1).values
         val = alpha.gather(1, idx).float().cpu()
         idx = idx.int().cpu().masked_fill(val == 0, 0)
@@ -4852,8 +5062,9 @@ def family_from(f: dict, name: str, layers: list, taken: dict, path: Path) -> Fa
 def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
     want = factors.fingerprint
     found = ckpt.fingerprint()
-    expect(found == want, f"{ckpt.dir}: expected the checkpoint that the factors were fitted to "
-                          f"(fingerprint {want}), found another ({found})")
+    expect(want in (found, ckpt.old_fingerprint()),
+           f"{ckpt.dir}: expected the checkpoint that the factors were fitted to (fingerprint {want}), found "
+           f"another ({found})")
 
 
 # ---- into a model: convert, then put the tensors in place --------------------------------------------
@@ -4965,10 +5176,10 @@ def unpatch(model: nn.Module):
     return model
 
 
-# Tie what the config ties, refuse what is still empty, move the buffers, read generation_config.json
+# Refuse what is still empty, move the buffers, read generation_config.json
 def finish_model(model: nn.Module, directory: Path, device: torch.device) -> nn.Module:
-    model.tie_weights()
     refuse_missing([n for n, t in model.state_dict().items() if t.is_meta], directory)
+    one_by_one(model)
     if (directory / "generation_config.json").is_file():
         from transformers import GenerationConfig
         model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -5018,8 +5229,9 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     except Exception as e:
         raise UserError(f"{directory}: expected an export that transformers loads, "
                         f"found {type(e).__name__}: {e}") from None
-    # transformers goes on where tensors are missing, or left over
-    extra = sorted(info["unexpected_keys"])
+    # transformers goes on where tensors are missing, or left over; some were in the source, and are kept
+    kept = globe_meta(read_json(directory / "config.json")).get("kept")
+    extra = sorted(name for name in info["unexpected_keys"] if type(kept) is not list or name not in kept)
     expect(not extra, f"{directory}: {(extra or [''])[0]}: not expected (and {len(extra) - 1} more)")
     refuse_missing(sorted(info["missing_keys"]), directory)
     for name, t in model.state_dict().items():
@@ -5103,12 +5315,18 @@ def warm(model: nn.Module, ids: Tensor | None = None) -> None:
 
 
 # ---- exports -----------------------------------------------------------------------------------------
-# What makes a checkpoint complete (config, tokenizer, licence), no weights, no pickles
+# All that a directory holds but weights, their indices, pickles, and what git and the hub keep for themselves
 def copy_side_files(source: Path, to: Path) -> None:
-    for f in sorted(source.iterdir()):
-        wanted = f.suffix in (".json", ".txt", ".model", ".jinja", ".md", "") and not f.name.startswith(".")
-        if wanted and f.is_file() and not f.name.endswith(".index.json") and f.stat().st_size < 2 ** 28:
-            shutil.copyfile(f, to / f.name)
+    for f in sorted(source.rglob("*")):
+        place = f.relative_to(source)
+        weights = f.suffix in WEIGHTS or re.search(r"\.index(\.[\w-]+)?\.json$", f.name)
+        if weights or not f.is_file() or {".git", ".cache"} & {*place.parts}:
+            continue
+        # a link to somewhere else would publish what lies there
+        expect(is_inside(f, source),
+               f"{f}: expected a file in {source}, found a link to {f.resolve()}, outside it")
+        (to / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(f, to / place)
 
 
 def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = False,
@@ -5119,14 +5337,23 @@ def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = 
     at load.
     """
     model = assemble(ckpt, factors, dtype=dtype)
+    # tensors that the model has no place for stay, as layers of multi-token prediction
+    taken = {name for name, _ in ckpt.expected_tensors()} | {*map(ckpt.stored_name, model.state_dict())}
+    rest = {name: ckpt.tensor(name) for name in ckpt.shard_of if name not in taken}
+    if rest:
+        say(f"kept, though the model does not use them: {len(rest)} tensors, as {min(rest)}")
+    meta = factors.meta() | {"kept": sorted(rest)} if rest else factors.meta()
     if composed:
-        compose_all(model, factors.meta())
+        meta["composed"] = True
+        compose_all(model)
+    model.save_pretrained = functools.partial(save_pretrained, model, meta)
     copy_side_files(ckpt.dir, to)
-    model.save_pretrained(to, max_shard_size="5GB")
+    model.config.auto_map = other_code(types.SimpleNamespace(**ckpt.config))
+    model.save_pretrained(to, max_shard_size="5GB", state_dict=model.state_dict() | rest)
 
 
 # Composed bases in place of the bank and the mixtures, in place
-def compose_all(model: nn.Module, meta: dict) -> None:
+def compose_all(model: nn.Module) -> None:
     for m in globe_modules(model):
         # stored bases (n, r, d) in place of mixtures
         bases = {f: m._basis(f, list(range(len(m.fitted)))) for f in m.families}
@@ -5135,7 +5362,6 @@ def compose_all(model: nn.Module, meta: dict) -> None:
             m._parameters[f"{f}_basis"] = nn.Parameter(basis, requires_grad=False)
         m.composed = True
     model.globe_bank._parameters.clear()
-    model.save_pretrained = functools.partial(save_pretrained, model, meta | {"composed": True})
 
 
 def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callable = lambda it: it) -> None:
@@ -5146,8 +5372,10 @@ def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callabl
     """
     check_fingerprint(factors, ckpt)
     copy_side_files(ckpt.dir, to)
-    # a plain checkpoint: no quantizer, no code of its own
+    # a plain checkpoint: no quantizer, no model code of its own
     config = {k: v for k, v in ckpt.config.items() if k not in ("quantization_config", "auto_map")}
+    if code := other_code(types.SimpleNamespace(**ckpt.config)):
+        config["auto_map"] = code
     if config != ckpt.config:
         write_text(to / "config.json", json.dumps(config, indent=2))
     # the shards as they are, with an index where there was one
@@ -5163,7 +5391,7 @@ def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callabl
         # in bytes, which need no alignment
         shape = (*ckpt.shape(tensor), W.itemsize)
         raw = np.memmap(to / shard, np.uint8, "r+", offset=headers[shard][tensor], shape=shape)
-        raw[part] = W.contiguous().view(torch.uint8).numpy().reshape(*W.shape, -1)
+        raw[part] = W.flatten().view(torch.uint8).numpy().reshape(*W.shape, -1)
         raw.flush()
 
     def put(family: str, l: int, e: int, W: Tensor) -> None:
@@ -5202,18 +5430,86 @@ def sample_ids(ckpt: Checkpoint) -> Tensor:
         return torch.randint(ckpt.config["vocab_size"], (1, 64), generator=torch.Generator().manual_seed(0))
 
 
+# The (p, d) view of an expert's matrix in the stock model's parameter that holds it, or in its gradient
+def matrix_in(weight: Tensor, family: str, expert: int, D: Dims) -> Tensor:
+    start = (expert - D.experts) * D.p  # of the shared expert's slices
+    if expert < D.experts:
+        weight = weight[expert]
+        start = D.p if family == "up" else 0  # up lies below gate
+    if family == "down":
+        weight = weight.T
+    return weight[start:start + D.p]
+
+
+# The stock model's parameter that holds an expert's matrix
+def parameter_of(place: tuple, family: str, expert: int, D: Dims) -> nn.Parameter:
+    parent, _, experts = place
+    if expert >= D.experts:
+        return getattr(shared_mlp(parent), f"{family}_proj").weight
+    return experts.down_proj if family == "down" else experts.gate_up_proj
+
+
 @torch.no_grad()
-def logit_error(ckpt: Checkpoint, factors: Factors, export: Path, kind: str, device: torch.device,
-                dtype: torch.dtype) -> float:
-    """Largest difference of logits between the export, loaded afresh, and the patched model, on 64 tokens."""
+def reference_logits(ckpt: Checkpoint, factors: Factors, ids: Tensor, device: torch.device) -> Tensor:
+    """Logits (1, T, V) of the source with W^ in the experts' places: the stock model's own layers in float32,
+    one in memory at a time."""
+    walk = LayerWalk(ckpt, device, torch.float32, len(ids))
+    places = experts_modules(walk.model)
+    x = torch.empty(*ids.shape, ckpt.dims.d)
+    walk.embed(ids, x)
+    for l in range(len(walk.layers)):
+        walk.fill([l])
+        rows = enumerate(factors.experts.get(l, ()))
+        for (row, e), (family, f) in itertools.product(rows, factors.families.items()):
+            weight = parameter_of(places[l], family, e, factors.dims)
+            matrix_in(weight.data, family, e, factors.dims).copy_(f.weight(l, row))
+        put_dense(walk.model, factors, [l])
+        for name in [name for name in factors.norms if name.startswith(f"model.layers.{l}.")]:
+            assign(walk.model, name, factors.norms[name].to(device))
+        walk.advance([l], x)
+        walk.empty([l])
+    return walk.logits(x.to(device)).cpu()
+
+
+# from_pretrained as in a program that never imported this file: an export's own globe.py, torch's operators
+@contextlib.contextmanager
+def as_a_stranger() -> Iterator[None]:
+    tables = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    ours = [table.pop("globe") for table in tables]
+    before = os.environ.get("GLOBE_KERNELS", "auto")
+    os.environ["GLOBE_KERNELS"] = "off"
+    modules = set(sys.modules)
+    try:
+        yield
+    finally:
+        os.environ["GLOBE_KERNELS"] = before
+        # its code is not kept
+        for name in set(sys.modules) - modules:
+            if name.startswith("transformers_modules.") and name.endswith(".globe"):
+                shutil.rmtree(Path(sys.modules.pop(name).__file__).parent)
+        for table, kind in zip(tables, ours):
+            table["globe"] = kind
+
+
+@torch.no_grad()
+def logit_error(ckpt: Checkpoint, factors: Factors, export: Path, device: torch.device) -> float:
+    """Largest difference of logits on 64 tokens between the export, as a stranger's program loads it, and the
+    source with W^ in the experts' places. UserError where they are not finite."""
+    from transformers import AutoModelForCausalLM
     ids = sample_ids(ckpt).to(device)
-    reader = load
-    if kind == "dense":
-        reader = load_dense
-        dtype = ckpt.dtype
-    want = assemble(ckpt, factors, device, dtype)(ids).logits.float()
-    model = reader(export, device, dtype)
-    return float((model(ids).logits.float() - want).abs().max())
+    want = reference_logits(ckpt, factors, ids, device)
+    expect(torch.isfinite(want).all(), f"{ckpt.dir}: expected finite logits, found NaN or Inf in float32")
+    with as_a_stranger():
+        model = AutoModelForCausalLM.from_pretrained(export, dtype="auto", trust_remote_code=True).to(device)
+        if not globe_modules(model):  # such sizes stop a stranger at the source itself
+            one_by_one(model)
+        got = model(ids).logits.float().cpu()
+        expect(torch.isfinite(got).all(), "export: expected finite logits, found NaN or Inf in "
+               f"{model.dtype}: give export.dtype another type")
+        # once more without the rounding of activations, where memory allows
+        if 4 * model.num_parameters() < free_memory(device) / 2:
+            got = model.float()(ids).logits.cpu()
+    return float((got - want).abs().max())
 
 
 # Upload an export to the hub, into a repository made on demand; UserError with the hub's own reason
@@ -5271,8 +5567,8 @@ tags: [moe, globe, compressed]
 
 {families} of the routed experts of `{base}` are `W = shift + scale * A phi(sum_j alpha_j B_j)`: an
 adapter A per expert, and a sparse mixture over a bank of bases B that layers share{refined}.
-{stored:,} bytes of weights; the source has {dense:,}. Stored / dense numbers: {ratio:.4f} of the
-compressed matrices, {model_ratio:.4f} of the model.
+{stored:,} bytes of weights; the source has {dense:,}: {saved:.1%} of the file is saved.
+Stored / dense numbers: {ratio:.4f} of the compressed matrices, {model_ratio:.4f} of the model.
 
 {sizes}
 
@@ -5340,7 +5636,7 @@ def model_card(ckpt: Checkpoint, factors: Factors, form: str, base: str, stored:
         families=" and ".join(factors.families).capitalize(),
         refined="; down is dense, refitted to them" if factors.down else "",
         sizes=text_table(("family", "banks", "bases", "rows r", "median support", "phi"), sizes),
-        dense=weight_bytes(ckpt.dir), ratio=factors.ratio(),
+        dense=ckpt.bytes, saved=1 - stored / ckpt.bytes, ratio=factors.ratio(),
         model_ratio=factors.model_ratio(ckpt.num_parameters()), settings=" ".join(settings),
         no_licence="" if licence else "; its card names none", fingerprint=factors.fingerprint,
         version=__version__)
@@ -5589,7 +5885,7 @@ def discarded_on_error(out: Path) -> Iterator[None]:
     missing = [p for p in out.parents if not p.is_dir() or p == Path("runs")]
     try:
         yield
-    except (UserError, OSError, SafetensorError):
+    except Exception:
         # what may be gone on with stays
         if not (ranks()[0] or stays or any(out.glob("state/*.safetensors"))):
             shutil.rmtree(out, ignore_errors=True)
@@ -5608,6 +5904,9 @@ def open_run(args: argparse.Namespace, **options: Any) -> tuple:
     # the source may have moved, but it must be the one that was fitted
     cfg.model.path = args.model or cfg.model.path
     device = pick_device(args.device)
+    source = Path(cfg.model.path)
+    gone = source.is_absolute() and not source.is_dir()
+    expect(not gone, f"{run}: expected its source checkpoint at {source}, found none: give --model DIR")
     ckpt = open_model(cfg, device)
     check_fingerprint(factors, ckpt)
     dtype = as_dtype(args.dtype) or ckpt.dtype
@@ -5691,8 +5990,9 @@ def dry_run(plan: FitPlan) -> dict:
     numbers = plan.ckpt.num_parameters()
     left = numbers - total["dense"] + total["stored"]
     size = plan.ckpt.dtype.itemsize
-    result = {"bytes_dense": numbers * size, "bytes": left * size, "memory_bytes": total["memory"],
-              "disk_bytes": total["disk"], "flops_per_pass": total["flops"]}
+    result = {"bytes_dense": plan.ckpt.bytes, "bytes": plan.ckpt.bytes - (numbers - left) * size,
+              "memory_bytes": total["memory"], "disk_bytes": total["disk"],
+              "flops_per_pass": total["flops"]}
     gib = [value / 2 ** 30 for value in result.values()]
     say("model {:.3g} -> {:.3g} GiB; memory of the fit about {:.3g} GiB, disk about {:.3g} GiB".format(*gib))
     say(f"{total['flops']:.3g} operations a pass, {plan.cfg.fit.steps} steps")
@@ -5708,13 +6008,14 @@ class SavedFit:
     # FAMILY.safetensors: Fitter.state(), with {setting: value} that it belongs to. FAMILY/: each L-BFGS pair,
     # written once, and with `spill` all that shelve() is given. Nothing that the state names goes before a
     # new one is in place: a process killed at any instant leaves one that is whole.
-    def __init__(self, run: Path, family: str, spill: bool, about: dict | None = None):
+    def __init__(self, run: Path, family: str, spill: bool, about: dict | None = None, steps: int = 2 ** 40):
         rank = ranks()[0]
         self.path = run / "state" / f"{family}.safetensors"
         self.dir = run / "state" / family
         self.mine = self.dir / f"rank-{rank}" if rank else self.dir
         self.spill = spill
         self.about = about or {}
+        self.steps = steps  # of the whole fit
         self.named = set()  # files that the saved state needs
         self.step = 0       # of the saved state
         self.batch = 0      # its experts at once: the same batches give the same bits
@@ -5732,9 +6033,9 @@ class SavedFit:
             return
         with saved_state(self.path), safe_open(self.path, "pt") as f:
             found = json.loads((f.metadata() or {}).get("globe_state", "{}"))
-            for key, value in self.about.items():
-                if found.get(key, value) != value:
-                    raise ValueError(f"one with {key} {found[key]}, not {value}")
+            same_state(found, self.about)
+            if (step := int(f.get_tensor("step"))) > self.steps:
+                raise ValueError(f"one of step {step}, behind fit.steps {self.steps}")
 
     def load(self) -> tuple:
         # (state, {step: pair}), empty where nothing was saved
@@ -5775,11 +6076,17 @@ class SavedFit:
             path.unlink()
 
 
+# of a text file, None of other texts
+def digest_of(text: str) -> str | None:
+    return hashlib.sha256(Path(text).read_bytes()).hexdigest()[:16] if Path(text).is_file() else None
+
+
 def kept_moments(ckpt: Checkpoint, cfg: Config, device: torch.device, run: Path, resume: bool) -> dict:
     """The calibration's moments, by way of a file that resumed fits and other ranks read."""
     path = run / "state" / "moments.st"
-    settings = json.dumps(dataclasses.asdict(cfg.calib), sort_keys=True).encode()
-    tag = f"{ckpt.fingerprint()} {hashlib.sha256(settings).hexdigest()[:16]} {cfg.model.families}"
+    settings = [dataclasses.asdict(cfg.calib), digest_of(cfg.calib.text)]
+    settings = json.dumps(settings, sort_keys=True).encode()
+    tag = f"{ckpt.state_of()} {hashlib.sha256(settings).hexdigest()[:16]} {cfg.model.families}"
     if not ranks()[0]:
         # where settings changed, calibrate again
         with contextlib.suppress(UserError):
@@ -5849,14 +6156,20 @@ def open_fitter(plan: FitPlan, job: tuple, moments: dict, saved: SavedFit) -> Fi
     return fitter
 
 
+# settings that a saved state does not depend on: where things lie, how far to go, what comes after the fit
+FREE = ("model.path", "model.revision", "model.force_download", "bank.memory", "fit.steps", "fit.batch",
+        "fit.refine", "fit.down", "fit.save_every", "fit.budget", "fit.device", "calib.save")
+
+
 def saved_fit(plan: FitPlan, job: tuple, out: Path) -> SavedFit:
-    """The state of a job, with what it belongs to: the checkpoint, and settings of the objective."""
-    cfg = plan.cfg
-    about = {"fingerprint": plan.ckpt.fingerprint()}
-    about |= dataclasses.asdict(cfg.bank) | dataclasses.asdict(cfg.sparsity)
-    for key in ("method", "metric", "ridge", "lambda_A", "lambda_B", "lambda_T"):
-        about[key] = getattr(cfg.fit, key)
-    return SavedFit(out, "+".join(job), plan.sizes(job)["spill"], about)
+    """The state of a job, with what it belongs to: the checkpoint, and the settings of its numbers."""
+    about = {"checkpoint": plan.ckpt.state_of()}
+    for section in ("model", "bank", "sparsity", "fit", "calib"):
+        settings = dataclasses.asdict(getattr(plan.cfg, section))
+        about |= {f"{section}.{key}": value for key, value in settings.items()}
+    about = {key: value for key, value in about.items() if key not in FREE}
+    about["calib.text, contents"] = digest_of(plan.cfg.calib.text)
+    return SavedFit(out, "+".join(job), plan.sizes(job)["spill"], about, plan.cfg.fit.steps)
 
 
 def fit_job(plan: FitPlan, job: tuple, moments: dict, log: Log, stop: threading.Event) -> dict:
@@ -5889,8 +6202,8 @@ def fit_job(plan: FitPlan, job: tuple, moments: dict, log: Log, stop: threading.
                     raise KeyboardInterrupt(f"state saved; {go_on}")
         return fitter.factors()
     except (OSError, Lost) as e:
-        stands = f"the state of step {saved.step} stands" if saved.step else "nothing was saved yet"
-        raise type(e)(f"{one_line(e)}; {family}: {stands}; {go_on}") from None
+        stands = f"{family}: the state of step {saved.step} stands; {go_on}"
+        raise type(e)(f"{one_line(e)}; {stands if saved.step else 'nothing was saved yet'}") from None
 
 
 def fit_jobs(plan: FitPlan, moments: dict, log: Log) -> Factors:
@@ -5911,7 +6224,7 @@ def fit_jobs(plan: FitPlan, moments: dict, log: Log) -> Factors:
     for section in ("log", "tiny", "eval", "heal"):
         del settings[section]
     del settings["model"]["path"], settings["model"]["force_download"]
-    settings["calib"]["text"] = Path(cfg.calib.text).name
+    settings["calib"] |= {"text": Path(cfg.calib.text).name, "load": None, "save": None}
     kind = plan.ckpt.config["model_type"]
     return Factors(families, dict(experts), D, kind, plan.ckpt.fingerprint(), settings)
 
@@ -5951,6 +6264,8 @@ def fit_run(plan: FitPlan, out: Path, resume: bool) -> dict:
             write_text(out / "config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
         if cfg.fit.metric == "data":
             moments = kept_moments(plan.ckpt, cfg, plan.device, out, resume)
+    covered = sum(plan.sizes(job)["dense"] for job in plan.shapes) * plan.ckpt.dtype.itemsize
+    say(f"the fit covers {covered / plan.ckpt.bytes:.0%} of the model's bytes")
     if not moments:
         say("no calibration (fit.metric=weights): every input direction counts the same")
     factors = fit_jobs(plan, moments, log)
@@ -5999,6 +6314,14 @@ def fit_result(plan: FitPlan, factors: Factors, path: Path) -> dict:
             "support": support, "steps": plan.cfg.fit.steps}
 
 
+# Local files by absolute paths, so that the run can be used from elsewhere
+def remember_paths(cfg: Config) -> None:
+    for section, key in ((cfg.model, "path"), (cfg.calib, "text"), (cfg.calib, "load"), (cfg.eval, "text")):
+        path = getattr(section, key)
+        if path and path not in ("tiny", "builtin") and Path(path).exists():
+            setattr(section, key, str(Path(path).resolve()))
+
+
 def cmd_fit(args: argparse.Namespace) -> dict:
     begin = time.perf_counter()
     out = Path(args.out) if args.out else None
@@ -6014,6 +6337,9 @@ def cmd_fit(args: argparse.Namespace) -> dict:
     with joined_ranks(device):
         with first_rank_first():
             ckpt = open_model(cfg, device)
+        remember_paths(cfg)
+        if cfg.calib.load:
+            settings_of_moments(cfg.calib)
         plan = FitPlan(cfg, ckpt, device)
         for job, (m, r) in plan.shapes.items():
             say(f"{'+'.join(job)}: {len(plan.keys)} experts in {plan.layers} layers; "
@@ -6052,6 +6378,11 @@ def read_evals(run: Path) -> dict:
     return evals
 
 
+# of factors: a hash of their description, with the settings that made them
+def identity(factors: Factors) -> str:
+    return hashlib.sha256(json.dumps(factors.meta(), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def cmd_eval(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, dtype = open_run(args)
     tokenizer = load_tokenizer(ckpt.dir)
@@ -6073,6 +6404,10 @@ def cmd_eval(args: argparse.Namespace) -> dict:
     dense, tokens, dense_tasks = measured(load_dense(ckpt.dir, device, dtype), "dense")
     ours, _, tasks = measured(assemble(ckpt, factors, device, dtype, cfg.cache), "globe")
 
+    for what, loss in (("the dense model", dense), ("GloBE", ours)):
+        fine = math.isfinite(loss) and loss < 700  # whose exponential is finite too
+        expect(fine, f"{what}: expected a finite loss, found {loss}: do activations overflow in {dtype}? "
+                     "Give --dtype another type")
     model_ratio = factors.model_ratio(ckpt.num_parameters())
     result = {"ppl_dense": math.exp(dense), "ppl": math.exp(ours), "delta_nats": ours - dense,
               "tokens": tokens, "ratio": factors.ratio(), "model_ratio": model_ratio,
@@ -6089,7 +6424,8 @@ def cmd_eval(args: argparse.Namespace) -> dict:
     # kept for cards and plots, but in a run of somebody else's
     name = where if ":" in where else Path(where).name
     with contextlib.suppress(PermissionError):
-        write_text(run / "eval.json", json.dumps(read_evals(run) | {name: result}, indent=2))
+        kept = result | {"of": identity(factors)}
+        write_text(run / "eval.json", json.dumps(read_evals(run) | {name: kept}, indent=2))
     return result | {"factors": str(run)}
 
 
@@ -6100,7 +6436,9 @@ def cmd_export(args: argparse.Namespace) -> dict:
     fresh(to, args.overwrite or not args.to, ckpt.dir)
     holds = run.resolve().is_relative_to(to.resolve())
     expect(not holds, f"{to}: expected a directory that does not hold the run {run}")
-    evals = read_evals(run)
+    # of these factors, not of those that a resumed fit has replaced
+    of = identity(factors)
+    evals = {text: e for text, e in read_evals(run).items() if e.get("of", of) == of}
 
     # what the card calls the source: its hub id, else the directory's name
     base = ckpt.dir.name
@@ -6118,14 +6456,14 @@ def cmd_export(args: argparse.Namespace) -> dict:
         else:
             export_globe(ckpt, factors, tmp, args.format == "composed", dtype)
         if not args.no_check:
-            error = logit_error(ckpt, factors, tmp, args.format, device, dtype)
+            error = logit_error(ckpt, factors, tmp, device)
         card = model_card(ckpt, factors, args.format, base, weight_bytes(tmp), evals)
         write_text(tmp / "README.md", card)
         shutil.rmtree(to, ignore_errors=True)
     if args.push_to_hub:
         push(to, args.push_to_hub, not args.public)
     return {"path": str(to), "format": args.format, "bytes": weight_bytes(to),
-            "bytes_dense": weight_bytes(ckpt.dir), "max_logit_error": error}
+            "bytes_dense": ckpt.bytes, "max_logit_error": error}
 
 
 def cmd_info(args: argparse.Namespace) -> dict:
@@ -6147,7 +6485,7 @@ def cmd_info(args: argparse.Namespace) -> dict:
         ckpt = Checkpoint(path)
         out = {"kind": "checkpoint", "model_type": ckpt.config["model_type"],
                "parameters": ckpt.num_parameters(), "dtype": str(ckpt.dtype),
-               "bytes": weight_bytes(path), "fingerprint": ckpt.fingerprint()}
+               "bytes": ckpt.bytes, "fingerprint": ckpt.fingerprint()}
         out |= dataclasses.asdict(ckpt.dims)
     # the description that factors and exports carry
     if meta:
@@ -6168,7 +6506,8 @@ def cmd_generate(args: argparse.Namespace) -> dict:
     broken = re.search("[\ud800-\udfff]", args.prompt)
     expect(not broken, "--prompt: expected UTF-8 text, found other bytes")
     tokenizer = load_tokenizer(ckpt.dir)
-    ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
+    # with what the tokenizer puts before a text, as the model's own pipeline does
+    ids = tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(device)
     expect(ids.shape[1], "--prompt: expected some text, found none")
     ckpt.known(ids)
 
@@ -6293,10 +6632,14 @@ def exit_code(name: str, run: Callable[[], dict]) -> int:
     except KeyboardInterrupt as e:
         say(f"{name}: stopped; {e}")
         return 130
-    # every rank but the first has no result; NaN and infinities become null
+    # every rank but the first has no result; a figure that is none is no result either
+    try:
+        text = json.dumps(result, allow_nan=False)
+    except ValueError:
+        say(f"{name}: expected finite figures, found NaN or Inf in {one_line(result)}")
+        return 1
     if result:
-        plain = json.loads(json.dumps(result), parse_constant=lambda name: None)
-        print(json.dumps(plain))
+        print(text)
     return 0
 
 

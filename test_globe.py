@@ -1435,18 +1435,6 @@ def test_a_patched_model_saves_what_an_export_holds(exports, checkpoints):
     assert all(read(again)[k] == read(export)[k] for k in ("quantization_config", "auto_map"))
     assert (again / "globe.py").read_bytes() == prefix() and len(list(again.glob("*.safetensors"))) > 1
 
-def test_a_device_map_spreads_layers_but_keeps_the_bank_at_hand(exports, tmp_path):
-    path = exports["mixtral"]
-    places = {"globe_bank": "cpu", "model.layers.1": "disk", "model.layers.0": "cpu", "lm_head": "cpu"}
-    places |= {f"model.{n}": "cpu" for n in ("embed_tokens", "norm", "rotary_emb")}
-    want, load = logits(globe.load(path)), functools.partial(AutoModelForCausalLM.from_pretrained, path,
-                                                             offload_folder=tmp_path / "disk")
-    assert gap(logits(load(device_map="auto").cpu()), want) < 1e-4
-    spread = load(device_map=places)
-    assert spread.model.layers[1].mlp.experts.gate_A.is_meta and gap(logits(spread), want) < 1e-5
-    with pytest.raises(UserError, match="globe_bank"):
-        load(device_map=places | {"globe_bank": "disk"})
-
 def test_a_loaded_export_generates_in_a_pipeline_and_nothing_is_compiled(run, monkeypatch):
     from transformers import pipeline
     assert globe.main(["export", "--factors", str(run), "--to", "out", "--no-check"]) == 0
@@ -1971,13 +1959,12 @@ CHECKPOINT_ROWS = FILE_ROWS | {
     "7 NaN in an expert": (put(EXPERT, math.nan, 7), f"{EXPERT}|finite|7|{WEIGHTS}"),
     "a missing expert": (edit(lambda t: t.pop(EXPERT)), f"{EXPERT}|(16, 32)|none"),
     "an expert too many": (expert(lambda w: w + 1, EXPERT.replace("s.2.", "s.4.")), "experts.4.|not exp"),
-    "an expert twice": (lambda src: save_file({EXPERT: torch.zeros(16, 32)}, src / "b.safetensors"), "both"),
     "index names a missing shard": (shard("model-9.safetensors"), "index.json|model-9.safetensors"),
     "index names ../x": (shard("../elsewhere.safetensors"), "../elsewhere|directory"),
     "index names a list": (shard(["a"]), "index.json|'a'"),
     "index names 600 letters": (shard("é" * 600), "index.json|not in"),
     "a shard linked to outside": (link_out, f"{WEIGHTS}|elsewhere.safetensors|outside"),
-    "a shard that is a directory": (lambda src: (src / "x.safetensors").mkdir(), "x.safetensors"),
+    "a shard that is a directory": (lambda src: [(src / WEIGHTS).unlink(), (src / WEIGHTS).mkdir()], WEIGHTS),
     "pickles alone": (lambda src: (src / WEIGHTS).rename(src / "pytorch_model.bin"), "pickle"),
     "config.json nested 10^5 deep": (write(CONFIG, "[" * 10 ** 5), "config.json|JSON"),
     "config.json says a key twice": (write(CONFIG, '{"a": 5, "a": 4}'), "config.json|a|twice"),
@@ -2264,6 +2251,366 @@ def test_any_description_of_factors_is_read_or_refused(path, value):
     value_or_usererror(factors)
 
 
+# ======== What real checkpoints and real programs do ===============================================
+GLM = dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
+           first_k_dense_replace=1, intermediate_size=48, head_dim=8, n_group=1, topk_group=1)
+FAMILIES = ARCHITECTURES | {"glm4_moe": GLM, "dots1": GLM}
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+def hub(kind: str, path: Path, predicts: bool) -> Path:
+    """A random checkpoint as the hub's files look; predicts: with a layer of multi-token prediction."""
+    saved(kind, path, **FAMILIES[kind])
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    if predicts:
+        behind = {n.replace(".layers.1.", ".layers.2."): t for n, t in tensors.items() if ".layers.1." in n}
+        tensors |= behind | {"model.layers.2.eh_proj.weight": torch.ones(32, 64)}
+        globe.write_text(path / "config.json", json.dumps(read(path) | {"num_nextn_predict_layers": 1}))
+    table = {n: f"model-{i % 2}.safetensors" for i, n in enumerate(sorted(tensors))}
+    for shard in set(table.values()):
+        save_file({n: tensors[n].clone() for n in table if table[n] == shard}, path / shard, {"format": "pt"})
+    globe.write_text(path / "model.safetensors.index.json", json.dumps({"weight_map": table}))
+    globe.write_text(path / "chat_template.jinja", TEMPLATE)
+    globe.write_text(path / "generation_config.json", json.dumps({"temperature": 0.6, "do_sample": True}))
+    globe.write_text(path / "docs/figure.svg", "<svg/>")
+    return path
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_hubs_files_and_a_resaved_copy_go_all_the_way_for(kind, capsys):
+    from transformers import pipeline
+    predicts = kind in ("deepseek_v3", "glm4_moe")
+    source, quick = hub(kind, Path("hub"), predicts), [*QUICK, "fit.steps=2", "calib.tokens=256"]
+    got = answer("fit", "model.path=hub", "--out", "run", *quick, capsys=capsys)
+    turns, want = [{"role": "user", "content": "hi"}], None
+    for form in ("dense", "globe", "composed"):
+        told = answer("export", "--factors", "run", "--to", form, "--format", form, capsys=capsys)
+        assert told["max_logit_error"] < 1e-3, form
+        stored = [n for f in Path(form).glob("*.safetensors") for n in load_file(f)]
+        assert predicts == any(".layers.2." in n for n in stored)
+        share = {"dense": 1.0, "globe": got["model_ratio"]}.get(form)
+        assert share is None or abs(told["bytes"] / told["bytes_dense"] - share) < 0.04
+        model, tokenizer = (c.from_pretrained(form) for c in (AutoModelForCausalLM, AutoTokenizer))
+        assert tokenizer.apply_chat_template(turns, tokenize=False) == "<user>hi"
+        assert model.generation_config.temperature == 0.6 and Path(form, "docs/figure.svg").is_file()
+        want = logits(model) if form == "dense" else want
+        assert gap(logits(model), want) < 1e-3, form
+        assert form == "dense" or gap(logits(globe.load(form)), want) < 1e-3
+    model = AutoModelForCausalLM.from_pretrained("globe")
+    model.save_pretrained("again")
+    assert gap(logits(AutoModelForCausalLM.from_pretrained("again")), logits(model)) < 1e-5
+    text = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained("globe"))
+    assert text("def", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("def")
+    # as transformers saves it again
+    stock(source).save_pretrained("resaved")
+    train.byte_tokenizer().save_pretrained("resaved")
+    answer("fit", "model.path=resaved", "--out", "run2", *quick, "fit.metric=weights", capsys=capsys)
+    assert answer("export", "--factors", "run2", "--to", "g2", capsys=capsys)["max_logit_error"] < 1e-3
+    assert torch.isfinite(logits(globe.load("g2"))).all()
+
+def test_the_files_are_those_that_from_pretrained_reads(small, capsys):
+    source = Path(shutil.copytree(small, "source"))
+    stock(source).save_pretrained("sharded", max_shard_size="20KB")
+    for file in Path("sharded").glob("model-*"):
+        shutil.copyfile(file, source / file.name)
+    shutil.copyfile("sharded/model.safetensors.index.json", source / "model.safetensors.index.json")
+    save_file({"model.norm.weight": torch.zeros(32)}, source / "model.fp16.safetensors")  # a variant
+    assert same_experts(Checkpoint(source), Checkpoint(small)) and "is read" not in capsys.readouterr().err
+    # two whole answers that differ: the one that transformers takes, and a line with both names
+    tensors = load_file(source / "model.safetensors")
+    save_file({n: t * 2 for n, t in tensors.items()}, source / "model.safetensors", {"format": "pt"})
+    ckpt, line = Checkpoint(source), capsys.readouterr().err
+    assert "model.safetensors is read" in line and "model.safetensors.index.json" in line
+    assert gap(logits(globe.assemble(ckpt, exact_factors(ckpt))), logits(stock(source))) < 1e-4
+    assert ckpt.bytes == (source / "model.safetensors").stat().st_size
+    for file in source.glob("model-*"):
+        file.unlink()  # the index is stale now
+    assert Checkpoint(source).bytes == ckpt.bytes and "is read" not in capsys.readouterr().err
+
+def test_a_tensor_in_two_shards_with_other_values_is_refused_with_both_names(small):
+    stock(small).save_pretrained(source := Path("sharded"), max_shard_size="20KB")
+    first, *_, last = sorted(source.glob("model-*"))
+    name, tensor = next(iter(load_file(last).items()))
+    save_file(load_file(first) | {name: tensor}, first, {"format": "pt"})
+    Checkpoint(source)
+    save_file(load_file(first) | {name: tensor * 2}, first, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name} is in both {first.name} and {last.name}"):
+        Checkpoint(source)
+
+@pytest.mark.parametrize("stored", ("own", "equal", "head alone", "embedding alone"))
+def test_a_head_is_tied_as_from_pretrained_ties_it(stored, capsys):
+    saved("qwen3_moe", source := Path("source"), **ARCHITECTURES["qwen3_moe"], tie_word_embeddings=True)
+    t = load_file(source / "model.safetensors")
+    embedding = t.pop("model.embed_tokens.weight")
+    t.pop("lm_head.weight", None)
+    head = {"own": torch.randn(embedding.shape, generator=gen())}.get(stored, embedding)
+    t |= {} if stored == "embedding alone" else {"lm_head.weight": head.clone()}
+    t |= {} if stored == "head alone" else {"model.embed_tokens.weight": embedding}
+    t["scale"] = torch.tensor(3.0)  # that no model reads
+    save_file(t, source / "model.safetensors", {"format": "pt"})
+    ckpt, want = Checkpoint(source), logits(stock(source))
+    assert gap(logits(globe.assemble(ckpt, exact_factors(ckpt))), want) < 1e-4
+    assert ("ties lm_head.weight to model.embed" in capsys.readouterr().err) == (stored == "own")
+    answer("fit", "model.path=source", "--out", "run", *QUICK, "fit.steps=2", capsys=capsys)
+    for form in ("dense", "globe"):
+        told = answer("export", "--factors", "run", "--to", form, "--format", form, capsys=capsys)
+        assert told["max_logit_error"] < 1e-3
+    assert gap(logits(stock(Path("dense"))), logits(AutoModelForCausalLM.from_pretrained("globe"))) < 1e-3
+
+def test_an_exports_check_sees_what_a_stranger_would_get(run, small, capsys, monkeypatch):
+    for broken in ("globe_bank.gate_0", "model.norm.weight", "model.layers.0.mlp.experts.up_A"):
+        def spoil(model, *args, write=globe.save_pretrained, **kwargs):
+            state = kwargs.pop("state_dict")
+            return write(model, *args, state_dict=state | {broken: state[broken] * 1.5}, **kwargs)
+        with monkeypatch.context() as m:
+            m.setattr(globe, "save_pretrained", spoil)
+            told = answer("export", "--factors", run, "--to", "out", "--overwrite", capsys=capsys)
+        assert told["max_logit_error"] > 1e-2, broken
+    assert "globe" in globe.auto.AUTO_QUANTIZER_MAPPING
+
+def test_figures_that_are_not_finite_are_errors(small, words, capsys):
+    source = Path(shutil.copytree(small, "source"))
+    t = load_file(source / "model.safetensors")
+    big = {n: (w * 500 if ".experts." in n else w).bfloat16() for n, w in t.items()}
+    save_file(big, source / "model.safetensors", {"format": "pt"})
+    answer("fit", "model.path=source", "--out", "run", *QUICK, *SPEED, capsys=capsys)
+    half = ("--factors", "run", "--dtype", "float16")
+    assert "finite" in refused("eval", *half, "--text", words, capsys=capsys, late=True)
+    assert "export.dtype" in refused("export", *half, "--to", "out", capsys=capsys, late=True)
+    assert not Path("out").exists() and not Path("run/eval.json").exists()
+    assert globe.exit_code("globe.py", lambda: {"x": {"y": math.nan}}) == 1
+    assert "NaN" not in capsys.readouterr().out
+
+def test_an_export_holds_all_that_is_no_weight_no_index_and_no_pickle(run, small, capsys):
+    source = Path(shutil.copytree(small, "source"))
+    kept = ("tokenization_own.py", "vocab.tiktoken", "a/b/prompt.yaml", "LICENSE", ".gitattributes")
+    left = ("pytorch_model.bin", "x.pth", "old.index.json", "a/w.gguf", ".git/config", ".cache/x",
+            "a/w.safetensors")
+    for name in (*kept, *left):
+        globe.write_text(source / name, name)
+    own = {"AutoTokenizer": ["tokenization_own.Own", None]}
+    code = own | {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.Y"}
+    globe.write_text(source / "config.json", json.dumps(read(source) | {"auto_map": code}))
+    for form in ("globe", "dense", "composed"):
+        answer("export", "--factors", run, "--model", source, "--to", form, "--format", form, capsys=capsys)
+        found = {str(f.relative_to(form)) for f in Path(form).rglob("*") if f.is_file()}
+        assert found >= {*kept} and not found & {*left}
+        found = read(Path(form))["auto_map"]
+        assert found.items() >= own.items() and "modeling_x" not in str(found)
+    (source / "secret.txt").symlink_to("/etc/hostname")
+    line = refused("export", "--factors", run, "--model", source, "--to", "out", capsys=capsys)
+    assert "secret.txt" in line and "outside" in line and not Path("out").exists()
+
+def test_a_fingerprint_is_of_the_weights_and_of_nothing_else(small, run, capsys):
+    source = Path(shutil.copytree(small, "source"))
+    globe.write_text(source / "config.json", json.dumps(read(source) | {"num_experts_per_tok": 3}))
+    assert Checkpoint(source).fingerprint() == Checkpoint(small).fingerprint()
+    answer("eval", "--factors", run, "--model", source, *SPEED, capsys=capsys)
+    old = globe.load_factors(run)
+    old.fingerprint = Checkpoint(small).old_fingerprint()  # a run of an older version
+    globe.check_fingerprint(old, Checkpoint(small))
+    put("model.layers.1.mlp.experts.3.down_proj.weight", 0.5, 9)(source)
+    assert "fingerprint" in refused("eval", "--factors", run, "--model", source, capsys=capsys)
+
+def test_the_state_of_another_heal_is_refused(run, words, capsys):
+    own = ["--factors", run, "--out", "healed", "heal.steps=2", "heal.tokens=512", "calib.length=64",
+           f"calib.text={words}"]
+    answer("heal", *own, capsys=capsys, program=train)
+    for change in ("heal.lr=0.1", "calib.length=32"):
+        line = refused("heal", *own, "--resume", change, capsys=capsys, program=train, late=True)
+        assert change.partition("=")[0] in line
+
+def test_a_run_remembers_absolute_paths_and_says_model_when_its_source_is_gone(small, capsys, monkeypatch):
+    shutil.copytree(small, "models/mine")
+    globe.write_text(Path("text.txt"), globe.builtin_text("heldout")[:9000])
+    answer("fit", "model.path=models/mine", "--out", "run", "calib.text=text.txt", *QUICK, capsys=capsys)
+    run = Path("run").resolve()
+    monkeypatch.chdir(fresh_dir("elsewhere"))
+    answer("export", "--factors", run, "--to", "out", capsys=capsys)
+    answer("generate", "--factors", run, "--prompt", "a", "--max-new-tokens", 2, capsys=capsys)
+    shutil.rmtree("../models")
+    line = refused("eval", "--factors", run, capsys=capsys)
+    assert "--model" in line and "hub" not in line
+
+def test_loaded_moments_bring_the_settings_that_made_them(small, words, capsys):
+    own = ("fit", f"model.path={small}", *QUICK)
+    answer(*own, "--out", "a", "calib.save=m.st", "calib.fisher=false", "calib.means=false", capsys=capsys)
+    answer(*own, "--out", "b", "calib.load=m.st", capsys=capsys)
+    assert load_config("b/config.yaml").calib.fisher is False and log_rows("a") == log_rows("b")
+
+NOTHING = {
+    "experts of a layer zero": r"layers\.1\.mlp\.experts", "an expert zero": r"experts\.2\.",
+    "all experts zero": r"mlp\.experts", "gates zero": r"gate_proj", "downs zero": r"experts\.\d\.down_proj",
+    "a router zero, experts never met": r"mlp\.gate\.weight", "inputs zero": r"post_attention_layernorm",
+    "logits constant": r"lm_head"}
+ANYHOW = ((), ("calib.fisher=false",), ("calib.means=false", "model.families=all"),
+          ("calib.tokens=2", "calib.length=2", "model.families=all"), ("calib.tokens=2", "calib.length=2"),
+          ("fit.metric=weights", "model.normalize=zscore"), ("calib.fisher=false", "fit.method=am"))
+
+@pytest.mark.parametrize("what", NOTHING)
+def test_what_cannot_matter_is_fitted_at_a_finite_error(what, small, capsys):
+    source = Path(shutil.copytree(small, "source"))
+    t = load_file(source / "model.safetensors")
+    zeroed = [t[n].zero_() for n in t if re.search(NOTHING[what], n)]
+    save_file(t, source / "model.safetensors", {"format": "pt"})
+    for i, settings in enumerate(ANYHOW if zeroed else ()):
+        got = answer("fit", "model.path=source", "--out", f"r{i}", *QUICK, "fit.steps=2", *settings,
+                     capsys=capsys)
+        assert all(map(math.isfinite, got["rel_frob"].values())), settings
+    told = answer("export", "--factors", "r0", "--to", "out", capsys=capsys)
+    assert zeroed and told["max_logit_error"] < 1e-2
+
+def test_a_model_can_be_cast_copied_pickled_and_sent_to_a_worker(exports, checkpoints):
+    for kind in EXPORTED:
+        model = AutoModelForCausalLM.from_pretrained(exports[kind])
+        want = logits(model)
+        for cast in ("half", "bfloat16", "float"):
+            found = logits(getattr(copy.deepcopy(model), cast)())
+            assert (found - want).abs().median() < 0.05
+        kept = io.BytesIO()
+        torch.save(model, kept)
+        kept.seek(0)
+        assert torch.equal(logits(torch.load(kept, weights_only=False)), want)
+    ckpt = Checkpoint(checkpoints["qwen2_moe"])
+    patched = globe.patch(stock(ckpt.dir), random_factors(ckpt))
+    again = copy.deepcopy(patched)
+    again.save_pretrained("saved")  # the copy's own weights, not the original's
+    assert torch.equal(logits(globe.unpatch(again)), logits(stock(ckpt.dir)))
+    assert gap(logits(patched), logits(again)) > 0.1
+    torch.save(patched, "model.pt")  # as a worker gets it
+    done = in_process("import torch; model = torch.load('model.pt', weights_only=False); "
+                      "print(float(model(torch.arange(8)[None]).logits.sum()))")
+    want = float(patched(torch.arange(8)[None]).logits.sum())
+    assert float(done.stdout or "nan") == pytest.approx(want, rel=1e-5), done.stderr
+
+def test_loaded_tensors_are_what_runs(exports):
+    model, other = (globe.load(exports["qwen2_moe"], cache=globe.CacheConfig(mode="all")) for _ in range(2))
+    with torch.no_grad():
+        other.globe_bank.gate_0.mul_(1.5)
+    logits(model)  # caches hold the old bases
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(logits(model), logits(other))
+
+def test_a_model_used_in_inference_mode_trains_afterwards(exports):
+    for mode in ("lru", "all", "none", "direct"):
+        cache = globe.CacheConfig(mode="lru" if mode == "direct" else mode)
+        model = globe.load(exports["mixtral"], cache=cache)
+        want = logits(model)
+        model = globe.load(exports["mixtral"], cache=cache)
+        with torch.inference_mode():
+            model(IDS[:, ::-1 + 2])
+        assert gap(logits(model), want) < 1e-5
+        model.model.embed_tokens.weight.requires_grad_(True)
+        model(IDS, labels=IDS).loss.backward()
+        assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+
+def test_lora_on_a_dense_expert_matrix_trains_generates_and_merges(run, capsys):
+    import peft
+    answer("export", "--factors", run, "--to", "out", "--no-check", capsys=capsys)
+    for target in ("mlp.experts.down_proj", "mlp.experts.gate_A"):
+        model = AutoModelForCausalLM.from_pretrained("out")
+        before = logits(model)
+        lora = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+        tuned = peft.get_peft_model(model, peft.LoraConfig(**lora, target_parameters=[target]))
+        tuned.train()
+        tuned(IDS, labels=IDS).loss.backward()
+        grads = [p.grad.abs().sum() for p in tuned.parameters() if p.requires_grad]
+        assert grads and all(g > 0 for g in grads[:2])
+        tuned.eval()
+        changed = logits(tuned)
+        assert gap(changed, before) > 1e-3
+        assert tuned.generate(input_ids=IDS[:1], max_new_tokens=2).shape == (1, 34)
+        assert gap(logits(tuned.merge_and_unload()), changed) < 1e-4
+    with pytest.raises(ValueError):
+        peft.get_peft_model(AutoModelForCausalLM.from_pretrained("out"), peft.LoraConfig(
+            r=4, target_parameters=["mlp.experts.gate_up_proj"], task_type="CAUSAL_LM"))
+
+def test_a_device_map_spreads_layers_and_a_bank_on_disk_is_refused_however_it_is_spelt(exports, tmp_path):
+    path = exports["mixtral"]
+    want, load = logits(globe.load(path)), functools.partial(AutoModelForCausalLM.from_pretrained, path,
+                                                             offload_folder=tmp_path / "disk")
+    for places in ({"": "disk"}, {"globe_bank": "disk", "": "cpu"}, {"globe_bank.gate_0": "disk", "": "cpu"}):
+        with pytest.raises(ValueError, match="globe_bank"):
+            load(device_map=places)
+    with pytest.raises(ValueError, match="globe_bank"):
+        load(device_map="auto", max_memory={"cpu": "1KiB"})
+    names = ["lm_head", "model.layers.0", *(f"model.{n}" for n in ("embed_tokens", "norm", "rotary_emb"))]
+    dense = dict.fromkeys(names, "cpu") | {"model.layers.1": "disk"}  # a map that knows no bank
+    for places in ({"": "cpu"}, dense, "cpu", "auto"):
+        spread = load(device_map=places)
+        assert gap(logits(spread), want) < 1e-4, places
+        assert spread.model.layers[1].mlp.experts.gate_A.is_meta == (places == dense)
+
+def test_dense_matrices_that_a_parallel_plan_has_cut_are_refused(run, capsys):
+    answer("export", "--factors", run, "--to", "out", "--no-check", capsys=capsys)
+    model = globe.load("out")  # down is dense
+    globe.refuse_slices(model)
+    globe.globe_modules(model)[0].down_proj = torch.nn.Parameter(torch.zeros(4, 32, 8))
+    with pytest.raises(ValueError, match="tp_plan.*device_map"):
+        globe.refuse_slices(model)
+
+def test_other_heads_load_with_new_ones_initialised(exports, checkpoints):
+    from transformers import AutoModel, AutoModelForSequenceClassification
+    for kind in ("mixtral", "qwen2_moe"):
+        model = globe.load(exports[kind])
+        want = model.model(IDS).last_hidden_state
+        assert gap(AutoModel.from_pretrained(exports[kind])(IDS).last_hidden_state, want) < 1e-5
+        other = AutoModelForSequenceClassification.from_pretrained(exports[kind], num_labels=3)
+        other.config.pad_token_id = 0
+        assert gap(other.model(IDS).last_hidden_state, want) < 1e-5 and other(IDS).logits.shape == (2, 3)
+
+@pytest.mark.parametrize("sizes", (dict(hidden_size=20, head_dim=6, moe_intermediate_size=7, num_experts=4),
+                                   dict(hidden_size=36, head_dim=10, moe_intermediate_size=9, num_experts=20),
+                                   dict(moe_intermediate_size=1, num_experts=3, num_experts_per_tok=3)))
+def test_no_size_ends_in_a_traceback(sizes, words, capsys):
+    saved("qwen3_moe", Path("odd"), **(FOUR | dict(intermediate_size=48) | sizes))
+    quick = [*QUICK, *SPEED, "bank.r=2", "fit.steps=2"]
+    for families, layer in (("both", "null"), ("all", "1")):
+        answer("fit", "model.path=odd", "--out", "run", *quick, f"model.families={families}", "--overwrite",
+               f"model.single_layer={layer}", capsys=capsys)
+        answer("eval", "--factors", "run", "--text", words, capsys=capsys)
+        for form in ("globe", "dense", "composed"):
+            answer("export", "--factors", "run", "--to", form, "--format", form, "--overwrite", capsys=capsys)
+        assert torch.isfinite(logits(AutoModelForCausalLM.from_pretrained("globe"))).all()
+        answer("generate", "--factors", "run", "--prompt", "a", "--max-new-tokens", 2, capsys=capsys)
+
+def test_generate_begins_as_the_tokenizer_of_the_model_does(small, run, capsys):
+    from tokenizers import processors
+    source = Path(shutil.copytree(small, "source"))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    own = ("generate", "--factors", run, "--prompt", "def f(", "--max-new-tokens", 9)
+    plain = answer(*own, capsys=capsys)["text"]
+    pad = tokenizer.pad_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{pad} $A", special_tokens=[(pad, tokenizer.pad_token_id)])
+    tokenizer.save_pretrained(source)
+    ids = AutoTokenizer.from_pretrained(source)("def f(", return_tensors="pt")
+    answer("export", "--factors", run, "--model", source, "--to", "out", "--no-check", capsys=capsys)
+    out = globe.load("out").generate(**ids, max_new_tokens=9, do_sample=False)[0, ids["input_ids"].shape[1]:]
+    got = answer(*own, "--model", source, capsys=capsys)["text"]
+    assert got == tokenizer.decode(out, skip_special_tokens=True) != plain
+
+def test_files_have_the_mode_that_the_umask_gives(run, capsys):
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            for form in ("globe", "dense"):
+                answer("export", "--factors", run, "--to", f"{form}{mode}", "--format", form, "--no-check",
+                       capsys=capsys)
+            globe.load(f"globe{mode}").save_pretrained(f"again{mode}")
+        finally:
+            os.umask(before)
+        for place in ("globe", "dense", "again"):
+            found = {f.stat().st_mode & 0o777 for f in Path(f"{place}{mode}").rglob("*") if f.is_file()}
+            assert found == {mode}, place
+
+def test_a_fit_says_which_experts_saw_little_and_what_it_covers(small, capsys):
+    few = ["calib.tokens=8", "calib.length=8"]
+    assert globe.main(["fit", f"model.path={small}", "--out", "r", *QUICK, *few]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"\d of 8 experts saw fewer than p/4 = 4 tokens; layer \d", said)
+    assert re.search(r"covers \d+% of the model", said)
+
+
 # ======== Scale: streaming, resuming, several processes ===========================================
 LONG = [*QUICK, "fit.steps=60", "fit.save_every=3", "sparsity.freeze=0.5", "fit.device=cpu"]
 
@@ -2336,11 +2683,14 @@ def test_a_fit_killed_at_random_instants_ends_in_the_same_bits(small, words, cap
         shutil.rmtree("cut")
 
 def test_a_resume_onto_another_checkpoint_or_objective_is_refused_by_name(small, run, capsys):
-    shutil.copytree(small, "src")
-    put(EXPERT.replace("s.2.", "s.0."), 0.5, 100)(Path("src"))
-    for setting in ("model.path=src", "fit.method=adam", "bank.activation=silu", "fit.lambda_B=0.5"):
+    for place, name in ("src", EXPERT), ("src2", "model.layers.0.self_attn.q_proj.weight"):
+        shutil.copytree(small, place)
+        put(name, 0.5, 100)(Path(place))
+    for setting in ("model.path=src", "model.path=src2", "fit.method=adam", "bank.activation=silu",
+                    "fit.lambda_B=0.5", "fit.seed=3", "model.normalize=none", "calib.fisher=false",
+                    "fit.lr=0.1", "calib.tokens=640", "bank.init=random", "fit.steps=2"):
         shutil.copytree(run, "r", dirs_exist_ok=True)
-        said = "fingerprint" if "path" in setting else setting.partition("=")[0].partition(".")[2]
+        said = "checkpoint" if "path" in setting else setting.partition("=")[0]
         refused_whole("fit", "--resume", "--out", "r", setting, said=said, capsys=capsys, late=True)
 
 def test_two_ranks_fit_what_one_process_fits_and_a_killed_rank_ends_the_job_resumably(small, words, capsys):
@@ -2371,7 +2721,7 @@ def test_two_ranks_fit_what_one_process_fits_and_a_killed_rank_ends_the_job_resu
 
 # ======== House rules =============================================================================
 # lines, KB: DESIGN.md, section 2, in the end; but globe.py (5,450, 274), where readability won
-BUDGETS = {"globe.py": (6350, 304), "its loader": (1350, 75), "train.py": (2300, 131),
+BUDGETS = {"globe.py": (6690, 323), "its loader": (1350, 75), "train.py": (2300, 131),
            "bench.py": (1900, 109),
            "test_globe.py": (3600, 224), "README.md": (250, 18.5)}
 

@@ -366,6 +366,7 @@ class TinyTrainer(Trainer):
             if self.device.type == "cpu":
                 # faster for matrices this small
                 self.model.set_experts_implementation("eager")
+            globe.one_by_one(self.model)
         if cfg.grad_checkpoint:
             self.model.gradient_checkpointing_enable()
         self.model.to(self.device).train()
@@ -463,12 +464,9 @@ class Student:
         self.slots = {}
         self.frozen = {}
         for l, family in [(l, family) for l in self.layers for family in factors.families]:
-            parent, _, experts = modules[l]
             self.places[l, family] = []
             for e in factors.experts[l]:
-                weight = experts.down_proj if family == "down" else experts.gate_up_proj
-                if e >= factors.dims.experts:
-                    weight = getattr(globe.shared_mlp(parent), f"{family}_proj").weight
+                weight = globe.parameter_of(modules[l], family, e, factors.dims)
                 self.places[l, family].append((weight.requires_grad_(), e))
             f = factors.families[family]
             self.add_bank(f.owner or family, f.group[l], cfg.bank, device)
@@ -503,14 +501,7 @@ class Student:
 
     # the (p, d) view of expert e in its place's parameter, or in that one's gradient
     def matrix(self, weight: Tensor, family: str, e: int) -> Tensor:
-        D = self.factors.dims
-        start = (e - D.experts) * D.p  # of the shared expert's slices
-        if e < D.experts:
-            weight = weight[e]
-            start = D.p if family == "up" else 0  # up lies below gate
-        if family == "down":
-            weight = weight.T
-        return weight[start:start + D.p]
+        return globe.matrix_in(weight, family, e, self.factors.dims)
 
     # W^ (E_l, p, d) float32 of a layer's fitted experts, differentiable in params
     def weights(self, l: int, family: str, params: dict) -> Tensor:
@@ -590,6 +581,8 @@ class StackTrainer(Trainer):
         self.params = self.student.params
         if not self.resume():
             self.first = self.lowest = self.held_out()
+            expect(math.isfinite(self.first), f"heal: layer {self.layer}: expected a finite loss, found "
+                   f"{self.first}: do activations overflow? Give calib.dtype another type")
 
     def start(self) -> None:
         # Muon for adapters and bases, AdamW for the rest; a step is lr times the tensor's own size
@@ -808,6 +801,25 @@ def open_heal(args: argparse.Namespace, out: Path) -> tuple:
     return run, cfg, factors, ckpt, device, dtype
 
 
+# refuse the state of another heal: of another checkpoint, other factors, or other settings of its numbers
+def check_state(state: Path, cfg: TrainConfig, ckpt: Checkpoint, factors: Factors) -> None:
+    h = hashlib.sha256()
+    for f in factors.families.values():
+        for l, val in f.val.items():
+            h.update(val.numpy().tobytes() + f.A[l][0].float().numpy().tobytes())
+    about = {"checkpoint": ckpt.state_of(), "factors": h.hexdigest()[:16], "seed": cfg.fit.seed}
+    for key, value in dataclasses.asdict(cfg.heal).items():
+        if key not in ("save_every", "grad_checkpoint"):
+            about[f"heal.{key}"] = value
+    for key in ("text", "length", "batch", "sampled", "dtype"):
+        about[f"calib.{key}"] = getattr(cfg.calib, key)
+    path = state / "about.json"
+    if any(state.glob("*.safetensors")):
+        with globe.saved_state(path):
+            globe.same_state(globe.read_json(path) if path.is_file() else {}, about)
+    globe.write_text(path, json.dumps(about))
+
+
 def cmd_heal(args: argparse.Namespace) -> dict:
     """Train a run's factors into a run of their own; of all ranks the first has the result."""
     begin = time.perf_counter()
@@ -819,6 +831,8 @@ def cmd_heal(args: argparse.Namespace) -> dict:
         rows = []
         # Ctrl-C waits for a step's end
         with globe.discarded_on_error(out), globe.held_interrupt() as stop, threads:
+            if first:
+                check_state(out / "state", cfg, ckpt, factors)
             windows = globe.calibration_windows(ckpt, cfg, device, cfg.heal.tokens)
             if first:
                 config = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
