@@ -2269,7 +2269,7 @@ def hub(kind: str, path: Path, predicts: bool) -> Path:
     table = {n: f"model-{i % 2}.safetensors" for i, n in enumerate(sorted(tensors))}
     for shard in set(table.values()):
         save_file({n: tensors[n].clone() for n in table if table[n] == shard}, path / shard, {"format": "pt"})
-    globe.write_text(path / "model.safetensors.index.json", json.dumps({"weight_map": table}))
+    globe.write_text(path / f"{WEIGHTS}.index.json", json.dumps({"metadata": {}, "weight_map": table}))
     globe.write_text(path / "chat_template.jinja", TEMPLATE)
     globe.write_text(path / "generation_config.json", json.dumps({"temperature": 0.6, "do_sample": True}))
     globe.write_text(path / "docs/figure.svg", "<svg/>")
