@@ -5062,7 +5062,7 @@ def family_from(f: dict, name: str, layers: list, taken: dict, path: Path) -> Fa
 def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
     want = factors.fingerprint
     found = ckpt.fingerprint()
-    expect(want in (found, ckpt.old_fingerprint()),
+    expect(want == found or want == ckpt.old_fingerprint(),
            f"{ckpt.dir}: expected the checkpoint that the factors were fitted to (fingerprint {want}), found "
            f"another ({found})")
 
