@@ -52,6 +52,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING as MODELS, PreTrainedConfig
 from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -562,8 +563,7 @@ class GlobeExperts(nn.Module):
     def held(self, mode: str) -> dict:
         p, d = self.intermediate_dim, self.hidden_dim
         least = p * d if mode == "all" and not self.composed else math.inf
-        kinds = ("basis", "weight")
-        return {f: kinds[about["r"] * (p + d) >= least] for f, about in self.families.items()}
+        return {f: ("basis", "weight")[about["r"] * (p + d) >= least] for f, about in self.families.items()}
 
     def item_bytes(self) -> int:
         itemsize = (self.cache_dtype or self._adapters().dtype).itemsize
@@ -835,10 +835,9 @@ class GlobeExperts(nn.Module):
         read = [t for t in tensors if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *read)):
             return False
-        for t in read:  # all but the mixtures are products' factors
-            if not t.is_contiguous() or t.ndim == 3 and t.dtype != x.dtype:
-                return False
-        return native("experts_mixed", x.device.type)
+        # all but the mixtures are products' factors
+        fits = all(t.is_contiguous() and (t.ndim < 3 or t.dtype == x.dtype) for t in read)
+        return fits and native("experts_mixed", x.device.type)
 
     # The torch twin of experts_mixed; for many tokens its large products are the faster ones
     def _bases_torch(self, x: Tensor, index: Tensor, weights: Tensor, mixtures: dict) -> Tensor:
@@ -966,8 +965,8 @@ def check_cache(cache: CacheConfig, families: dict, composed: bool) -> None:
     modes = ("lru", "all", "none", "direct")
     expect(cache.mode in modes, f"cache.mode: expected one of {', '.join(modes)}, found {short(cache.mode)}")
     found = {about["activation"] for about in families.values()} - {"identity"}
-    fine = cache.mode != "direct" or composed or not found
-    expect(fine, f"cache.mode=direct: expected bases without an activation, found {', '.join(found)}")
+    expect(cache.mode != "direct" or composed or not found,
+           f"cache.mode=direct: expected bases without an activation, found {', '.join(found)}")
 
 
 def install(model: nn.Module, meta: dict, cache: CacheConfig | None = None) -> dict:
@@ -1124,11 +1123,10 @@ def check_mixtures(model: nn.Module, where: Path | str) -> None:
     for module in globe_modules(model):
         for f, about in module.families.items():
             idx = getattr(module, f"{f}_idx", None)
-            if idx is None or idx.is_meta:
-                continue
-            name, low, high = f"layer {module.layer} {f}_idx", int(idx.min()), int(idx.max())
-            fine = 0 <= low <= high < about["m"]
-            expect(fine, f"{where}: {name}: expected indices in [0, {about['m']}), found {low}..{high}")
+            if idx is not None and not idx.is_meta:
+                low, high = int(idx.min()), int(idx.max())
+                expect(0 <= low <= high < about["m"], f"{where}: layer {module.layer} {f}_idx: expected "
+                       f"indices in [0, {about['m']}), found {low}..{high}")
 
 
 class GlobeAuto:
@@ -1136,13 +1134,15 @@ class GlobeAuto:
 
     @classmethod
     def from_pretrained(cls, path, *args, config=None, **kwargs):
-        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
         kwargs["trust_remote_code"] = False  # it let this file run; a custom_generate beside it would run too
         if config is not None:  # AutoModelForCausalLM asks, with the config that AutoConfig got before
-            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            return model.from_pretrained(path, *args, config=config, **kwargs)
+            return MODELS[type(config)].from_pretrained(path, *args, config=config, **kwargs)
         kind = PreTrainedConfig.get_config_dict(path, **kwargs)[0]["model_type"]
         return CONFIG_MAPPING[kind].from_pretrained(path, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):  # a dense model of random weights
+        return MODELS[type(config)]._from_config(config, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class=None) -> None:
