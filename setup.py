@@ -54,7 +54,7 @@ setup(
     install_requires=["torch>=2.10", "safetensors", "transformers>=5", "numpy", "tqdm", "PyYAML"],
     extras_require={
         "train": TRAIN,
-        "test": ["pytest", "hypothesis", "matplotlib", *TRAIN],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", *TRAIN],
         "plots": ["matplotlib"],
         "gguf": ["gguf", "accelerate"],
     },

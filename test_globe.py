@@ -2243,7 +2243,7 @@ def hub(kind: str, path: Path, predicts: bool) -> Path:
     saved(kind, path, **FAMILIES[kind])
 
     def behind(t: dict) -> None:
-        more = {n.replace(".layers.1.", ".layers.2."): w for n, w in t.items() if ".layers.1." in n}
+        more = {n.replace(".layers.1.", ".layers.2."): w.clone() for n, w in t.items() if ".layers.1." in n}
         t.update(more | {"model.layers.2.eh_proj.weight": torch.ones(32, 64)})
     if predicts:
         edit(behind)(path)
