@@ -206,10 +206,17 @@ def build_smol_moe(source: str, out: Path, slices: int) -> None:
             raise RuntimeError(f"smol-moe: expected the dense model's logits, found a difference of {error}")
 
 
+# a preset's config file
+def config_of(preset: str) -> str:
+    return str(CONFIGS / f"{preset.partition('-')[0]}.yaml")
+
+
 # the checkpoint of a preset, built on first use in the user's cache
 def checkpoint_of(preset: str, args: Namespace) -> Checkpoint:
-    if preset == "tiny":
-        return globe.open_model(globe.load_config(None, args.set), CPU)
+    if preset == "mid" and os.environ.get("MID_DIR"):
+        return Checkpoint(os.environ["MID_DIR"])
+    if preset in ("tiny", "mid"):
+        return globe.open_model(globe.load_config(config_of(preset), args.set), CPU)
     path = globe.user_cache() / f"smol-moe-{args.experts}"
     if not (path / "config.json").is_file():
         source = os.environ.get("SMOL_DIR") or "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -413,9 +420,10 @@ class Quality:
         self.args = args
         self.scratch = scratch
         self.ckpt = checkpoint_of(preset, args)
-        self.config = str(CONFIGS / {"tiny": "tiny.yaml", "smol-moe": "smol.yaml"}[preset])
+        self.config = config_of(preset)
         self.tokenizer = globe.load_tokenizer(self.ckpt.dir)
-        self.windows, self.calibration = quality_texts(self.tokenizer, args.windows, args.text)
+        count = args.windows or (12 if preset == "smol-moe" else 64)
+        self.windows, self.calibration = quality_texts(self.tokenizer, count, args.text)
         self.cfg = globe.load_config(self.config, args.set)
 
         # a hash of all that a figure depends on
@@ -427,7 +435,7 @@ class Quality:
         Path(self.cfg.calib.text).write_text(self.calibration, encoding="utf-8")
         self.dense = self.losses(globe.load_dense(self.ckpt.dir, args.device, None))
         for text, loss in self.dense.items():
-            say(f"{preset}: dense perplexity of {text} {math.exp(loss):.2f}")
+            say(f"{preset}: dense perplexity of {text} {math.exp(loss.mean()):.2f}")
 
     # the rows of --json FILE and FILE.part with these settings; rows of older versions name none
     def resumed(self) -> dict:
@@ -444,11 +452,12 @@ class Quality:
         say(f"--resume: {len(kept)} figures were measured on these texts with these settings")
         return kept
 
-    # {text: nats per token}
+    # {text: nats per token of each window (N,)}
     def losses(self, model: nn.Module) -> dict:
         if self.args.device.type == "cpu":
             model.set_experts_implementation("eager")  # a sixth faster than grouped_mm on smol-moe
-        return {text: globe.nll(model, w)[0] for text, w in self.windows.items()}
+        return {text: torch.tensor([globe.nll(model, w)[0] for w in windows.split(1)])
+                for text, windows in self.windows.items()}
 
     # a row per text: what the model loses against the dense one
     def add(self, asked: float, variant: str, model: nn.Module, ratio: float, seconds: float, **more) -> None:
@@ -457,12 +466,15 @@ class Quality:
         # of the whole file: what gate and up lose
         pair = 2 * len(D.layers) * D.experts * D.p * D.d * self.ckpt.dtype.itemsize
         size = round(self.ckpt.bytes - (1 - ratio) * pair)
-        for text, loss in self.losses(model).items():
-            delta = loss - self.dense[text]
+        for text, losses in self.losses(model).items():
+            # paired over the windows
+            each = losses - self.dense[text]
+            delta = float(each.mean())
+            se = float(each.std()) / len(each) ** 0.5 if len(each) > 1 else None
             self.rows[asked, variant, text] = new_row(
-                "quality", self.preset, test, variant, delta, "nats", text=text, delta_nats=delta,
+                "quality", self.preset, test, variant, delta, "nats", text=text, delta_nats=delta, se=se,
                 seconds=seconds, ratio=ratio, bits=16 * ratio, bytes=size, saved=1 - size / self.ckpt.bytes,
-                asked=asked, settings=self.settings, **more)
+                coded="gate+up", asked=asked, settings=self.settings, **more)
             say(f"  {variant:9s} ratio {ratio:.3f} {text:8s} delta {delta:+.4f} nats, {seconds:.0f} s")
 
     # {layer: Cholesky factor of the inputs' second moment}; a ridge of 0.1 is worse for the peers
@@ -835,7 +847,8 @@ def bench_decode(preset: str, args: Namespace) -> list:
             model = globe.load(f"{folder}/globe", args.device, args.dtype, globe.CacheConfig(**cache))
             globe.warm(model, calibration)
             return model
-        ways = DENSE if preset == "tiny" else DENSE[:2]  # batched_mm copies the weights of a token's experts
+        # batched_mm copies the weights of a token's experts
+        ways = DENSE[:2] if preset == "qwen15-layer" else DENSE
         make = {("dense", how): partial(dense, how) for how in ways}
         quarter = {"per_layer": max(1, int(HELD * experts))}
         caches = {"all": {"mode": "all"}, "warm": quarter, "cold": quarter, "direct": {"mode": "direct"}}
@@ -852,7 +865,7 @@ def bench_decode(preset: str, args: Namespace) -> list:
 
 # write to/dense and to/globe, in one dtype; the text to measure on and the one that fills caches, (1, n)
 def decode_models(preset: str, to: Path, args: Namespace) -> tuple:
-    source = checkpoint_of("tiny", args)
+    source = checkpoint_of("mid" if preset == "mid" else "tiny", args)
     if preset == "qwen15-layer":
         fractions = popularity(source)
         write_qwen15(to / "dense", "published", fractions, 1, 4096)
@@ -1369,8 +1382,8 @@ def sweep(args: Namespace) -> dict:
 SUITES = {"compose": bench_compose, "sparsemax": bench_sparsemax, "decode": bench_decode, "fit": bench_fit,
           "quality": bench_quality}
 COMMANDS = {"report": report, "sweep": sweep}
-PRESETS = {"compose": (None,), "sparsemax": (None,), "decode": ("tiny", "qwen15-layer", "qwen15"),
-           "fit": ("tiny",), "quality": ("tiny", "smol-moe")}
+PRESETS = {"compose": (None,), "sparsemax": (None,), "decode": ("tiny", "mid", "qwen15-layer", "qwen15"),
+           "fit": ("tiny",), "quality": ("tiny", "mid", "smol-moe")}
 
 
 # what argparse is told of a value: how it is read, and what is expected of it
@@ -1396,8 +1409,9 @@ ONE_OF = {"choices": (*GROUPS["all"], *GROUPS)}
 
 OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help)
     ("decode fit quality", "--preset", None, MANY,
-     "tiny: the default model; smol-moe (quality): SmolLM2-135M, of SMOL_DIR or the hub, in slices; qwen15 "
-     "(decode, 46 GiB of disk): Qwen1.5-MoE's shapes, random weights; qwen15-layer: one layer of it. "
+     "tiny: the default model; mid: 32 experts of 256 x 256 a layer, of MID_DIR or trained once, in an hour; "
+     "smol-moe (quality): SmolLM2-135M, of SMOL_DIR or the hub, in slices; qwen15 (decode, 46 GiB of disk): "
+     "Qwen1.5-MoE's shapes, random weights; qwen15-layer: one layer of it. "
      "Default: tiny; decode by name: qwen15-layer too"),
     ("decode fit quality", "--set", [], SET, "config of the fits and of the tiny model"),
     ("fit quality", "--steps", None, COUNT, "fit: of each method (60; mobe 50 times as many); "
@@ -1409,7 +1423,7 @@ OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help
     ("quality", "--resume", False, ON, "keep the rows of --json FILE, also of a run that was cut short"),
     ("quality", "--experts", 8, COUNT, "smol-moe: equal slices of a layer's FFN, which act as its experts"),
     ("quality", "--text", [], MANY, "evaluate on these files too, each named by its stem"),
-    ("quality", "--windows", 12, COUNT, "evaluation windows of 512 tokens per text"),
+    ("quality", "--windows", None, COUNT, "of 512 tokens, per text; default: 64, of smol-moe 12"),
     ("quality", "--png", None, FILE, "file for a plot: loss against size"),
     ("compose sparsemax decode", "--repeats", 5, COUNT, "times that a model is timed; operators: twice"),
     ("decode", "--prefill", 512, TOKENS, "tokens of the prompt"),

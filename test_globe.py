@@ -991,7 +991,7 @@ def test_print_config_round_trips_and_writes_nothing(capsys):
 
 def test_every_file_in_configs_resolves_and_tiny_is_the_defaults():
     files = {f.stem: load_config(str(f)) for f in (HERE / "configs").glob("*.yaml")}
-    assert {"tiny", "qwen15", "qwen15_updown", "mobe", "smol"} <= set(files)
+    assert {"tiny", "mid", "qwen15", "qwen15_updown", "mobe", "smol"} <= set(files)
     assert files["tiny"] == globe.Config()
 
 
