@@ -3,6 +3,7 @@
     python bench.py                                    decode on tiny: tokens/s and memory
     python bench.py compose sparsemax decode           operators, a layer of Qwen1.5-MoE's shapes, tiny
     python bench.py quality --preset tiny smol-moe --ratio 0.8 0.6 --json rows.json --png rows.png
+    python bench.py quality --preset mid --bits 1.6 1.1 --json rows.json
     python bench.py report --factors runs/tiny-001 --tasks builtin
     python bench.py sweep --config configs/tiny.yaml --out runs/grid bank.m=8,16 fit.steps=50,99
 
@@ -343,6 +344,72 @@ def prune(model: nn.Module, ratio: float, windows: Tensor) -> float:
     return 1 - (n - module.num_experts) * 3 / (2 * n)
 
 
+# ---- plain quantization: asymmetric codes of whole bits, a 16-bit scale per row or per group of columns
+def rounded(W: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return ((W / scale + zero).round().clamp(0, 2 ** bits - 1) - zero) * scale
+
+
+# scales and zeros (.., 1) of W (.., g): of the ranges, shrunk step by step, the one that rounds it best
+def best_grid(W: Tensor, bits: int) -> tuple:
+    low = W.amin(-1, keepdim=True).clamp_max(0)
+    high = W.amax(-1, keepdim=True).clamp_min(0)
+    tried = []
+    for part in torch.linspace(1, 0.4, 13).tolist():
+        scale = (part * (high - low) / (2 ** bits - 1)).clamp_min(1e-8).half().float()
+        zero = (-part * low / scale).round().clamp(0, 2 ** bits - 1)
+        error = (rounded(W, scale, zero, bits) - W).square().sum(-1, keepdim=True)
+        tried.append(torch.stack([error, scale, zero]))
+    tried = torch.stack(tried)  # (13, 3, .., 1)
+    best = tried[:, :1].argmin(0, keepdim=True).expand_as(tried[:1])
+    return tuple(tried.gather(0, best)[0, 1:])
+
+
+def gptq(W: Tensor, H: Tensor | None, bits: int, group: int) -> Tensor:
+    """W (p, d) rounded column by column, the columns behind each make up for its error (Frantar et al. 2023).
+
+    H (d, d): the inputs' second moment; columns by falling diagonal, grids fixed at the start. None: plain
+    rounding.
+    """
+    p, d = W.shape
+    # a grid per row and group, spread to its columns
+    parts = F.pad(W, (0, -d % group)).unflatten(1, (-1, group))
+    scale, zero = (t.expand_as(parts).flatten(1)[:, :d].clone() for t in best_grid(parts, bits))
+    if H is None:
+        return rounded(W, scale, zero, bits)
+    order = H.diagonal().argsort(descending=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order].double()))
+    inverse = torch.linalg.cholesky(inverse, upper=True).float()
+    left = W[:, order].clone()
+    out = torch.empty_like(W)
+    for start in range(0, d, 64):
+        block = slice(start, min(start + 64, d))
+        errors = torch.zeros(p, block.stop - start)
+        for i in range(start, block.stop):
+            at = order[i]
+            out[:, at] = rounded(left[:, i], scale[:, at], zero[:, at], bits)
+            error = (left[:, i] - out[:, at]) / inverse[i, i]
+            left[:, i + 1:block.stop] -= error[:, None] * inverse[i, i + 1:block.stop]
+            errors[:, i - start] = error
+        left[:, block.stop:] -= errors @ inverse[block, block.stop:]
+    return out
+
+
+# name: (whether errors are fed back in the layer's metric, columns of a group)
+ROW = 2 ** 20
+LOW_BIT = {"rtn": (False, ROW), "gptq-row": (True, ROW), "gptq-g64": (True, 64), "gptq-g32": (True, 32)}
+
+
+# (whole bits, stored bits per weight) of a low-bit peer: the most that fit into `most`, scales and zeros too
+def low_bits(name: str, most: float, d: int) -> tuple:
+    group = min(LOW_BIT[name][1], d)
+    fits = (0, 0.0)
+    for bits in range(2, 9):
+        stored = bits + (16 + bits) / group
+        if stored <= most:
+            fits = (bits, stored)
+    return fits
+
+
 # name: (function, whether it is given L, what shares a basis)
 MATRIX_PEERS = {
     "svd": (peer_svd, False, "expert"),
@@ -351,7 +418,9 @@ MATRIX_PEERS = {
     "d2": (peer_d2, True, "layer"),
     "slbf": (peer_slbf, False, "layer"),
 }
-GROUPS = {"none": (), "closed": ("svd", "svd-llm", "layer-pca", "d2"), "all": (*MATRIX_PEERS, "mobe", "reap")}
+REFITTED = tuple(f"{name}+refit" for name in LOW_BIT)
+GROUPS = {"none": (), "closed": ("svd", "svd-llm", "layer-pca", "d2"), "all": (*MATRIX_PEERS, "mobe", "reap"),
+          "low-bit": (*LOW_BIT, *REFITTED)}
 
 
 # put what a peer makes of gate and up into a dense model; (ratio, {family: relative error})
@@ -426,6 +495,9 @@ class Quality:
         self.windows, self.calibration = quality_texts(self.tokenizer, count, args.text)
         self.cfg = globe.load_config(self.config, args.set)
 
+        # stored / dense sizes that come as packed codes
+        self.coded = [bits / 16 for bits in args.bits]
+
         # a hash of all that a figure depends on
         same = [self.ckpt.fingerprint(), {name: w.tolist() for name, w in self.windows.items()},
                 self.calibration, dataclasses.asdict(self.cfg), args.steps, args.heal]
@@ -433,7 +505,9 @@ class Quality:
         self.rows = self.resumed() if args.resume else {}  # {(asked size, variant, text): row}
         self.cfg.calib.text = str(scratch / "calibration.txt")
         Path(self.cfg.calib.text).write_text(self.calibration, encoding="utf-8")
-        self.dense = self.losses(globe.load_dense(self.ckpt.dir, args.device, None))
+        # in float32 where this device multiplies the checkpoint's type slowly
+        self.dtype = globe.compute_dtype(self.ckpt.dtype, args.device)
+        self.dense = self.losses(self.load())
         for text, loss in self.dense.items():
             say(f"{preset}: dense perplexity of {text} {math.exp(loss.mean()):.2f}")
 
@@ -451,6 +525,9 @@ class Quality:
                 raise UserError(f"--resume: {file}: expected what bench.py wrote, found other text") from None
         say(f"--resume: {len(kept)} figures were measured on these texts with these settings")
         return kept
+
+    def load(self) -> nn.Module:
+        return globe.load_dense(self.ckpt.dir, self.args.device, self.dtype)
 
     # {text: nats per token of each window (N,)}
     def losses(self, model: nn.Module) -> dict:
@@ -487,7 +564,9 @@ class Quality:
 
     # one method at one size
     def measure(self, asked: float, variant: str) -> None:
-        if variant in MATRIX_PEERS:
+        if variant in GROUPS["low-bit"]:
+            self.quantized(asked, variant)
+        elif variant in MATRIX_PEERS:
             self.matrices(asked, variant)
         elif variant == "globe":
             assert self.inputs_factor  # writes the moments
@@ -500,16 +579,53 @@ class Quality:
             begin = time.perf_counter()
             calib = self.cfg.calib
             windows = globe.token_windows(self.tokenizer, self.calibration, calib.tokens, calib.length)
-            model = globe.load_dense(self.ckpt.dir, self.args.device, None)
+            model = self.load()
             ratio = prune(model, asked, windows)
             self.add(asked, variant, model, ratio, time.perf_counter() - begin, scope="expert")
+
+    # gate and up in plain codes; +refit: with our own refinement of down behind it
+    def quantized(self, asked: float, variant: str) -> None:
+        D = self.ckpt.dims
+        name, _, refit = variant.partition("+")
+        bits, stored = low_bits(name, 16 * asked, D.d)
+        if not bits:
+            return
+        roots = self.inputs_factor  # the calibration's time is nobody's own
+        begin = time.perf_counter()
+        feedback, group = LOW_BIT[name]
+        new = {family: {} for family in PAIR}
+        for l, family in itertools.product(D.layers, PAIR):
+            H = roots[l] @ roots[l].T if feedback else None
+            experts = [self.ckpt.expert(family, l, e).float() for e in range(D.experts)]
+            new[family][l] = gptq(torch.cat(experts), H, bits, min(group, D.d)).view(D.experts, D.p, D.d)
+        factors = self.exact(new)
+        if refit:
+            windows = globe.load_moments(self.scratch / "moments.safetensors", self.ckpt)["windows"][0]
+            self.cfg.fit.refine = 0
+            globe.refine(self.ckpt, factors, windows, self.cfg, self.args.device)
+        cache = globe.CacheConfig(mode="all")
+        model = globe.assemble(self.ckpt, factors, self.args.device, self.dtype, cache)
+        self.add(asked, variant, model, stored / 16, time.perf_counter() - begin, scope="expert")
+
+    # factors that stand for these matrices {family: {l: (E, p, d)}} exactly: one basis, the identity
+    def exact(self, new: dict) -> globe.Factors:
+        D = self.ckpt.dims
+        idx = {l: torch.zeros(D.experts, 1, dtype=torch.int32) for l in D.layers}
+        val = {l: torch.ones(D.experts, 1) for l in D.layers}
+        families = {}
+        for family, A in new.items():
+            families[family] = globe.FamilyFactors([torch.eye(D.d)[None]], A, idx, val,
+                                                   dict.fromkeys(D.layers, 0), "identity")
+        experts = {l: list(range(D.experts)) for l in D.layers}
+        kind = self.ckpt.config["model_type"]
+        return globe.Factors(families, experts, D, kind, self.ckpt.fingerprint())
 
     # a peer that gives a matrix in place of each; the calibration's time is nobody's own
     def matrices(self, asked: float, variant: str) -> None:
         D = self.ckpt.dims
         _, calibrated, scope = MATRIX_PEERS[variant]
         factors = self.inputs_factor if calibrated else {}
-        model = globe.load_dense(self.ckpt.dir, self.args.device, None)
+        model = self.load()
         begin = time.perf_counter()
         with globe.threads_for(D.p, D.d):
             ratio, errors = put_peer(model, variant, asked, factors, self.args)
@@ -519,8 +635,11 @@ class Quality:
     # GloBE, or MoBE by GloBE's fit; with --heal healed too
     def fitted(self, asked: float, variant: str, *settings: object) -> None:
         device = ("--device", self.args.device)
+        size = (f"bank.ratio={asked}", "bank.r=null")
+        if asked in self.coded:
+            size = (f"bank.bits={16 * asked}",)
         fit = run_globe("fit", *settings, "--out", self.scratch / f"{variant}-{asked}", *device,
-                        f"model.path={self.ckpt.dir}", f"bank.ratio={asked}", "bank.r=null")
+                        f"model.path={self.ckpt.dir}", *size)
         self.add_run(asked, variant, fit, fit["factors"], fit["seconds"])
         if self.args.heal and variant == "globe":
             # in a process of its own; the JSON is the last line of stdout
@@ -537,7 +656,8 @@ class Quality:
     def add_run(self, asked: float, variant: str, fit: dict, path: str, seconds: float) -> None:
         factors = globe.load_factors(path)
         errors = {family: e["all"] for family, e in globe.reconstruction(self.ckpt, factors).items()}
-        model = globe.assemble(self.ckpt, factors, self.args.device)
+        cache = globe.CacheConfig(mode="all")
+        model = globe.assemble(self.ckpt, factors, self.args.device, self.dtype, cache)
         self.add(asked, variant, model, fit["ratio"], seconds, rel_frob=errors, support=fit["support"],
                  scope=factors.config["bank"]["scope"], metric=factors.config["fit"]["metric"])
 
@@ -549,7 +669,12 @@ def bench_quality(preset: str, args: Namespace) -> list:
         variants += GROUPS.get(name, (name,))
     with tempfile.TemporaryDirectory() as scratch:
         job = Quality(preset, args, Path(scratch))
-        for asked, variant in itertools.product(args.ratio, [*variants, "globe"]):
+        # whole bits beside packed codes, all others beside 16-bit factors
+        coded = list(filter(GROUPS["low-bit"].__contains__, variants))
+        plain = list(itertools.filterfalse(coded.__contains__, variants))
+        sizes = [*itertools.product(args.ratio, [*plain, "globe"])]
+        sizes += itertools.product(job.coded, [*coded, "globe"])
+        for asked, variant in sizes:
             if not all((asked, variant, text) in job.rows for text in job.windows):
                 job.measure(asked, variant)
                 if args.json:  # what is measured so far
@@ -1243,17 +1368,20 @@ def spectra(factors: globe.Factors) -> list:
     rows = []
     for name, f in factors.families.items():
         row = {"family": name}
-        for key, matrices in (("A", f.A.__getitem__), ("B~", f.composed)):
+        coded = isinstance(f, globe.CodedFamily)  # with one basis a layer
+        for key, matrices in (("A", f.A.__getitem__), ("B~", f.composed))[:2 - coded]:
             # singular values, and their energies as fractions of each matrix's
             s = torch.cat([torch.linalg.svdvals(matrices(l).float()) for l in f.A])  # (n, min(p, r))
             fraction = s.square() / s.square().sum(-1, keepdim=True).clamp_min(1e-30)
             entropy = -(fraction * fraction.clamp_min(1e-30).log()).sum(-1)
             row[f"effective rank of {key}"] = float(entropy.exp().mean())
 
+        rows.append(row)
+        if coded:
+            continue
         uses = basis_uses(f)
         row |= {"bases": len(uses), "not used": int((uses == 0).sum()),
                 "experts a basis": float(uses.double().mean()), "at most": int(uses.max())}
-        rows.append(row)
     return rows
 
 
@@ -1268,7 +1396,8 @@ def plot_run(log: list, factors: globe.Factors, errors: dict, path: Path) -> Non
         for ax, key in zip(axes, ("rel_frob", "support")):
             ax.plot([row["step"] for row in mine], [row[key] for row in mine], **look)
         axes[2].plot(list(f.A), [errors[family][l] for l in f.A], marker="o", **look)
-        axes[3].plot(basis_uses(f).sort(descending=True).values, **look)
+        if not isinstance(f, globe.CodedFamily):
+            axes[3].plot(basis_uses(f).sort(descending=True).values, **look)
     axes[0].set(title="relative error in the fit's metric", xlabel="step", yscale="log")
     axes[1].set(title="median support", xlabel="step")
     axes[2].set(title="relative Frobenius error", xlabel="layer", ylim=(0, None))
@@ -1404,8 +1533,9 @@ TOKENS = checked(int, lambda n: 1 <= n <= 2000, "1 to 2000")
 FILE = checked(Path, lambda path: path.absolute().parent.is_dir() and not path.is_dir(),
                "a file in a directory that exists")
 SIZES = MANY | checked(float, lambda ratio: 0 < ratio < 10, "numbers above 0, as 0.8")
+BITS = MANY | checked(float, lambda bits: 0 < bits <= 8, "numbers above 0, at most 8, as 2.2")
 SET = {"nargs": "+", "action": "extend", "metavar": "section.key=value"}
-ONE_OF = {"choices": (*GROUPS["all"], *GROUPS)}
+ONE_OF = {"choices": (*GROUPS["all"], *GROUPS["low-bit"], *GROUPS)}
 
 OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help)
     ("decode fit quality", "--preset", None, MANY,
@@ -1416,9 +1546,10 @@ OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help
     ("decode fit quality", "--set", [], SET, "config of the fits and of the tiny model"),
     ("fit quality", "--steps", None, COUNT, "fit: of each method (60; mobe 50 times as many); "
      "quality: of mobe and slbf (3000)"),
-    ("quality", "--ratio", [0.8, 0.6], SIZES, "stored / dense sizes"),
+    ("quality", "--ratio", [], SIZES, "stored / dense sizes, in 16 bits; default: 0.8 0.6, with --bits none"),
+    ("quality", "--bits", [], BITS, "stored bits per dense weight, in packed codes"),
     ("quality", "--peers", ["closed"], MANY | ONE_OF, "closed: those in closed form (default); "
-     "mobe and slbf take hours on smol-moe"),
+     "low-bit: rtn and gptq (beside --bits); mobe and slbf take hours on smol-moe"),
     ("quality", "--heal", False, ON, "heal globe's factors too (variant globe+heal)"),
     ("quality", "--resume", False, ON, "keep the rows of --json FILE, also of a run that was cut short"),
     ("quality", "--experts", 8, COUNT, "smol-moe: equal slices of a layer's FFN, which act as its experts"),
@@ -1479,6 +1610,8 @@ def run_suites(args: Namespace) -> dict:
     good = set(itertools.chain.from_iterable(map(PRESETS.get, args.asked))) - {None}
     for preset in args.preset or ():
         expect(preset in good, f"--preset: expected one of {', '.join(sorted(good))}, found {preset!r}")
+    if not args.ratio + args.bits:
+        args.ratio = [0.8, 0.6]
     expect(args.json or not args.resume, "--resume: expected --json FILE, whose rows are kept, found none")
     plots = not args.png or importlib.util.find_spec("matplotlib")
     expect(plots, "--png: plots need matplotlib: pip install matplotlib")

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import hashlib
 import importlib.util
 import itertools
 import math
@@ -57,7 +58,7 @@ from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 __version__ = "0.2.0"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of factors in packed codes; 1 of all others
 FAMILIES = ("gate", "up", "down")
 MARKER = "# ---- an export carries the file down to here ----"
 
@@ -117,7 +118,7 @@ def as_dtype(name: str | None) -> torch.dtype | None:
 
 
 # ======== 2. Operators: one entry point each; the torch twin is fallback and oracle of the native one =
-KERNELS_VERSION = 3  # of the operators' schemas in csrc/; an older library is refused
+KERNELS_VERSION = 4  # of the operators' schemas in csrc/; an older library is refused
 BUILD: list = []     # how csrc/ is compiled, which section 7 adds; an export has nothing to compile
 
 
@@ -289,6 +290,81 @@ def compose_torch(bank: Tensor, idx: Tensor, val: Tensor, activation: str) -> Te
     return phi(z, activation).to(bank.dtype)
 
 
+# ---- packed codes ------------------------------------------------------------------------------------
+WINDOW = 10       # bits that a value depends on: its own and those in front of them
+CODE_BLOCK = 8    # columns of one width: whole bytes at every width
+WIDTHS = (0, 1, 2, 3, 4)
+
+
+@functools.cache
+def trellis_values() -> Tensor:
+    """(2^WINDOW,) float32: quantiles of a Gaussian of mean square 1, shuffled, so that any bit of the window
+    changes the value at random: a trellis code (the bit-shift trellis of QTIP, arXiv:2406.11235)."""
+    n = 2 ** WINDOW
+    q = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    order = sorted(range(n), key=lambda i: hashlib.sha256(b"%d" % i).digest())
+    return (q / q.square().mean().sqrt())[order].float()
+
+
+def unpack(codes: Tensor, width: Tensor) -> Tensor:
+    """Values (n, B * CODE_BLOCK) float32 of rows of codes (n, bytes) uint8; width (B,): bits by block.
+
+    A row is one stream of bits, the first column lowest, zeros in front. A column's value is that of the
+    window which ends with its own bits; where it has none, 0.
+    """
+    width = width.long().repeat_interleave(CODE_BLOCK)
+    start = width.cumsum(0) - WINDOW + 16
+    stream = F.pad(codes, (2, 1)).int()
+    at = start >> 3
+    three = stream[:, at] | stream[:, at + 1] << 8 | stream[:, at + 2] << 16
+    window = three >> (start & 7) & (2 ** WINDOW - 1)
+    return trellis_values().to(codes.device)[window] * (width > 0)
+
+
+# (E, p) the first byte of each row, and the end of the last; kind (E, p), width (K, B)
+def code_places(kind: Tensor, width: Tensor) -> tuple:
+    size = width.long().sum(1)[kind.long()] * (CODE_BLOCK // 8)
+    ends = size.flatten().cumsum(0).view_as(size)
+    return ends - size, int(ends[-1, -1])
+
+
+def decode(codes: Tensor, kind: Tensor, row: Tensor, width: Tensor, column: Tensor,
+           experts: list | slice = slice(None)) -> Tensor:
+    """Adapters (n, p, columns) float32 of those n experts of a layer, from packed codes.
+
+    codes (bytes,) uint8, row behind row; kind (E, p) uint8: each row's class; row (E, p) uint8: 128 + 8 log2
+    of its scale; width (K, B) uint8, column (K, B) int16: bits, 256 log2 of the scale, by class and block.
+    """
+    first = code_places(kind, width)[0][experts].flatten()
+    p = kind.shape[1]
+    kind = kind[experts].flatten()
+    out = torch.zeros(len(kind), width.shape[1] * CODE_BLOCK, device=codes.device)
+    for k in kind.unique().tolist():
+        rows = (kind == k).nonzero()[:, 0]
+        size = int(width[k].sum()) * (CODE_BLOCK // 8)
+        places = first[rows, None] + torch.arange(size, device=codes.device)
+        scale = (column[k].float() / 256).exp2().repeat_interleave(CODE_BLOCK)
+        out[rows] = unpack(codes[places], width[k]) * scale
+    own = ((row[experts].float() - 128) / 8).exp2().view(-1, 1)
+    return (out * own).view(-1, p, out.shape[1])
+
+
+# What is wrong with a layer's codes, or None: nothing may be read beyond them
+def code_problem(codes: Tensor, kind: Tensor, row: Tensor, width: Tensor, column: Tensor) -> str | None:
+    if int(width.max()) not in WIDTHS:
+        return f"width: expected {', '.join(map(str, WIDTHS))}, found {int(width.max())}"
+    if int(kind.max()) >= len(width):
+        return f"kind: expected classes in [0, {len(width)}), found {int(kind.max())}"
+    needed = code_places(kind, width)[1]
+    return None if needed == len(codes) else f"codes: expected {needed} bytes, found {len(codes)}"
+
+
+# (r, d) float32 of a basis in 8 bits (r, d) with 256 log2 of a scale (r, groups of 64) int16
+def decode_basis(basis: Tensor, scale: Tensor) -> Tensor:
+    scales = (scale.float() / 256).exp2().repeat_interleave(64, 1)
+    return basis.float() * scales[:, :basis.shape[1]]
+
+
 # ======== 3. What factors are: the JSON that describes them, and its check ============================
 @dataclass(frozen=True)
 class Dims:
@@ -316,13 +392,14 @@ def check_meta(meta: dict, where: str) -> dict:
 
     meta is what a reader needs to build modules before it has read a tensor: format_version, model_type,
     fingerprint, dims, experts {layer: [expert]}, families {family: {m, r, s (largest support), groups,
-    group {layer: bank}, activation, shift, scale, bank (the owning family)}}. UserError names what is wrong
-    first.
+    group {layer: bank}, activation, shift, scale, bank (the owning family)}}; of a family in packed codes
+    {code: trellis, layers {layer: {basis, of (its tensor), rows, bytes, classes}}}. UserError names what is
+    wrong first.
     """
     expect(isinstance(meta, dict), f"{where}: expected a description of factors, found {type(meta).__name__}")
     version = meta.get("format_version")
-    expect(version == FORMAT_VERSION,
-           f"{where}: expected factors of format version {FORMAT_VERSION}, found {short(version)}")
+    expect(version in (1, FORMAT_VERSION),
+           f"{where}: expected factors of format version 1 or {FORMAT_VERSION}, found {short(version)}")
 
     def need(fine: Any, what: str) -> None:
         expect(fine, f"{where}: its description is damaged: expected {what}")
@@ -363,6 +440,8 @@ def check_family(meta: dict, name: str, need: Callable) -> None:
     f = meta["families"][name]
     where = f"families.{name}"
     need(name in FAMILIES, f"families among {', '.join(FAMILIES)}, found {short(name)}")
+    if "code" in f:
+        return check_coded(meta, f, where, need)
     need(f["activation"] in ("identity", "silu", "tanh"), f"{where}.activation: identity, silu or tanh")
     for key in ("m", "r", "s", "groups"):
         need(whole(f[key], 1), f"{where}.{key}: a whole number above 0 and below 2^32")
@@ -378,6 +457,20 @@ def check_family(meta: dict, name: str, need: Callable) -> None:
     need(owner["bank"] == f["bank"], f"{where}.bank: a family that owns its bank")
     for key in ("m", "r", "groups", "group"):
         need(owner[key] == f[key], f"{where}.{key}: as in the family that owns the bank")
+
+
+def check_coded(meta: dict, f: dict, where: str, need: Callable) -> None:
+    need(meta["format_version"] == 2 and f["code"] == "trellis", f"{where}.code: trellis, in version 2")
+    need((f["activation"], f["shift"], f["scale"]) == ("identity", 0, 1), f"{where}: no activation nor scale")
+    need(set(f["layers"]) == set(meta["experts"]), f"{where}.layers: all layers of experts")
+    for key, layer in f["layers"].items():
+        at = f"{where}.layers.{key}"
+        need(layer["basis"] == "orthonormal", f"{at}.basis: orthonormal")
+        owner, _, l = layer["of"].rpartition("_")
+        need(owner in FAMILIES and l == key, f"{at}.of: FAMILY_{key}")
+        need(whole(layer["rows"], 1, meta["dims"]["d"] + 1), f"{at}.rows: from 1 to hidden_size")
+        need(whole(layer["bytes"], 0, 2 ** 40), f"{at}.bytes: below 2^40")
+        need(whole(layer["classes"], 1, 17), f"{at}.classes: from 1 to 16")
 
 
 # ======== 4. Run time: cache, GlobeExperts, GlobeLinear, install ======================================
@@ -429,15 +522,32 @@ def on_meta(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
+# {name of a bank's buffer: (shape, dtype)} of a coded layer's basis
+def basis_shapes(layer: dict, d: int) -> dict:
+    r = layer["rows"]
+    return {layer["of"]: ((r, d), torch.int8), f"{layer['of']}_scale": ((r, -(-d // 64)), torch.int16)}
+
+
+# {name: (shape, dtype)} of the codes of n experts of p rows
+def code_shapes(layer: dict, n: int, p: int) -> dict:
+    table = layer["classes"], -(-layer["rows"] // CODE_BLOCK)
+    return {"codes": ((layer["bytes"],), torch.uint8), "kind": ((n, p), torch.uint8),
+            "row": ((n, p), torch.uint8), "width": (table, torch.uint8), "column": (table, torch.int16)}
+
+
 class GlobeBank(nn.Module):
     """The banks of a model: a parameter `{family}_{group}` (m, r, d) for each, of the family that owns it."""
 
     def __init__(self, meta: dict):
         super().__init__()
+        d = meta["dims"]["d"]
         for name, f in meta["families"].items():
-            groups = f["groups"] if f["bank"] == name and not meta.get("composed") else 0
+            for layer in f.get("layers", {}).values():  # a basis of 8 bits, which families may share
+                for key, (shape, dtype) in basis_shapes(layer, d).items():
+                    self.register_buffer(key, torch.empty(shape, dtype=dtype, device="meta"))
+            groups = f["groups"] if f.get("bank") == name and not meta.get("composed") else 0
             for g in range(groups):
-                setattr(self, f"{name}_{g}", on_meta(f["m"], f["r"], meta["dims"]["d"]))
+                setattr(self, f"{name}_{g}", on_meta(f["m"], f["r"], d))
         self.cache = CacheConfig()
         self.scratch = {}       # {device: slots that layers without any of their own use in turn}
         self.scratch_slots = 1
@@ -527,6 +637,11 @@ class GlobeExperts(nn.Module):
 
     def _declare(self, f: str) -> None:
         n, about = len(self.fitted), self.families[f]
+        if "code" in about:
+            layer = about["layers"][str(self.layer)]
+            for key, (shape, dtype) in code_shapes(layer, n, self.intermediate_dim).items():
+                self.register_buffer(f"{f}_{key}", torch.empty(shape, dtype=dtype, device="meta"))
+            return
         setattr(self, f"{f}_A", on_meta(n, self.intermediate_dim, about["r"]))
         if self.composed:
             setattr(self, f"{f}_basis", on_meta(n, about["r"], self.hidden_dim))
@@ -563,7 +678,10 @@ class GlobeExperts(nn.Module):
     def held(self, mode: str) -> dict:
         p, d = self.intermediate_dim, self.hidden_dim
         least = p * d if mode == "all" and not self.composed else math.inf
-        return {f: ("basis", "weight")[about["r"] * (p + d) >= least] for f, about in self.families.items()}
+        held = {}
+        for f, about in self.families.items():
+            held[f] = "weight" if "code" in about or about["r"] * (p + d) >= least else "basis"
+        return held
 
     def item_bytes(self) -> int:
         itemsize = (self.cache_dtype or self._adapters().dtype).itemsize
@@ -572,8 +690,9 @@ class GlobeExperts(nn.Module):
     def _held_shape(self, f: str) -> tuple:
         return self._shape(f) if self.hold[f] == "weight" else (self.families[f]["r"], self.hidden_dim)
 
+    # Whose dtype and device the others have: an adapter, or beside codes a dense matrix
     def _adapters(self) -> Tensor:
-        return getattr(self, f"{next(iter(self.families))}_A")
+        return next(self.parameters())
 
     def _bank_of(self, f: str) -> Tensor:
         about = self.families[f]
@@ -592,11 +711,20 @@ class GlobeExperts(nn.Module):
 
     # What is held of one row: B~ (r, d), or W^ as the model has it
     def _value(self, f: str, row: int) -> Tensor:
+        if "code" in self.families[f]:
+            return self._decoded(f, [row])[0]
         X = self._basis(f, [row])[0]
         if self.hold[f] == "basis":
             return X
         W = self.families[f]["shift"] + self.families[f]["scale"] * (getattr(self, f"{f}_A")[row] @ X)
         return W.T if f == "down" else W
+
+    # W^ (n, p, d) float32 of rows from packed codes: adapters (n, p, r) times the layer's basis
+    def _decoded(self, f: str, rows: list) -> Tensor:
+        layer = self.families[f]["layers"][str(self.layer)]
+        A = decode(*(self._buffers[f"{f}_{key}"] for key in code_shapes(layer, 1, 1)), rows)
+        basis = [self._bank[0]._buffers[key].to(A.device) for key in basis_shapes(layer, 1)]
+        return A[..., :layer["rows"]] @ decode_basis(*basis)
 
     # Compose experts into their slots: bases of a family in one call, straight into its slab
     def _fill(self, cache: ExpertCache, experts: list, slots: list) -> None:
@@ -604,6 +732,11 @@ class GlobeExperts(nn.Module):
         for f, slab in self._slabs(cache).items():
             if self.hold[f] == "basis" and slab.dtype == self._bank_of(f).dtype:
                 self._basis(f, rows, slab, torch.tensor(slots, device=slab.device))
+                continue
+            if "code" in self.families[f]:
+                for i in range(0, len(rows), 8):
+                    part = self._decoded(f, rows[i:i + 8])
+                    slab[torch.tensor(slots[i:i + 8], device=slab.device)] = part.to(slab.dtype)
                 continue
             for row, i in zip(rows, slots):
                 slab[i] = self._value(f, row)
@@ -964,6 +1097,8 @@ def own_cache(meta: dict) -> CacheConfig:
 def check_cache(cache: CacheConfig, families: dict, composed: bool) -> None:
     modes = ("lru", "all", "none", "direct")
     expect(cache.mode in modes, f"cache.mode: expected one of {', '.join(modes)}, found {short(cache.mode)}")
+    coded = any("code" in about for about in families.values())
+    expect(not (coded and cache.mode == "direct"), "cache.mode=direct: expected 16-bit bases, found codes")
     found = {about["activation"] for about in families.values()} - {"identity"}
     expect(cache.mode != "direct" or composed or not found,
            f"cache.mode=direct: expected bases without an activation, found {', '.join(found)}")
@@ -1118,10 +1253,14 @@ def refuse_slices(model: nn.Module) -> None:
                    "take device_map or a dense export")
 
 
-# UserError where an expert mixes bases that its bank does not have
+# UserError where an expert mixes bases that its bank does not have, or codes do not hold together
 def check_mixtures(model: nn.Module, where: Path | str) -> None:
     for module in globe_modules(model):
         for f, about in module.families.items():
+            if "code" in about and not module._buffers[f"{f}_width"].is_meta:
+                layer = about["layers"][str(module.layer)]
+                wrong = code_problem(*(module._buffers[f"{f}_{key}"] for key in code_shapes(layer, 1, 1)))
+                expect(not wrong, f"{where}: layer {module.layer} {f}: {wrong}")
             idx = getattr(module, f"{f}_idx", None)
             if idx is not None and not idx.is_meta:
                 low, high = int(idx.min()), int(idx.max())
@@ -1212,7 +1351,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import hashlib
 import html
 import json
 import operator
@@ -1263,6 +1401,10 @@ class BankConfig:
     share: bool = True  # gate and up draw from one bank (where both are compressed)
     activation: str = "identity"  # phi: identity | silu | tanh
     init: str = "auto"  # experts | svd | dictionary | random; auto: experts
+    # stored bits per dense weight, everything counted: packed codes in a basis per layer, and no r, ratio, m,
+    # scope or sparsity; null: 16-bit factors
+    bits: float | None = None
+    basis: str = "auto"  # of codes: orthonormal (in the layer's metric); auto: orthonormal
 
 
 @dataclass
@@ -1391,6 +1533,7 @@ CHOICES = {
     "model.normalize": ("none", "scale", "zscore"),
     "bank.activation": ("identity", "silu", "tanh"),
     "bank.init": ("auto", "experts", "svd", "dictionary", "random"),
+    "bank.basis": ("auto", "orthonormal"),
     "sparsity.map": ("auto", "sparsemax", "entmax", "softmax", "signed"),
     "sparsity.alpha": (1.0, 1.5, 2.0),
     "fit.method": ("varpro", "am", "adam"),
@@ -1404,8 +1547,8 @@ CHOICES = {
 }
 # numbers above 0
 POSITIVE = (
-    "model.max_experts", "bank.m", "bank.r", "bank.ratio", "sparsity.support", "sparsity.T0", "fit.steps",
-    "fit.lr", "fit.save_every", "fit.memory", "fit.budget", "fit.homotopy.every", "calib.tokens",
+    "model.max_experts", "bank.m", "bank.r", "bank.ratio", "bank.bits", "sparsity.support", "sparsity.T0",
+    "fit.steps", "fit.lr", "fit.save_every", "fit.memory", "fit.budget", "fit.homotopy.every", "calib.tokens",
     "calib.length", "calib.batch", "cache.per_layer", "cache.budget", "eval.tokens", "eval.length",
     "eval.stride", "eval.context")
 # 0 or more
@@ -1451,7 +1594,14 @@ def check_config(cfg: Config) -> Config:
     expect(re.fullmatch("global|layer|[1-9][0-9]{0,8}", str(scope)),
            f"bank.scope: expected global, layer or a number of layers, found {short(scope)}")
     expect(cfg.eval.length >= 2, f"eval.length: expected 2 or more, found {cfg.eval.length}")
-    expect(cfg.bank.r or cfg.bank.ratio, "bank: expected r or ratio, found neither")
+    expect(cfg.bank.r or cfg.bank.ratio or cfg.bank.bits, "bank: expected r, ratio or bits, found none")
+    if cfg.bank.bits:
+        expect(cfg.bank.bits <= 8, f"bank.bits: expected at most 8, found {cfg.bank.bits}")
+        expect(cfg.bank.activation == "identity",
+               f"bank.bits: expected bank.activation identity, found {cfg.bank.activation}")
+        expect(cfg.model.families != "all", "bank.bits: expected model.families gate, up or both, found all: "
+               "downs in codes are not in this version")
+        expect(cfg.bank.memory is None, "bank.bits: expected no bank.memory, which chooses ratios")
     expect(cfg.cache.mode != "direct" or cfg.bank.activation == "identity",
            f"cache.mode=direct: expected bank.activation identity, found {cfg.bank.activation}")
     return cfg
@@ -1607,7 +1757,8 @@ def user_cache() -> Path:
 
 SAFE_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 
@@ -3341,6 +3492,12 @@ class FamilyFactors:
         """Support size of every expert."""
         return (torch.cat([*self.val.values()]) != 0).sum(-1)
 
+    def meta(self) -> dict:
+        m, r, _ = self.bank[0].shape
+        return {"m": m, "r": r, "s": next(iter(self.val.values())).shape[1], "groups": len(self.bank),
+                "group": {str(l): g for l, g in self.group.items()}, "activation": self.activation,
+                "shift": self.shift, "scale": self.scale, "bank": self.owner}
+
     def numbers(self) -> int:
         """Everything stored: bank (by its owner), adapters, mixtures with their indices, shift and scale."""
         val = torch.cat([*self.val.values()])
@@ -3348,6 +3505,66 @@ class FamilyFactors:
         adapter = next(iter(self.A.values()))[0]
         bank = len(self.bank) * self.bank[0].numel() * (self.owner is None)
         return bank + len(val) * adapter.numel() + 2 * val.numel() + 2
+
+
+@dataclass
+class CodedFamily:
+    """One family in packed codes: W^ = A X, with adapters A in codes and the layer's basis X in 8 bits."""
+    name: str
+    of: dict      # {l: name of the layer's basis}, which families may share
+    bases: dict   # {name: (basis (r, d) int8, scale int16)}
+    layers: dict  # {l: {kind of tensor: tensor}}, as code_shapes names them
+    activation: str = "identity"
+    shift: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self):
+        # {l: adapters (E_l, p, r) float32}, decoded when they are asked for
+        self.A = LazyDict({l: functools.partial(self.adapters, l) for l in self.layers})
+
+    @property
+    def bank(self) -> list:
+        """A basis (1, r, d) per layer, by its shape."""
+        return [basis[None].to("meta") for basis, _ in map(self.bases.get, self.of.values())]
+
+    def adapters(self, layer: int, rows: slice | list = slice(None)) -> Tensor:
+        return decode(*self.layers[layer].values(), rows)[..., :len(self.bases[self.of[layer]][0])]
+
+    def composed(self, layer: int, rows: slice | list = slice(None)) -> Tensor:
+        """X (b, r, d) of the layer's experts (or those rows): the same for all."""
+        X = decode_basis(*self.bases[self.of[layer]])
+        return X.expand(len(self.layers[layer]["kind"][rows]), -1, -1)
+
+    def weight(self, layer: int, row: int) -> Tensor:
+        """W^ (p, d) float32 of one expert."""
+        return self.adapters(layer, [row])[0] @ decode_basis(*self.bases[self.of[layer]])
+
+    def support(self) -> Tensor:
+        """Bases of every expert: one."""
+        return torch.ones(sum(len(layer["kind"]) for layer in self.layers.values()))
+
+    def tensors(self) -> dict:
+        """{name in the factors file: tensor}; a basis by the family that owns it."""
+        out = {}
+        for l, layer in self.layers.items():
+            out |= {f"layers.{l}.{self.name}.{key}": t for key, t in layer.items()}
+        for name, (basis, scale) in self.bases.items():
+            if name.startswith(f"{self.name}_"):
+                out |= {f"basis.{name}": basis, f"basis.{name}.scale": scale}
+        return out
+
+    def numbers(self) -> float:
+        """Everything stored, in numbers of 16 bits."""
+        return sum(t.nbytes for t in self.tensors().values()) / 2
+
+    def meta(self) -> dict:
+        layers = {}
+        for l, layer in self.layers.items():
+            layers[str(l)] = {
+                "basis": "orthonormal", "of": self.of[l], "rows": len(self.bases[self.of[l]][0]),
+                "bytes": len(layer["codes"]), "classes": len(layer["width"])}
+        return {"code": "trellis", "activation": self.activation, "shift": self.shift, "scale": self.scale,
+                "layers": layers}
 
 
 @dataclass
@@ -3367,6 +3584,9 @@ class Factors:
         D = self.dims
         return [e for e in self.experts[layer] if e < D.experts] + [*range(D.experts, D.experts + D.shared)]
 
+    def coded(self) -> bool:
+        return any(isinstance(f, CodedFamily) for f in self.families.values())
+
     def sizes(self) -> tuple:
         """(numbers stored, numbers of the dense matrices that they stand for)."""
         dense = len(self.families) * sum(map(len, self.experts.values())) * self.dims.p * self.dims.d
@@ -3383,15 +3603,13 @@ class Factors:
 
     def meta(self) -> dict:
         """The JSON that describes the tensors: what is needed to build modules before any of them is read."""
-        families = {}
-        for name, f in self.families.items():
-            m, r, _ = f.bank[0].shape
-            families[name] = {
-                "m": m, "r": r, "s": next(iter(f.val.values())).shape[1], "groups": len(f.bank),
-                "group": {str(l): g for l, g in f.group.items()}, "activation": f.activation,
-                "shift": f.shift, "scale": f.scale, "bank": f.owner or name}
-        return {"format_version": FORMAT_VERSION, "globe_version": __version__, "model_type": self.model_type,
-                "fingerprint": self.fingerprint, "dims": dataclasses.asdict(self.dims), "families": families,
+        families = {name: f.meta() for name, f in self.families.items()}
+        for name, about in families.items():
+            if about.get("bank", name) is None:
+                about["bank"] = name
+        return {"format_version": FORMAT_VERSION if self.coded() else 1, "globe_version": __version__,
+                "model_type": self.model_type, "fingerprint": self.fingerprint,
+                "dims": dataclasses.asdict(self.dims), "families": families,
                 "experts": {str(l): e for l, e in self.experts.items()}, "config": self.config}
 
 
@@ -4860,7 +5078,8 @@ def refine_layer(call: LayerCall, factors: Factors, l: int, fit: FitConfig, keep
     """Refine layer l in place; keep(name, tensor, dtype) puts what is new where it stays."""
     D = factors.dims
     families = factors.families
-    adapt = fit.refine > 0 and not families.keys().isdisjoint(("gate", "up"))
+    # adapters in codes stay as they are
+    adapt = fit.refine > 0 and not factors.coded() and not families.keys().isdisjoint(("gate", "up"))
     some = call
     if adapt:  # they need no more than some of the tokens
         step = max(1, call.index.numel() // (REFINE_TOKENS * D.d * D.experts))
@@ -4933,6 +5152,217 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
     return rows
 
 
+# ---- Packed codes: a basis per layer, bits by reverse water-filling, a trellis code ----
+# Mean square error of a Gaussian of mean square 1 in each of WIDTHS, and its values' best scale; measured.
+CODE_ERROR = (1.0, 0.2905, 0.0805, 0.0224, 0.0064)
+CODE_SCALE = (1.0, 0.86, 0.98, 1.0, 1.01)
+# Rows of a layer fall into classes, each of half the weighted energy of the one before.
+CLASSES = 16
+# Rows that Viterbi's algorithm takes at a time: what it remembers of them stays in a cache.
+ROWS_AT_ONCE = 128
+
+
+def trellis_encode(x: Tensor, width: Tensor) -> Tensor:
+    """Codes (n, bytes) uint8 of the values (unpack) nearest to x (n, B * CODE_BLOCK): Viterbi's algorithm."""
+    values = trellis_values().to(x.device)
+    if native("trellis_encode", x.device.type):
+        width = width.long().repeat_interleave(CODE_BLOCK)
+        return torch.ops.globe.trellis_encode(x[:, width > 0].contiguous(), width[width > 0], values)
+    return trellis_torch(x, width, values)
+
+
+# The torch twin of globe::trellis_encode
+def trellis_torch(x: Tensor, width: Tensor, values: Tensor) -> Tensor:
+    n = 2 ** WINDOW
+    cost = x.new_full((len(x), n), math.inf)
+    cost[:, 0] = 0
+    came_from = []
+    columns = [(t, k) for t, k in enumerate(width.repeat_interleave(CODE_BLOCK).tolist()) if k]
+    for t, k in columns:
+        # the window loses its k lowest bits: the cheapest of the states that differ in these alone goes on
+        cost, lost = cost.view(len(x), n >> k, 2 ** k).min(-1)
+        came_from.append(lost.to(torch.uint8))
+        cost = cost.repeat(1, 2 ** k).add_((x[:, t, None] - values).square_())
+    # back from the cheapest end
+    state = cost.argmin(-1)[:, None]
+    bits = []
+    for _, k in reversed(columns):
+        new = state >> (WINDOW - k)
+        bits.append(new >> torch.arange(k, device=x.device) & 1)
+        low = state & ((n >> k) - 1)
+        state = low << k | came_from.pop().gather(1, low)
+    stream = torch.cat(bits[::-1], 1).view(len(x), -1, 8)
+    return (stream << torch.arange(8, device=x.device)).sum(-1).to(torch.uint8)
+
+
+@dataclass
+class LayerSpectrum:
+    """A layer's rows of W L, (n, d), in the basis of their weighted energy: what bits are shared out by."""
+    Q: Tensor      # (d, d) orthogonal, columns by rising energy
+    kind: Tensor   # (n,) class of each row
+    count: Tensor  # (K,) rows of each class
+    energy: Tensor  # (K, B) mean square by class and block of columns
+    weight: Tensor  # (K, B) the same, each row by its weight
+
+
+def blocks_of(y: Tensor) -> Tensor:
+    # (n, d) -> (n, B, CODE_BLOCK), the last block filled up with zeros
+    return F.pad(y, (0, -y.shape[1] % CODE_BLOCK)).unflatten(1, (-1, CODE_BLOCK))
+
+
+def spectrum(rows: Tensor, weights: Tensor) -> LayerSpectrum:
+    """The spectrum of rows (n, d) of W L with the weights (n,) of their squared errors."""
+    Q = torch.linalg.eigh(((rows * weights[:, None]).T @ rows).double())[1].float()
+    squares = blocks_of(rows @ Q).square().mean(-1)  # (n, B)
+
+    # classes by what the whole row weighs, in factors of two; the last one has all that is less
+    total = weights * squares.sum(-1)
+    level = (total.max().clamp_min(1e-30) / total.clamp_min(1e-38)).log2()
+    found, kind = level.long().clamp_max(CLASSES - 1).unique(return_inverse=True)
+    belongs = F.one_hot(kind, len(found)).float().T  # (K, n)
+    count = belongs.sum(1)
+    share = belongs / count.clamp_min(1)[:, None]
+    return LayerSpectrum(Q, kind, count, share @ squares, share @ (squares * weights[:, None]))
+
+
+def share_bits(spectra: dict, bits: float, d: int, families: int) -> dict:
+    """{l: widths (K, B)} of the least weighted error, where all that is stored is at most `bits` in number.
+
+    Reverse water-filling over classes, columns and layers (Cover and Thomas, section 10.3): every block takes
+    the width at which another bit would gain less than a price. UserError where not even zeros fit.
+    """
+    errors = torch.tensor(CODE_ERROR, dtype=torch.float64)
+    widths = torch.tensor(WIDTHS)
+    # of a block's rows of the basis: 8 bits a number, and 16 of each 64 numbers' scale
+    basis_bits = CODE_BLOCK * (8 * d + 16 * math.ceil(d / 64))
+
+    def at_price(price: float) -> tuple:
+        chosen = {}
+        stored = 0.0
+        for l, s in spectra.items():
+            numbers = CODE_BLOCK * s.count.double()[:, None, None]
+            cost = numbers * (s.weight.double()[..., None] * errors + price * widths)  # (K, B, widths)
+            best, choice = cost.min(-1)
+            # a block pays for its rows of the basis too
+            gain = (cost[..., 0] - best).sum(0)
+            choice[:, gain <= price * basis_bits] = 0
+            chosen[l] = widths[choice]
+            used = max(1, int((chosen[l].sum(0) > 0).sum()))
+            stored += float((numbers[..., 0] * chosen[l]).sum()) + basis_bits * used
+            # a row's class and scale; by class and block width and scale
+            stored += 16 * float(s.count.sum()) + 24 * families * len(s.count) * used
+        return stored, chosen
+
+    least = at_price(2.0 ** 300)[0]
+    expect(least <= bits, f"bank.bits: expected {least / bits:.3g} times as many at least, for scales alone")
+    # the price by bisection of its logarithm
+    low, high = -300.0, 300.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if at_price(2.0 ** middle)[0] > bits:
+            low = middle
+        else:
+            high = middle
+    return at_price(2.0 ** high)[1]
+
+
+# 256 log2 of scales, as they are stored, and what that stands for
+def log_scale(scale: Tensor) -> tuple:
+    stored = (256 * scale.clamp_min(1e-30).log2()).ceil().clamp(-2 ** 15, 2 ** 15 - 1).to(torch.int16)
+    return stored, (stored.float() / 256).exp2()
+
+
+def code_basis(X: Tensor) -> tuple:
+    """(int8 (r, d), int16 (r, groups of 64)) of a basis X: decode_basis undoes it."""
+    groups = F.pad(X, (0, -X.shape[1] % 64)).unflatten(1, (-1, 64))
+    stored, scale = log_scale(groups.abs().amax(-1) / 127)
+    codes = (groups / scale[..., None]).round().clamp(-127, 127)
+    return codes.flatten(1)[:, :X.shape[1]].to(torch.int8).contiguous(), stored
+
+
+def code_rows(rows: Tensor, s: LayerSpectrum, width: Tensor, used: Tensor) -> tuple:
+    """({kind of tensor: tensor} but codes, [codes of each row]) of rows (n, d) of W L at widths (K, B).
+
+    used: (B,), the blocks that are stored."""
+    y = blocks_of(rows @ s.Q)[:, used]
+    width = width[:, used]
+    energy = s.energy[:, used]
+
+    # a class' scale by block, at the best size for the width; of a row what is left of its own
+    column, scale = log_scale(energy.sqrt() * torch.tensor(CODE_SCALE)[width])
+    own = width[s.kind] > 0  # (n, B)
+    squares = y.square().mean(-1) / energy[s.kind].clamp_min(1e-30)
+    size = ((squares * own).sum(1) / own.sum(1).clamp_min(1)).sqrt()
+    row = (128 + 8 * size.clamp_min(1e-30).log2()).round().clamp(0, 255).to(torch.uint8)
+    x = y / (scale[s.kind] * ((row.float() - 128) / 8).exp2()[:, None])[..., None]
+
+    codes = [b""] * len(rows)
+    for k in s.kind.unique().tolist():
+        if not width[k].any():
+            continue
+        for part in (s.kind == k).nonzero()[:, 0].split(ROWS_AT_ONCE):
+            for i, code in zip(part.tolist(), trellis_encode(x[part].flatten(1), width[k]).cpu().numpy()):
+                codes[i] = code.tobytes()
+    tensors = {"kind": s.kind.to(torch.uint8), "row": row, "width": width.to(torch.uint8), "column": column}
+    return tensors, codes
+
+
+def code_families(job: tuple, experts: dict, read: Callable, metrics: dict, bits: float, device: torch.device,
+                  progress: Callable = lambda it: it) -> Iterator[dict]:
+    """Code the families of a job, which share a basis per layer: a row per layer; the last has "families".
+
+    experts {l: [expert]}; read(family, l, expert) -> W (p, d); metrics {family: as of metric_of, or none};
+    bits: stored per dense weight.
+    """
+    # rows of W L of all experts, one below the other, the weights of their errors, and L
+    def weighted(l: int) -> tuple:
+        rows = []
+        weights = []
+        for family, e in itertools.product(job, experts[l]):
+            metric = metrics.get(family, {"left": {}, "right": {}})
+            W = read(family, l, e).to(device, torch.float32)
+            L = metric["right"][l] if metric["right"] else None
+            rows.append(W if L is None else W @ L)
+            S = metric["left"].get((l, e), torch.ones(len(W), device=device))
+            weights.append(S.square())
+        return torch.cat(rows), torch.cat(weights), L
+
+    spectra = {}
+    for l in progress(experts):
+        rows, weights, _ = weighted(l)
+        spectra[l] = spectrum(rows, weights)
+    d = rows.shape[1]
+    dense = sum(len(s.kind) for s in spectra.values()) * d
+    widths = share_bits(spectra, bits * dense, d, len(job))
+
+    families = {family: CodedFamily(family, {}, {}, {}) for family in job}
+    for step, l in enumerate(progress(experts), 1):
+        rows, _, L = weighted(l)
+        s = spectra.pop(l)
+        used = widths[l].sum(0) > 0
+        used[-1] |= not used.any()
+        tensors, codes = code_rows(rows, s, widths[l], used)
+        # the basis Q^T L^-1, but for the rows that nobody uses
+        X = s.Q.T if L is None else torch.linalg.solve_triangular(L, s.Q.T, upper=False, left=False)
+        X = X[used.repeat_interleave(CODE_BLOCK)[:d]]
+        basis = tuple(t.cpu() for t in code_basis(X))
+        shape = (len(experts[l]), -1)
+        parts = {key: t.cpu() for key, t in tensors.items()}
+        for family, kind, row, mine in zip(job, parts["kind"].chunk(len(job)), parts["row"].chunk(len(job)),
+                                           torch.arange(len(codes)).chunk(len(job))):
+            whole = b"".join(codes[mine[0]:mine[-1] + 1])
+            f = families[family]
+            f.of[l] = f"{job[0]}_{l}"
+            f.bases[f.of[l]] = basis
+            f.layers[l] = {
+                "codes": torch.tensor(bytearray(whole), dtype=torch.uint8), "kind": kind.view(shape),
+                "row": row.view(shape), "width": parts["width"], "column": parts["column"]}
+        yield {"step": step, "layer": l, "rows": len(X), "bits": 8 * sum(map(len, codes)) / rows.numel()}
+    for f in families.values():
+        f.__post_init__()  # adapters of all layers
+    yield {"families": families}
+
+
 # ======================================================================================================
 # 12. Factors file; patch, assemble, exports, card
 # ======================================================================================================
@@ -4942,6 +5372,9 @@ def save_factors(factors: Factors, path: Path) -> None:
     # what is in memory, and what is read when it is written
     tensors, lazy, shapes = {}, {}, {}
     for name, f in factors.families.items():
+        if isinstance(f, CodedFamily):
+            tensors |= f.tensors()
+            continue
         if not f.owner:
             tensors |= {f"bank.{name}.{g}": B for g, B in enumerate(f.bank)}
         first = next(iter(f.A.values()))
@@ -4963,6 +5396,13 @@ def tensor_shapes(meta: dict) -> dict:
     D = dims_from(meta)
     out = {}
     for name, f in meta["families"].items():
+        for l, layer in f.get("layers", {}).items():
+            for key, (shape, _) in code_shapes(layer, len(meta["experts"][l]), D.p).items():
+                out[f"layers.{l}.{name}.{key}"] = shape
+            for key, (shape, _) in basis_shapes(layer, D.d).items():
+                out[f"basis.{key}".replace("_scale", ".scale")] = shape
+        if "code" in f:
+            continue
         # a bank is stored once, under the family that owns it
         if f["bank"] == name:
             for g in range(f["groups"]):
@@ -4991,7 +5431,8 @@ def load_factors(path: Path | str) -> Factors:
     families = {}
     for name in FAMILIES:
         if name in meta["families"]:
-            families[name] = family_from(meta["families"][name], name, layers, taken, path)
+            make = coded_family_from if "code" in meta["families"][name] else family_from
+            families[name] = make(meta["families"][name], name, layers, taken, path)
     experts = {l: meta["experts"][str(l)] for l in layers}
     factors = Factors(families, experts, dims_from(meta), meta["model_type"], meta["fingerprint"],
                       meta.get("config", {}))
@@ -5027,13 +5468,19 @@ def read_factors(path: Path) -> tuple:
     return check_meta(meta, str(path)), tensors
 
 
+# what the last part of a tensor's name says of its dtype; all others are floating point
+INTEGERS = {"idx": torch.int32, "codes": torch.uint8, "kind": torch.uint8, "row": torch.uint8,
+            "width": torch.uint8, "column": torch.int16, "scale": torch.int16}
+
+
 # That tensor, taken out of `tensors`; UserError where it is missing or of another shape or kind
 def take_tensor(path: Path, tensors: dict, name: str, shape: tuple) -> Tensor:
     t = tensors.pop(name, None)
     found = "none" if t is None else tuple(t.shape)
     expect(found == shape, f"{path}: {name}: expected {shape}, found {found}")
-    if name.endswith(".idx"):
-        expect(t.dtype == torch.int32, f"{path}: {name}: expected int32, found {t.dtype}")
+    kind = INTEGERS.get(name.rpartition(".")[2], torch.int8 if name.startswith("basis.") else None)
+    if kind:
+        expect(t.dtype == kind, f"{path}: {name}: expected {kind}, found {t.dtype}".replace("torch.", ""))
     else:
         fine = t.is_floating_point() and t.itemsize > 1
         expect(fine, f"{path}: {name}: expected float32, float16 or bfloat16, found {t.dtype}")
@@ -5059,6 +5506,18 @@ def family_from(f: dict, name: str, layers: list, taken: dict, path: Path) -> Fa
     return factors
 
 
+# One family's packed codes from its description f and the tensors of the file
+def coded_family_from(f: dict, name: str, layers: list, taken: dict, path: Path) -> CodedFamily:
+    of, bases, codes = {}, {}, {}
+    for l in layers:
+        of[l] = f["layers"][str(l)]["of"]
+        bases[of[l]] = taken[f"basis.{of[l]}"], taken[f"basis.{of[l]}.scale"]
+        codes[l] = {key: taken[f"layers.{l}.{name}.{key}"] for key in code_shapes(f["layers"][str(l)], 1, 1)}
+        wrong = code_problem(**codes[l])
+        expect(not wrong, f"{path}: layers.{l}.{name}: {wrong}")
+    return CodedFamily(name, of, bases, codes)
+
+
 def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
     want = factors.fingerprint
     found = ckpt.fingerprint()
@@ -5073,6 +5532,14 @@ def assign_factors(model: nn.Module, factors: Factors, device: torch.device, dty
     # {layer: name of its experts module}
     at = {module.layer: name for name, module in model.named_modules() if isinstance(module, GlobeExperts)}
     for name, f in factors.families.items():
+        if isinstance(f, CodedFamily):
+            for key, (basis, scale) in f.bases.items():
+                assign(model, f"globe_bank.{key}", basis.to(device))
+                assign(model, f"globe_bank.{key}_scale", scale.to(device))
+            for l, layer in f.layers.items():
+                for key, t in layer.items():
+                    assign(model, f"{at[l]}.{name}_{key}", t.to(device))
+            continue
         if not f.owner:
             for g, B in enumerate(f.bank):
                 assign(model, f"globe_bank.{name}_{g}", B.to(device, dtype))
@@ -5257,7 +5724,7 @@ def check_export(directory: Path) -> None:
         for name in shard.keys():
             count += 1
             kind = shard.get_slice(name).get_dtype()
-            fine = kind in ("F32", "F16", "BF16", "I32", "I8")
+            fine = kind in ("F32", "F16", "BF16", "I32", "I16", "I8", "U8")
             expect(fine, f"{file}: {name}: expected float32, float16 or bfloat16, found {kind}")
     layers = config["num_hidden_layers"]
     expect(layers <= count,
@@ -5334,8 +5801,10 @@ def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = 
     """Write the patched model as a directory: weights, config, tokenizer and this file down to the marker.
 
     composed=True stores A_i and the composed B~_i in place of bank and mixtures: larger, nothing to compose
-    at load.
+    at load. UserError where there are no mixtures.
     """
+    expect(not (composed and factors.coded()),
+           "export: composed: packed codes have no mixtures to compose; take globe or dense")
     model = assemble(ckpt, factors, dtype=dtype)
     # tensors that the model has no place for stay, as layers of multi-token prediction
     taken = {name for name, _ in ckpt.expected_tensors()} | {*map(ckpt.stored_name, model.state_dict())}
@@ -5565,8 +6034,7 @@ tags: [moe, globe, compressed]
 ---
 # {base}, experts compressed by GloBE ({form})
 
-{families} of the routed experts of `{base}` are `W = shift + scale * A phi(sum_j alpha_j B_j)`: an
-adapter A per expert, and a sparse mixture over a bank of bases B that layers share{refined}.
+{families} of the routed experts of `{base}` are {what}{refined}.
 {stored:,} bytes of weights; the source has {dense:,}: {saved:.1%} of the file is saved.
 Stored / dense numbers: {ratio:.4f} of the compressed matrices, {model_ratio:.4f} of the model.
 
@@ -5595,6 +6063,10 @@ python globe.py export --format {form}
 Licence: that of the base model{no_licence}. Fingerprint of the source checkpoint: `{fingerprint}`.
 Made by globe.py {version}.
 """
+MIXTURES = """`W = shift + scale * A phi(sum_j alpha_j B_j)`: an
+adapter A per expert, and a sparse mixture over a bank of bases B that layers share"""
+CODES = """`W = A X` in {bits:.3g} bits a weight: adapters A in a
+trellis code, and in each layer one basis X of 8 bits, orthonormal for the layer's inputs"""
 DENSE_NOTE = "Tensor names, types and config are the source's: whatever reads the source reads this."
 GLOBE_NOTE = """That runs `globe.py` beside this card: {lines} lines, sha256 `{sha256}`. With the package
 globe-moe installed, `import globe` in place of `trust_remote_code=True` runs the package's code (and its
@@ -5634,6 +6106,7 @@ def model_card(ckpt: Checkpoint, factors: Factors, form: str, base: str, stored:
         base=base, form=form, note=note, remote=remote, licence=licence, evaluation=evaluation, stored=stored,
         base_line=f"base_model: {base}" if "/" in base else f"# base model: {base}",
         families=" and ".join(factors.families).capitalize(),
+        what=CODES.format(bits=16 * factors.ratio()) if factors.coded() else MIXTURES,
         refined="; down is dense, refitted to them" if factors.down else "",
         sizes=text_table(("family", "banks", "bases", "rows r", "median support", "phi"), sizes),
         dense=ckpt.bytes, saved=1 - stored / ckpt.bytes, ratio=factors.ratio(),
@@ -5919,8 +6392,10 @@ class FitPlan:
     """What a fit is going to do, the same on every rank; UserError where sizes do not fit together."""
 
     def __init__(self, cfg: Config, ckpt: Checkpoint, device: torch.device):
-        # bank.memory becomes families and a ratio
+        # bank.memory becomes families and a ratio; codes have a basis per layer
         fit_memory(cfg, ckpt)
+        if cfg.bank.bits:
+            cfg.bank.scope = "layer"
         self.cfg = cfg
         self.ckpt = ckpt
         self.device = device
@@ -5935,6 +6410,9 @@ class FitPlan:
             jobs[:2] = [("gate", "up")]
         self.shapes = {}  # {job: (m, r)}
         for job in jobs:
+            if cfg.bank.bits:
+                self.shapes[job] = (1, ckpt.dims.d)
+                continue
             self.shapes[job] = bank_shape(cfg, job[0], len(job) * len(self.keys), self.groups, ckpt.dims)
 
     def sizes(self, job: tuple) -> dict:
@@ -5950,6 +6428,14 @@ class FitPlan:
         size = self.ckpt.dtype.itemsize
         data = cfg.fit.metric == "data"
         means = data and cfg.calib.means and "down" not in job
+
+        # codes: the rows of a layer, in and out of the basis
+        if cfg.bank.bits:
+            stored = dense * cfg.bank.bits / 16
+            memory = 2 ** 29 + 16 * dense // self.layers + 12 * self.layers * D.d ** 2
+            down = 2 * size * len(self.keys) * D.p * D.d * (data and cfg.fit.down)
+            return {"dense": dense, "stored": stored, "memory": memory, "disk": 2 * stored + down,
+                    "flops": 3 * 2 ** WINDOW * dense, "spill": False}
 
         # in float32: banks, a batch of experts with what is computed of it; state, mean inputs, factors
         budget = fit_budget(cfg, self.device)
@@ -6206,6 +6692,26 @@ def fit_job(plan: FitPlan, job: tuple, moments: dict, log: Log, stop: threading.
         raise type(e)(f"{one_line(e)}; {stands if saved.step else 'nothing was saved yet'}") from None
 
 
+def code_job(plan: FitPlan, job: tuple, moments: dict, log: Log, stop: threading.Event) -> dict:
+    """Code a job's families at bank.bits: {family: CodedFamily}; `stop` interrupts between layers."""
+    expect(ranks()[1] == 1, "bank.bits: expected one process, found torchrun")
+    cfg = plan.cfg
+    metrics = {}
+    for family in job if moments else ():
+        metrics[family] = metric_of(moments, family, plan.keys, cfg.fit.ridge, plan.device)
+    experts = collections.defaultdict(list)
+    for l, e in plan.keys:
+        experts[l].append(e)
+    steps = code_families(job, experts, plan.ckpt.expert, metrics, cfg.bank.bits, plan.device, bar("code"))
+    for row in steps:
+        if "families" in row:
+            return row["families"]
+        log.row({"family": "+".join(job)} | row)
+        if stop.is_set():
+            raise KeyboardInterrupt(f"the calibration is kept; go on with: python globe.py fit --resume "
+                                    f"--out {log.path.parent}")
+
+
 def fit_jobs(plan: FitPlan, moments: dict, log: Log) -> Factors:
     # one job after the other; Ctrl-C waits for the end of a step
     cfg = plan.cfg
@@ -6213,7 +6719,8 @@ def fit_jobs(plan: FitPlan, moments: dict, log: Log) -> Factors:
     families = {}
     with held_interrupt() as stop, threads_for(D.p, D.d, cfg.fit.dtype):
         for job in plan.shapes:
-            families |= fit_job(plan, job, moments, log, stop)
+            run = code_job if cfg.bank.bits else fit_job
+            families |= run(plan, job, moments, log, stop)
     log.close()
     experts = collections.defaultdict(list)
     for l, e in plan.keys:
@@ -6275,7 +6782,7 @@ def fit_run(plan: FitPlan, out: Path, resume: bool) -> dict:
     # the refinement works on a file, so that the fit's own factors leave the memory
     (out / "refined.json").unlink(missing_ok=True)
     scratch = out / "state" / "refined"
-    wanted = moments and (cfg.fit.refine or cfg.fit.down)
+    wanted = moments and (cfg.fit.down or cfg.fit.refine and not factors.coded())
     if wanted and "windows" not in moments:
         say(f"{cfg.calib.load} was saved without the calibration's windows: no refinement")
     elif wanted:
@@ -6306,7 +6813,8 @@ def fit_result(plan: FitPlan, factors: Factors, path: Path) -> dict:
     # bits: what is stored of the compressed matrices, over their numbers
     stored = 0
     for name, t in load_file(path).items():
-        if name.endswith((".A", ".idx", ".val")) or name.startswith("bank."):
+        kind = name.rpartition(".")[2]
+        if kind == "A" or kind == "val" or kind in INTEGERS or name.startswith(("bank.", "basis.")):
             stored += 8 * t.nbytes
     model_ratio = factors.model_ratio(plan.ckpt.num_parameters())
     return {"factors": str(path.parent), "ratio": factors.ratio(), "model_ratio": model_ratio,
@@ -6342,8 +6850,10 @@ def cmd_fit(args: argparse.Namespace) -> dict:
             settings_of_moments(cfg.calib)
         plan = FitPlan(cfg, ckpt, device)
         for job, (m, r) in plan.shapes.items():
-            say(f"{'+'.join(job)}: {len(plan.keys)} experts in {plan.layers} layers; "
-                f"{plan.groups} x {m} bases of {r} x {ckpt.dims.d}")
+            form = f"{plan.groups} x {m} bases of {r} x {ckpt.dims.d}"
+            if cfg.bank.bits:
+                form = f"{cfg.bank.bits:g} bits a weight in a basis per layer"
+            say(f"{'+'.join(job)}: {len(plan.keys)} experts in {plan.layers} layers; {form}")
         if args.dry_run:
             return dry_run(plan)
         if cfg.calib.save:
@@ -6491,7 +7001,7 @@ def cmd_info(args: argparse.Namespace) -> dict:
     if meta:
         out |= {k: meta.get(k) for k in ("model_type", "globe_version", "fingerprint")} | meta["dims"]
         for family, about in meta["families"].items():
-            out[family] = ", ".join(f"{k} {v}" for k, v in about.items() if k != "group")
+            out[family] = ", ".join(f"{k} {v}" for k, v in about.items() if k not in ("group", "layers"))
     say(text_table(("", args.directory), [(key, one_line(value)) for key, value in out.items()]))
     return out
 

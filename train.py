@@ -790,6 +790,7 @@ def open_heal(args: argparse.Namespace, out: Path) -> tuple:
         run, _, factors, ckpt, device, _ = globe.open_run(args)
     expect(out.resolve() not in (run.resolve(), *run.resolve().parents),
            f"--out {out}: expected another directory than --factors, and none that holds it")
+    expect(not factors.coded(), f"{run}: expected 16-bit factors, found packed codes, which are not trained")
     cfg = checked(globe.run_config(out if resumed else run, args, kind=TrainConfig))
     dtype = globe.with_gradients(globe.as_dtype(args.dtype or cfg.calib.dtype) or ckpt.dtype)
     dtype = globe.compute_dtype(dtype, device)

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -191,6 +192,28 @@ static Tensor linear(Tensor x, Tensor W, std::optional<Tensor> bias) {
   return out;
 }
 
+// x (n, columns) float32, width (columns,) int64 in 1..4, values (2^bits,) float32 -> codes (n, bytes) uint8
+static Tensor trellis_encode(Tensor x, Tensor width, Tensor values) {
+  check(x.dim() == 2 && width.dim() == 1 && width.size(0) == x.size(1), "globe::trellis_encode: expected x (n, columns) and width "
+        "(columns,), found ", shape_of(x), " and ", shape_of(width));
+  expect("globe::trellis_encode", "x", x, ScalarType::Float, x, {x.size(0), x.size(1)});
+  expect("globe::trellis_encode", "width", width, ScalarType::Long, x, {x.size(1)});
+  expect("globe::trellis_encode", "values", values, ScalarType::Float, x, {values.numel()});
+  int64_t total = 0, bits = 0;
+  const int64_t* w = (const int64_t*)width.const_data_ptr();
+  for (int64_t t = 0; t < x.size(1); ++t) {
+    check(1 <= w[t] && w[t] <= 4, "globe::trellis_encode: width: expected 1 to 4, found ", w[t]);
+    total += w[t];
+  }
+  while ((int64_t(1) << bits) < values.numel()) ++bits;
+  check(bits >= 4 && values.numel() == int64_t(1) << bits && total % 8 == 0,
+        "globe::trellis_encode: expected 2^bits values and whole bytes, found ", values.numel(), " and ", total, " bits");
+  Tensor codes = torch::stable::new_empty(x, {x.size(0), total / 8}, ScalarType::Byte);
+  RUN(trellis, (const float*)x.const_data_ptr(), w, (const float*)values.const_data_ptr(), (uint8_t*)codes.mutable_data_ptr(),
+      x.size(0), x.size(1), bits, total / 8);
+  return codes;
+}
+
 }  // namespace globe
 
 STABLE_TORCH_LIBRARY(globe, m) {
@@ -206,6 +229,7 @@ STABLE_TORCH_LIBRARY(globe, m) {
         "Tensor up, Tensor? up_A, Tensor? up_idx, Tensor? up_val, Tensor down, Tensor? down_A, Tensor? down_idx, Tensor? down_val, "
         "float[] scale, float[] shift, str activation) -> Tensor");
   m.def("linear(Tensor x, Tensor W, Tensor? bias) -> Tensor");
+  m.def("trellis_encode(Tensor x, Tensor width, Tensor values) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(globe, CompositeExplicitAutograd, m) { m.impl("about", TORCH_BOX(&globe::about)); }
@@ -219,4 +243,5 @@ STABLE_TORCH_LIBRARY_IMPL(globe, CPU, m) {
   m.impl("experts_decode", TORCH_BOX(&globe::experts_decode));
   m.impl("experts_mixed", TORCH_BOX(&globe::experts_mixed));
   m.impl("linear", TORCH_BOX(&globe::linear));
+  m.impl("trellis_encode", TORCH_BOX(&globe::trellis_encode));
 }
