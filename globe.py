@@ -309,15 +309,15 @@ def trellis_values() -> Tensor:
 def unpack(codes: Tensor, width: Tensor) -> Tensor:
     """Values (n, B * CODE_BLOCK) float32 of rows of codes (n, bytes) uint8; width (B,): bits by block.
 
-    A row is one stream of bits, the first column lowest, zeros in front. A column's value is that of the
+    A row is one stream of bits, the first column highest, zeros in front. A column's value is that of the
     window which ends with its own bits; where it has none, 0.
     """
     width = width.long().repeat_interleave(CODE_BLOCK)
     start = width.cumsum(0) - WINDOW + 16
     stream = F.pad(codes, (2, 1)).int()
     at = start >> 3
-    three = stream[:, at] | stream[:, at + 1] << 8 | stream[:, at + 2] << 16
-    window = three >> (start & 7) & (2 ** WINDOW - 1)
+    three = stream[:, at] << 16 | stream[:, at + 1] << 8 | stream[:, at + 2]
+    window = three >> (24 - WINDOW - (start & 7)) & (2 ** WINDOW - 1)
     return trellis_values().to(codes.device)[window] * (width > 0)
 
 
@@ -5179,20 +5179,19 @@ def trellis_torch(x: Tensor, width: Tensor, values: Tensor) -> Tensor:
     came_from = []
     columns = [(t, k) for t, k in enumerate(width.repeat_interleave(CODE_BLOCK).tolist()) if k]
     for t, k in columns:
-        # the window loses its k lowest bits: the cheapest of the states that differ in these alone goes on
-        cost, lost = cost.view(len(x), n >> k, 2 ** k).min(-1)
+        # the window loses its k highest bits: the cheapest of the states that differ in these alone goes on
+        cost, lost = cost.view(len(x), 2 ** k, n >> k).min(1)
         came_from.append(lost.to(torch.uint8))
-        cost = cost.repeat(1, 2 ** k).add_((x[:, t, None] - values).square_())
+        cost = cost.repeat_interleave(2 ** k, 1).add_((x[:, t, None] - values).square_())
     # back from the cheapest end
     state = cost.argmin(-1)[:, None]
     bits = []
     for _, k in reversed(columns):
-        new = state >> (WINDOW - k)
-        bits.append(new >> torch.arange(k, device=x.device) & 1)
-        low = state & ((n >> k) - 1)
-        state = low << k | came_from.pop().gather(1, low)
+        bits.append(state >> torch.arange(k, device=x.device).flip(0) & 1)
+        low = state >> k
+        state = came_from.pop().gather(1, low).long() << (WINDOW - k) | low
     stream = torch.cat(bits[::-1], 1).view(len(x), -1, 8)
-    return (stream << torch.arange(8, device=x.device)).sum(-1).to(torch.uint8)
+    return (stream << torch.arange(8, device=x.device).flip(0)).sum(-1).to(torch.uint8)
 
 
 @dataclass

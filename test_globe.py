@@ -2614,11 +2614,11 @@ def test_a_fit_says_which_experts_saw_little_and_what_it_covers(small, capsys):
 # ======== Packed codes =============================================================================
 def by_hand(codes: torch.Tensor, width: list) -> torch.Tensor:
     """What `unpack` says of one row, from the definition: whole numbers and shifts."""
-    stream, values, end = int.from_bytes(bytes(codes.tolist()), "little"), [], 0
+    stream, values, end = int.from_bytes(bytes(codes.tolist()), "big"), [], 0
     for k in width:
         for _ in range(8):
             end += k
-            window = (stream << globe.WINDOW >> end) % 2 ** globe.WINDOW
+            window = (stream >> 8 * len(codes) - end) % 2 ** globe.WINDOW
             values.append(float(globe.trellis_values()[window]) if k else 0.0)
     assert end == 8 * len(codes)
     return torch.tensor(values)

@@ -1058,58 +1058,74 @@ void linear(Type type, const void* x, const void* W, const void* bias, void* out
 }
 
 // ---- trellis_encode ------------------------------------------------------------------------------------
-// Viterbi's algorithm: a state is the window of a column's last bits; a column of k bits shifts k old ones out below and
-// k new ones in above. The cheapest path to each state is kept, with the old bits that it lost.
-template <int K> void trellis_step(const float* cost, float* best, float* next, uint8_t* lost, const float* values, float x,
-                                   int64_t m) {
-  for (int64_t low = 0; low < m; ++low) {
-    float least = cost[low * K];
-    int which = 0;
-    for (int j = 1; j < K; ++j) {
-      const float c = cost[low * K + j];
-      which = c < least ? j : which;
-      least = c < least ? c : least;
-    }
-    best[low] = least;
-    lost[low] = uint8_t(which);
-  }
-  for (int64_t above = 0; above < K; ++above)
-    for (int64_t low = 0; low < m; ++low) {
-      const float d = x - values[above * m + low];
-      next[above * m + low] = best[low] + d * d;
-    }
+// Viterbi's algorithm: a state is the window of a column's last bits; a column of k bits shifts k old ones out at the top and
+// k new ones in below. The cheapest path to each state is kept, with the old bits that it lost.
+INLINE vf shuffled(vf v, vi at) {
+#if defined(__clang__)
+  vf out;
+  for (int i = 0; i < VB / 4; ++i) out[i] = v[at[i]];
+  return out;
+#else
+  return __builtin_shuffle(v, at);
+#endif
 }
 
-// rows of x (columns of nonzero width[t] alone) -> codes, `bytes` a row
+template <int K> void trellis_step(const float* cost, float* next, int32_t* lost, const float* values, float x, int64_t m) {
+  constexpr int64_t n = VB / 4;
+  vi spread[K];  // lane i of part j of a vector that comes K times over
+  for (int j = 0; j < K; ++j)
+    for (int i = 0; i < n; ++i) spread[j][i] = (j * n + i) / K;
+  for (int64_t low = 0; low < m; low += n) {
+    // of the K states that differ in their top bits alone the cheapest
+    vf least = *(const vf_mem*)(cost + low);
+    vi which = {};
+    for (int j = 1; j < K; ++j) {
+      const vf c = *(const vf_mem*)(cost + j * m + low);
+      const vi less = c < least;
+      which = less ? vi{} + j : which;
+      least = less ? c : least;
+    }
+    std::memcpy(lost + low, &which, sizeof which);
+    // goes on to K states each
+    for (int j = 0; j < K; ++j) {
+      const vf d = x - *(const vf_mem*)(values + low * K + j * n);
+      *(vf_mem*)(next + low * K + j * n) = shuffled(least, spread[j]) + d * d;
+    }
+  }
+}
+
+// rows of x, columns of widths 1 to 4 -> codes, `bytes` a row
 void trellis(const float* x, const int64_t* width, const float* values, uint8_t* codes, int64_t rows, int64_t columns,
              int64_t bits, int64_t bytes) {
   const int64_t S = int64_t(1) << bits;
   parallel(rows, columns * S, [&](int64_t begin, int64_t end) {
-    std::vector<float> cost(S), best(S), next(S);
-    std::vector<uint8_t> lost(columns * S / 2);
+    std::vector<float> cost(S), next(S);
+    std::vector<int32_t> lost(columns * S / 2);
     for (int64_t row = begin; row < end; ++row) {
       std::fill(cost.begin(), cost.end(), std::numeric_limits<float>::infinity());
       cost[0] = 0;
       for (int64_t t = 0; t < columns; ++t) {
         const float at = x[row * columns + t];
-        uint8_t* to = lost.data() + t * (S / 2);
+        int32_t* to = lost.data() + t * (S / 2);
         switch (width[t]) {
-          case 1: trellis_step<2>(cost.data(), best.data(), next.data(), to, values, at, S >> 1); break;
-          case 2: trellis_step<4>(cost.data(), best.data(), next.data(), to, values, at, S >> 2); break;
-          case 3: trellis_step<8>(cost.data(), best.data(), next.data(), to, values, at, S >> 3); break;
-          default: trellis_step<16>(cost.data(), best.data(), next.data(), to, values, at, S >> 4);
+          case 1: trellis_step<2>(cost.data(), next.data(), to, values, at, S >> 1); break;
+          case 2: trellis_step<4>(cost.data(), next.data(), to, values, at, S >> 2); break;
+          case 3: trellis_step<8>(cost.data(), next.data(), to, values, at, S >> 3); break;
+          default: trellis_step<16>(cost.data(), next.data(), to, values, at, S >> 4);
         }
         cost.swap(next);
       }
-      // back from the cheapest end; the last column's bits are the highest
+      // back from the cheapest end; the first column's bits are the highest
       int64_t state = std::min_element(cost.begin(), cost.end()) - cost.begin(), place = bytes * 8;
       uint8_t* out = codes + row * bytes;
       std::fill(out, out + bytes, 0);
       for (int64_t t = columns; t-- > 0;) {
-        const int64_t k = width[t], fresh = state >> (bits - k), low = state & ((S >> k) - 1);
-        place -= k;
-        for (int64_t b = 0; b < k; ++b) out[(place + b) >> 3] |= uint8_t((fresh >> b & 1) << ((place + b) & 7));
-        state = low << k | lost[t * (S / 2) + low];
+        const int64_t k = width[t], low = state >> k;
+        for (int64_t b = 0; b < k; ++b) {
+          --place;
+          out[place >> 3] |= uint8_t((state >> b & 1) << (7 - (place & 7)));
+        }
+        state = int64_t(lost[t * (S / 2) + low]) << (bits - k) | low;
       }
     }
   });

@@ -206,7 +206,7 @@ static Tensor trellis_encode(Tensor x, Tensor width, Tensor values) {
     total += w[t];
   }
   while ((int64_t(1) << bits) < values.numel()) ++bits;
-  check(bits >= 4 && values.numel() == int64_t(1) << bits && total % 8 == 0,
+  check(bits >= 8 && values.numel() == int64_t(1) << bits && total % 8 == 0,
         "globe::trellis_encode: expected 2^bits values and whole bytes, found ", values.numel(), " and ", total, " bits");
   Tensor codes = torch::stable::new_empty(x, {x.size(0), total / 8}, ScalarType::Byte);
   RUN(trellis, (const float*)x.const_data_ptr(), w, (const float*)values.const_data_ptr(), (uint8_t*)codes.mutable_data_ptr(),
