@@ -467,7 +467,8 @@ def check_coded(meta: dict, f: dict, where: str, need: Callable) -> None:
         at = f"{where}.layers.{key}"
         need(layer["basis"] == "orthonormal", f"{at}.basis: orthonormal")
         owner, _, l = layer["of"].rpartition("_")
-        need(owner in FAMILIES and l == key, f"{at}.of: FAMILY_{key}")
+        need(l == key, f"{at}.of: FAMILY_{key}")
+        need(meta["families"][owner]["layers"][key]["rows"] == layer["rows"], f"{at}.rows: as in {owner}")
         need(whole(layer["rows"], 1, meta["dims"]["d"] + 1), f"{at}.rows: from 1 to hidden_size")
         need(whole(layer["bytes"], 0, 2 ** 40), f"{at}.bytes: below 2^40")
         need(whole(layer["classes"], 1, 17), f"{at}.classes: from 1 to 16")
@@ -1601,6 +1602,7 @@ def check_config(cfg: Config) -> Config:
                f"bank.bits: expected bank.activation identity, found {cfg.bank.activation}")
         expect(cfg.model.families != "all", "bank.bits: expected model.families gate, up or both, found all: "
                "downs in codes are not in this version")
+        expect(cfg.cache.mode != "direct", "bank.bits: expected cache.mode lru, all or none, found direct")
         expect(cfg.bank.memory is None, "bank.bits: expected no bank.memory, which chooses ratios")
     expect(cfg.cache.mode != "direct" or cfg.bank.activation == "identity",
            f"cache.mode=direct: expected bank.activation identity, found {cfg.bank.activation}")
@@ -3492,11 +3494,11 @@ class FamilyFactors:
         """Support size of every expert."""
         return (torch.cat([*self.val.values()]) != 0).sum(-1)
 
-    def meta(self) -> dict:
+    def meta(self, name: str) -> dict:
         m, r, _ = self.bank[0].shape
         return {"m": m, "r": r, "s": next(iter(self.val.values())).shape[1], "groups": len(self.bank),
                 "group": {str(l): g for l, g in self.group.items()}, "activation": self.activation,
-                "shift": self.shift, "scale": self.scale, "bank": self.owner}
+                "shift": self.shift, "scale": self.scale, "bank": self.owner or name}
 
     def numbers(self) -> int:
         """Everything stored: bank (by its owner), adapters, mixtures with their indices, shift and scale."""
@@ -3557,7 +3559,7 @@ class CodedFamily:
         """Everything stored, in numbers of 16 bits."""
         return sum(t.nbytes for t in self.tensors().values()) / 2
 
-    def meta(self) -> dict:
+    def meta(self, name: str) -> dict:
         layers = {}
         for l, layer in self.layers.items():
             layers[str(l)] = {
@@ -3603,10 +3605,7 @@ class Factors:
 
     def meta(self) -> dict:
         """The JSON that describes the tensors: what is needed to build modules before any of them is read."""
-        families = {name: f.meta() for name, f in self.families.items()}
-        for name, about in families.items():
-            if about.get("bank", name) is None:
-                about["bank"] = name
+        families = {name: f.meta(name) for name, f in self.families.items()}
         return {"format_version": FORMAT_VERSION if self.coded() else 1, "globe_version": __version__,
                 "model_type": self.model_type, "fingerprint": self.fingerprint,
                 "dims": dataclasses.asdict(self.dims), "families": families,
@@ -5334,7 +5333,8 @@ def code_families(job: tuple, experts: dict, read: Callable, metrics: dict, bits
     dense = sum(len(s.kind) for s in spectra.values()) * d
     widths = share_bits(spectra, bits * dense, d, len(job))
 
-    families = {family: CodedFamily(family, {}, {}, {}) for family in job}
+    bases = {}
+    layers = {family: {} for family in job}
     for step, l in enumerate(progress(experts), 1):
         rows, _, L = weighted(l)
         s = spectra.pop(l)
@@ -5344,22 +5344,18 @@ def code_families(job: tuple, experts: dict, read: Callable, metrics: dict, bits
         # the basis Q^T L^-1, but for the rows that nobody uses
         X = s.Q.T if L is None else torch.linalg.solve_triangular(L, s.Q.T, upper=False, left=False)
         X = X[used.repeat_interleave(CODE_BLOCK)[:d]]
-        basis = tuple(t.cpu() for t in code_basis(X))
+        bases[f"{job[0]}_{l}"] = tuple(t.cpu() for t in code_basis(X))
         shape = (len(experts[l]), -1)
         parts = {key: t.cpu() for key, t in tensors.items()}
         for family, kind, row, mine in zip(job, parts["kind"].chunk(len(job)), parts["row"].chunk(len(job)),
                                            torch.arange(len(codes)).chunk(len(job))):
             whole = b"".join(codes[mine[0]:mine[-1] + 1])
-            f = families[family]
-            f.of[l] = f"{job[0]}_{l}"
-            f.bases[f.of[l]] = basis
-            f.layers[l] = {
+            layers[family][l] = {
                 "codes": torch.tensor(bytearray(whole), dtype=torch.uint8), "kind": kind.view(shape),
                 "row": row.view(shape), "width": parts["width"], "column": parts["column"]}
         yield {"step": step, "layer": l, "rows": len(X), "bits": 8 * sum(map(len, codes)) / rows.numel()}
-    for f in families.values():
-        f.__post_init__()  # adapters of all layers
-    yield {"families": families}
+    of = dict(zip(experts, bases))
+    yield {"families": {family: CodedFamily(family, of, bases, layers[family]) for family in job}}
 
 
 # ======================================================================================================
@@ -6400,6 +6396,9 @@ class FitPlan:
         self.device = device
         # [(layer, expert)] that are compressed in each family; a bank serves a group of layers
         self.keys = select_experts(ckpt.dims, cfg.model)
+        self.experts = {}  # the same, {layer: [expert]}
+        for l, e in self.keys:
+            self.experts.setdefault(l, []).append(e)
         group = bank_groups([l for l, _ in self.keys], cfg.bank.scope)
         self.layers = len(group)
         self.groups = len(set(group.values()))
@@ -6698,10 +6697,8 @@ def code_job(plan: FitPlan, job: tuple, moments: dict, log: Log, stop: threading
     metrics = {}
     for family in job if moments else ():
         metrics[family] = metric_of(moments, family, plan.keys, cfg.fit.ridge, plan.device)
-    experts = collections.defaultdict(list)
-    for l, e in plan.keys:
-        experts[l].append(e)
-    steps = code_families(job, experts, plan.ckpt.expert, metrics, cfg.bank.bits, plan.device, bar("code"))
+    read = plan.ckpt.expert
+    steps = code_families(job, plan.experts, read, metrics, cfg.bank.bits, plan.device, bar("code"))
     for row in steps:
         if "families" in row:
             return row["families"]
@@ -6721,9 +6718,6 @@ def fit_jobs(plan: FitPlan, moments: dict, log: Log) -> Factors:
             run = code_job if cfg.bank.bits else fit_job
             families |= run(plan, job, moments, log, stop)
     log.close()
-    experts = collections.defaultdict(list)
-    for l, e in plan.keys:
-        experts[l].append(e)
 
     # the settings that made them go with the factors; paths stay at home
     settings = dataclasses.asdict(cfg)
@@ -6732,7 +6726,7 @@ def fit_jobs(plan: FitPlan, moments: dict, log: Log) -> Factors:
     del settings["model"]["path"], settings["model"]["force_download"]
     settings["calib"] |= {"text": Path(cfg.calib.text).name, "load": None, "save": None}
     kind = plan.ckpt.config["model_type"]
-    return Factors(families, dict(experts), D, kind, plan.ckpt.fingerprint(), settings)
+    return Factors(families, plan.experts, D, kind, plan.ckpt.fingerprint(), settings)
 
 
 def refine_run(plan: FitPlan, factors: Factors, windows: Tensor, out: Path) -> None:
