@@ -2375,6 +2375,8 @@ def test_an_export_is_what_it_says_with_all_but_weights_indices_and_pickles(run,
         got = answer(*argv, capsys=capsys)
         assert Path(got["path"]) == Path(form) and got["format"] == form and got["max_logit_error"] < 1e-4
         assert got["bytes"] == globe.weight_bytes(Path(form))
+        assert got["bytes_dense"] == (small / "model.safetensors").stat().st_size
+        assert Path(form, "tokenizer.json").is_file()
         found = {str(f.relative_to(form)) for f in Path(form).rglob("*") if f.is_file()}
         assert found >= {*kept} and not found & {*left}
         about = read(Path(form))
