@@ -182,12 +182,9 @@ def upcycle(dense: nn.Module, cfg: TinyConfig, g: torch.Generator) -> nn.Module:
         **kept, moe_intermediate_size=p, num_experts=cfg.experts, num_experts_per_tok=cfg.top_k,
         shared_expert_intermediate_size=old.intermediate_size - cfg.top_k * p, norm_topk_prob=False,
         router_aux_loss_coef=cfg.aux_coef))
-    # everything but the FFNs is the dense model's own; Llama has no biases
+    # everything but the FFNs is the dense model's own; Llama has no biases, which begin as zeros
     weights = {name: w for name, w in dense.state_dict().items() if ".mlp." not in name}
-    missing, _ = moe.load_state_dict(weights, strict=False)
-    for name in missing:
-        if name.endswith("_proj.bias"):
-            moe.get_parameter(name).zero_()
+    moe.load_state_dict(weights, strict=False)
     for layer, source in zip(moe.model.layers, dense.model.layers):
         fill_block(layer.mlp, source.mlp, layer.post_attention_layernorm.weight, cfg, g)
     return moe
@@ -360,9 +357,7 @@ class TinyTrainer(Trainer):
         cfg = self.cfg
         self.phase = "moe" if self.step >= self.first_moe else "dense"
         if self.phase == "moe":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(cfg.seed)
-                self.model = upcycle(self.model.cpu(), cfg, torch.Generator().manual_seed(cfg.seed + 1))
+            self.model = upcycle(self.model.cpu(), cfg, torch.Generator().manual_seed(cfg.seed + 1))
             if self.device.type == "cpu":
                 # faster for matrices this small
                 self.model.set_experts_implementation("eager")
@@ -412,13 +407,6 @@ class TinyTrainer(Trainer):
             self.start()
         self.seconds += time.perf_counter() - begin
         return row
-
-    # a row per step; Ctrl-C waits for a step's end
-    def train(self) -> Iterator[dict]:
-        cfg = self.cfg
-        threads = globe.threads_for(cfg.moe_intermediate_size, cfg.hidden_size)
-        with globe.held_interrupt() as stop, threads:
-            yield from self.run(cfg.save_every, stop.is_set)
 
     # measure the model on held-out text, write its checkpoint; returns what train.json holds
     def finish(self) -> dict:
@@ -478,8 +466,7 @@ class Student:
             found = re.fullmatch(r"model\.layers\.(\d+)\..*norm\.weight", name)
             if found and int(found[1]) in self.layers:
                 value = factors.norms.get(name, w.detach().float())
-                # a copy: the memory may be the checkpoint's
-                w.data = value.to(w.device, w.dtype, copy=True)
+                w.data = value.to(w.device, w.dtype)
                 if cfg.norms:
                     self.norms[f"norm.{name}"] = w.requires_grad_()
                     self.slots[f"norm.{name}"] = (factors.norms, name, value)
@@ -499,10 +486,6 @@ class Student:
         else:
             self.frozen[key] = f.bank[group].to(device, torch.float32)
 
-    # the (p, d) view of expert e in its place's parameter, or in that one's gradient
-    def matrix(self, weight: Tensor, family: str, e: int) -> Tensor:
-        return globe.matrix_in(weight, family, e, self.factors.dims)
-
     # W^ (E_l, p, d) float32 of a layer's fitted experts, differentiable in params
     def weights(self, l: int, family: str, params: dict) -> Tensor:
         f = self.factors.families[family]
@@ -516,15 +499,15 @@ class Student:
     def write(self, params: dict) -> None:
         for (l, family), places in self.places.items():
             for W, (weight, e) in zip(self.weights(l, family, params), places):
-                self.matrix(weight.data, family, e).copy_(W)
+                globe.matrix_in(weight.data, family, e, self.factors.dims).copy_(W)
         for key, w in self.norms.items():
-            w.data.copy_(params[key])
+            w.data = params[key].to(w.dtype, copy=True)
 
     # gradients of the model's matrices and norms become those of the student's tensors
     def backward(self) -> None:
         for (l, family), places in self.places.items():
-            grads = [self.matrix(weight.grad, family, e).float() for weight, e in places]
-            self.weights(l, family, self.params).backward(torch.stack(grads))
+            grads = [globe.matrix_in(weight.grad, family, e, self.factors.dims) for weight, e in places]
+            self.weights(l, family, self.params).backward(torch.stack(grads).float())
         for key, w in self.norms.items():
             self.params[key].grad = w.grad.float()
         self.model.zero_grad()
@@ -644,8 +627,7 @@ class StackTrainer(Trainer):
         for key, w in self.params.items():
             w.data.copy_(self.best[key])
             self.mean[key].copy_(w.data)
-            for moment in self.optimizer.state[w].values():
-                moment.zero_()
+        self.optimizer.state.clear()
         return value
 
     # train one step, in passes of calib.batch windows, and look where that is due; returns the row
@@ -748,8 +730,9 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: TrainConfig, 
                 student.store(best if after < before else {})
         if span[-1] + 1 < layers:
             walk.advance(span, x)
-        if not weight:
-            walk.empty(span)
+        # the next stack needs their memory
+        walk.empty(span)
+        student = trainer = None
 
 
 # ---- 7. Command line -----------------------------------------------------------------------------
@@ -774,11 +757,15 @@ def cmd_tiny(args: argparse.Namespace) -> dict:
         return {"path": str(to)} | globe.read_json(finished)
     if not args.to:
         say(f"trained once, into {to}: the default model in about 4 minutes, configs/mid.yaml's in an hour")
+    threads = globe.threads_for(cfg.tiny.moe_intermediate_size, cfg.tiny.hidden_size)
     with globe.discarded_on_error(to):
         trainer = TinyTrainer(cfg.tiny, to, device)
-        line = tqdm(trainer.train(), "tiny", trainer.steps, leave=False, delay=1, initial=trainer.step)
-        for row in line:
-            line.set_postfix_str(f"{row['phase']} loss {row['loss']:.3f}", False)
+        # Ctrl-C waits for a step's end
+        with globe.held_interrupt() as stop, threads:
+            steps = trainer.run(cfg.tiny.save_every, stop.is_set)
+            line = tqdm(steps, "tiny", trainer.steps, leave=False, delay=1, initial=trainer.step)
+            for row in line:
+                line.set_postfix_str(f"{row['phase']} loss {row['loss']:.3f}", False)
         return {"path": str(to)} | trainer.finish()
 
 
@@ -834,10 +821,9 @@ def cmd_heal(args: argparse.Namespace) -> dict:
         with globe.discarded_on_error(out), globe.held_interrupt() as stop, threads:
             if first:
                 check_state(out / "state", cfg, ckpt, factors)
-            windows = globe.calibration_windows(ckpt, cfg, device, cfg.heal.tokens)
-            if first:
                 config = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
                 globe.write_text(out / "config.yaml", config)
+            windows = globe.calibration_windows(ckpt, cfg, device, cfg.heal.tokens)
             log = globe.Log(out / "log.jsonl", cfg, out.name)
             steps = heal(ckpt, factors, windows, cfg, out / "state", device, dtype, rows,
                          lambda: globe.any_rank(stop.is_set()))
