@@ -1609,6 +1609,26 @@ def check_config(cfg: Config) -> Config:
     return cfg
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    with open(path, "rb") as f:
+        return f.read(40).startswith(b"version https://git-lfs")
+
+
+@contextlib.contextmanager
+def expecting(what: str, *kinds: type, file: Path | None = None) -> Iterator[None]:
+    """UserError "what, found REASON" for errors of these kinds in the block; default: whatever goes wrong."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds or Exception as e:
+        found = f"{type(e).__name__}: {' '.join(str(e).split())[:600]}"
+        # a clone without git-lfs holds stand-ins
+        if file and is_lfs_pointer(file):
+            found = "a git-lfs pointer: run git lfs pull"
+        raise UserError(f"{what}, found {found}") from None
+
+
 # refuses aliases (a few lines of them unfold to gigabytes) and a key that comes twice
 class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent, index):
@@ -1627,11 +1647,9 @@ class _PlainLoader(yaml.SafeLoader):
 
 # plain data from YAML; UserError for anything else, however hostile
 def read_yaml(text: str, where: str) -> Any:
-    try:
+    with expecting(f"{where}: expected YAML", yaml.YAMLError, ValueError, LookupError, TypeError,
+                   AttributeError, OverflowError, RecursionError):
         return _PlainLoader(text).get_single_data()
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
-            RecursionError) as e:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(e).split())[:300]}") from None
 
 
 # a value as its annotation ("int | float | None") wants it
@@ -1702,10 +1720,8 @@ def load_config(path: str | None = None, overrides: Sequence[str] = (), base: An
             print(one_line(f"{where}: ignored, no longer read: {', '.join(ignored)}"), file=sys.stderr)
 
     if path:
-        try:
+        with expecting(f"--config {path}: expected a text file", OSError, UnicodeDecodeError):
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--config {path}: {getattr(e, 'strerror', 'not a text file')}") from None
         _merge(cfg, read_yaml(text, f"--config {path}") or {}, path)
 
     for item in overrides:
@@ -1869,14 +1885,11 @@ def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=True, size=n, dtype=dtype).view(*shape)
 
 
-@contextlib.contextmanager
-def saved_state(path: Path) -> Iterator[None]:
+def saved_state(path: Path) -> contextlib.AbstractContextManager:
     """UserError for whatever goes wrong while a state is read: it is damaged, or another run's."""
-    try:
-        yield
-    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
-        found = f"{type(e).__name__}: {e}; start again with --overwrite"
-        raise UserError(f"{path}: expected the saved state of this run, found {found}") from None
+    return expecting(f"{path}: expected the saved state of this run (or a fresh start, by --overwrite)",
+                     OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError,
+                     RuntimeError)
 
 
 # ValueError that names what a saved state belongs to and a run does not
@@ -2064,10 +2077,8 @@ def joined_ranks(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "nccl"
-    try:
+    with expecting(f"WORLD_SIZE={world}: expected to be started by torchrun", ValueError, RuntimeError):
         torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
-    except (ValueError, RuntimeError) as e:
-        raise UserError(f"WORLD_SIZE={world}: expected to be started by torchrun, found {e}") from None
     try:
         yield
     finally:
@@ -2212,12 +2223,6 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".
            ".onnx", ".npz", ".npy", ".ot")
 
 
-# type and first line of what another library raised
-def reason_of(error: Exception) -> str:
-    first = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {first[:300]}"
-
-
 def resolve_model(path: str, revision: str | None = None, force_download: bool = False) -> Path:
     """A local directory as it is; anything of the form ORG/NAME is fetched from the hub into its cache."""
     if Path(path).is_dir():
@@ -2227,19 +2232,10 @@ def resolve_model(path: str, revision: str | None = None, force_download: bool =
     from huggingface_hub import snapshot_download
     # everything but other forms of the weights
     others = [f"*{suffix}" for suffix in WEIGHTS if suffix != ".safetensors"] + ["*/*.safetensors"]
-    try:
+    # offline, no such repository, gated: the hub's own reason is the useful part
+    with expecting(f"model.path: expected a directory or a model of the hub at {path!r}"):
         return Path(snapshot_download(path, revision=revision, force_download=force_download,
                                       ignore_patterns=others))
-    # offline, no such repository, gated: the hub's own reason is the useful part
-    except Exception as e:
-        raise UserError(f"model.path: no directory {path!r}, and not from the hub: {reason_of(e)}") from None
-
-
-# what an error line says of a damaged file: that it is a git-lfs pointer, else the reason
-def found_in(path: Path, reason: Any) -> Any:
-    with open(path, "rb") as f:
-        pointer = f.read(40).startswith(b"version https://git-lfs")
-    return "a git-lfs pointer: run git lfs pull" if pointer else reason
 
 
 def read_json(path: Path) -> dict:
@@ -2251,10 +2247,8 @@ def read_json(path: Path) -> dict:
         return dict(pairs)
 
     expect(path.is_file(), f"{path}: expected a JSON file, found none")
-    try:
+    with expecting(f"{path}: expected a JSON file", OSError, ValueError, RecursionError, file=path):
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: expected a JSON file, found {found_in(path, reason_of(e))}") from None
     expect(isinstance(data, dict), f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
 
@@ -2296,10 +2290,8 @@ def dims_of(config: dict, where: str = "config.json") -> Dims:
         return value
 
     last = size("num_hidden_layers")
-    try:
+    with expecting(f"{where}: expected numbers for which layers have experts", TypeError, ValueError):
         layers = expert_layers(config)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{where}: expected numbers for which layers have experts, found {e}") from None
 
     # transformers 5 may save the number of experts under a name of its own
     key = layout.experts_key if layout.experts_key in config else "num_local_experts"
@@ -2340,10 +2332,8 @@ def open_shard(path: Path):
     expect(path.is_file(), f"{path}: expected safetensors, found no file")
     expect(is_inside(path, path.parent),
            f"{path}: expected a file in this directory, found a link to {path.resolve()}, outside it")
-    try:
+    with expecting(f"{path}: expected safetensors", SafetensorError, OSError, file=path):
         return safe_open(path, "pt")
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: expected safetensors, found {found_in(path, e)}") from None
 
 
 def finite(w: Tensor, name: str, where: Any) -> Tensor:
@@ -2620,12 +2610,10 @@ def families_of(cfg: ModelConfig) -> tuple:
 def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """The source model in stock transformers, in the checkpoint's dtype unless another is given."""
     from transformers import AutoModelForCausalLM
-    try:
+    # a damaged checkpoint fails in its own way in every model's code
+    with expecting(f"{directory}: expected a model that loads"):
         model, info = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
-    # a damaged checkpoint fails in its own way in every model's code
-    except Exception as e:
-        raise UserError(f"{directory}: expected a model that loads, found {reason_of(e)}") from None
     refuse_missing(sorted(info["missing_keys"]), directory)
     one_by_one(model)
     return model.to(device).eval()
@@ -2634,14 +2622,12 @@ def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None)
 def load_tokenizer(directory: Path):
     """The checkpoint's tokenizer; none of its code is run. UserError where there is none."""
     from transformers import AutoTokenizer
-    try:
+    # tokenizers raises bare Exception for a damaged tokenizer.json
+    with expecting(f"{directory}: expected a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         # transformers makes up an empty one where files are missing
         if not tokenizer("text", add_special_tokens=False)["input_ids"]:
             raise ValueError("its vocabulary is empty")
-    # tokenizers raises bare Exception for a damaged tokenizer.json
-    except Exception as e:
-        raise UserError(f"{directory}: expected a tokenizer, found none ({reason_of(e)})") from None
     return tokenizer
 
 
@@ -2714,14 +2700,11 @@ def builtin_text(split: str, piece: int = 4096) -> str:
 
 # the column "text" of a hub data set, rows joined as the WikiText recipe joins them
 def hub_text(name: str, config: str = "", split: str = "test") -> str:
-    try:
+    with expecting("text hf:...: expected the package datasets (pip install datasets)", ImportError):
         from datasets import load_dataset
-        return "\n\n".join(load_dataset(name, config or None, split=split)["text"])
-    except ImportError:
-        raise UserError("text hf:...: needs the package datasets: pip install datasets") from None
     # offline, no such data set or column: the library's reason is the useful part
-    except Exception as e:
-        raise UserError(f"text hf:{name}:{config}:{split}: {reason_of(e)}") from None
+    with expecting(f"text hf:{name}:{config}:{split}: expected texts"):
+        return "\n\n".join(load_dataset(name, config or None, split=split)["text"])
 
 
 def read_text(spec: str, split: str) -> str:
@@ -2732,14 +2715,11 @@ def read_text(spec: str, split: str) -> str:
         return hub_text(*spec.split(":")[1:4])
     files = [Path(spec)]
     kinds = (".txt", ".md", ".py", ".rst")
-    try:
+    # a NUL in a name is a ValueError too
+    with expecting(f"text {spec!r}: expected a UTF-8 file or a directory", OSError, ValueError):
         if files[0].is_dir():
             files = sorted(f for f in files[0].rglob("*") if f.suffix in kinds)
         text = "\n\n".join(f.read_text(encoding="utf-8") for f in files)
-    # a NUL in a name is a ValueError too
-    except (OSError, ValueError) as e:
-        found = getattr(e, "strerror", None) or "bytes that are not UTF-8"
-        raise UserError(f"text {spec!r}: expected a UTF-8 file or a directory, found {found}") from None
     expect(text.strip(), f"text {spec!r}: expected some text, found none")
     return text
 
@@ -2819,11 +2799,10 @@ def empty_model(config: dict, dtype: torch.dtype, where: Path) -> nn.Module:
             module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
 
     nn.Module.register_parameter = without_memory
-    try:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
     # a stranger's config.json fails in its own way in every model's code
-    except Exception as e:
-        raise UserError(f"{where / 'config.json'}: transformers refuses it: {reason_of(e)}") from None
+    try:
+        with expecting(f"{where / 'config.json'}: expected one that transformers takes"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
     finally:
         nn.Module.register_parameter = register
     return model.eval()
@@ -3221,10 +3200,8 @@ def load_moments(path: Path, ckpt: Checkpoint, tag: str | None = None) -> dict:
     UserError: no such file, not one of ours, damaged or of another checkpoint.
     """
     where = f"calib.load: {path}"
-    try:
+    with expecting(f"{where}: expected saved moments", SafetensorError, OSError):
         file = safe_open(path, "pt")
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{where}: expected saved moments, found {e}") from None
     names = set(file.keys())
     found = (file.metadata() or {}).get("globe_moments")
     want = tag or ckpt.state_of()
@@ -5451,15 +5428,13 @@ def load_factors(path: Path | str) -> Factors:
 def read_factors(path: Path) -> tuple:
     expect(path.is_file(), f"{path}: expected a factors file, found none (is the fit finished?)")
     # the header first, then the tensors, which stay on the disk until they are used
-    try:
+    kinds = (SafetensorError, OSError, ValueError, RecursionError)
+    with expecting(f"{path}: expected a factors file", *kinds, file=path):
         with safe_open(path, "pt") as f:
             text = (f.metadata() or {}).get("globe")
+        expect(text, f"{path}: expected a factors file, found safetensors without a globe description")
+        meta = json.loads(text)
         tensors = load_file(path)
-        meta = json.loads(text) if text else None
-    except (SafetensorError, OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: expected a factors file, found {found_in(path, e)}") from None
-    expect(meta is not None,
-           f"{path}: expected a factors file, found safetensors without a globe description")
     return check_meta(meta, str(path)), tensors
 
 
@@ -5682,15 +5657,10 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     from transformers import AutoModelForCausalLM
     directory = Path(directory)
     check_export(directory)
-    try:
+    # a damaged export fails in its own way in every model's code
+    with expecting(f"{directory}: expected an export that transformers loads"):
         model, info = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
-    except UserError:
-        raise
-    # a damaged export fails in its own way in every model's code
-    except Exception as e:
-        raise UserError(f"{directory}: expected an export that transformers loads, "
-                        f"found {type(e).__name__}: {e}") from None
     # transformers goes on where tensors are missing, or left over; some were in the source, and are kept
     kept = globe_meta(read_json(directory / "config.json")).get("kept")
     extra = sorted(name for name in info["unexpected_keys"] if type(kept) is not list or name not in kept)
@@ -5979,13 +5949,10 @@ def logit_error(ckpt: Checkpoint, factors: Factors, export: Path, device: torch.
 # Upload an export to the hub, into a repository made on demand; UserError with the hub's own reason
 def push(directory: Path, repo: str, private: bool) -> None:
     from huggingface_hub import HfApi
-    try:
+    # no token, no network, no such organisation: the hub's reason is the useful part
+    with expecting(f"--push-to-hub {repo}: the export is in {directory}: expected the hub to take it"):
         HfApi().create_repo(repo, private=private, exist_ok=True)
         HfApi().upload_folder(repo_id=repo, folder_path=str(directory), commit_message=f"GloBE {__version__}")
-    # no token, no network, no such organisation: the hub's reason is the useful part
-    except Exception as e:
-        raise UserError(f"--push-to-hub {repo}: the export is in {directory}, but the hub did not take it: "
-                        f"{reason_of(e)}") from None
 
 
 # ---- the card ----------------------------------------------------------------------------------------
@@ -6170,12 +6137,10 @@ def task_runner(tasks: Sequence[str], tokenizer, context: int | None = None) -> 
         return lambda model, progress=None: {}
     expect("builtin" not in tasks, "--tasks: for builtin run python bench.py report --tasks builtin")
     # optional, and slow to import
-    try:
+    with expecting(f"--tasks {' '.join(tasks)}: expected lm-eval (pip install lm-eval)", ImportError):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError(f"--tasks {' '.join(tasks)}: lm-eval is not installed: pip install lm-eval") from None
 
     # a YAML file says its task's name, and lm-eval finds it by its directory
     names = {}
@@ -6237,12 +6202,10 @@ class Log:
         # nothing leaves the machine unless WANDB_MODE asks for it
         if to == "wandb":
             about |= {"mode": os.environ.get("WANDB_MODE", "offline"), "tags": cfg.log.tags}
-        try:
+        # not installed, or an argument it does not know: trackio has no entity
+        with expecting(f"log.to={to}: expected the package (pip install {to})", ImportError, TypeError):
             self.sink = __import__(to)
             self.sink.init(config=dataclasses.asdict(cfg), **about)
-        # not installed, or an argument it does not know: trackio has no entity
-        except (ImportError, TypeError) as e:
-            raise UserError(f"log.to={to}: {e} (pip install {to})") from None
 
     def row(self, row: dict) -> None:
         if ranks()[0]:
@@ -6871,13 +6834,12 @@ def read_evals(run: Path) -> dict:
     path = run / "eval.json"
     evals = read_json(path) if path.is_file() else {}
     for text, result in evals.items():
-        try:
+        with expecting(f"{path}: {text}: expected eval's figures", LookupError, TypeError, AttributeError,
+                       ValueError):
             for key in ("ppl_dense", "ppl", "delta_nats", "tokens", "ratio", "model_ratio"):
                 float(result[key])
             for measures in result.get("tasks", {}).values():
                 dict(measures)
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise UserError(f"{path}: {text}: expected eval's figures, found {short(result)}") from None
     return evals
 
 
