@@ -1373,6 +1373,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim.adam import adam
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
 # ======================================================================================================
@@ -1785,18 +1786,6 @@ def tensor_bytes(t: Tensor) -> memoryview:
     return memoryview(t.flatten().view(torch.uint8).numpy())
 
 
-def read_into(f: Any, t: Tensor) -> Tensor:
-    """Fill the CPU tensor t from an open file; OSError where it ends too soon."""
-    view = tensor_bytes(t)
-    while len(view):
-        # Linux reads less than 2 GiB at a time
-        n = f.readinto(view[:2 ** 30])
-        if not n:
-            raise OSError(f"{f.name}: {len(view)} bytes short")
-        view = view[n:]
-    return t
-
-
 def write_tensors(path: Path, shapes: dict, tensors: Mapping, metadata: dict | None = None,
                   sync: bool = True) -> None:
     """Write a safetensors file: {name: (dtype, shape)}, then tensors[name], computed one at a time."""
@@ -1821,16 +1810,10 @@ def write_tensors(path: Path, shapes: dict, tensors: Mapping, metadata: dict | N
 
 
 def read_tensors(path: Path) -> dict:
-    """{name: tensor} of a file of write_tensors, in fresh memory."""
-    dtypes = {name: dtype for dtype, name in SAFE_DTYPES.items()}
-    tensors = {}
+    """{name: tensor} of a safetensors file, in fresh memory."""
     # no memory map: MKL rounds otherwise where tensors are not aligned
-    with open(path, "rb", buffering=0) as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        header.pop("__metadata__", None)
-        for name, about in header.items():
-            tensors[name] = read_into(f, torch.empty(about["shape"], dtype=dtypes[about["dtype"]]))
-    return tensors
+    with safe_open(path, "pt") as f:
+        return {name: f.get_tensor(name).clone() for name in f.keys()}
 
 
 @dataclass(eq=False)
@@ -1839,9 +1822,9 @@ class Shelved:
     tensors: dict
     path: Path | None = None
 
-    def save(self, path: Path, sync: bool = True) -> None:
+    def save(self, path: Path, sync: bool = True, about: dict | None = None) -> None:
         shapes = {name: (t.dtype, t.shape) for name, t in self.tensors.items()}
-        write_tensors(path, shapes, self.tensors, sync=sync)
+        write_tensors(path, shapes, self.tensors, about, sync)
 
     def to(self, path: Path) -> Shelved:
         self.save(path, sync=False)
@@ -2267,18 +2250,6 @@ def layout_of(config: dict, where: str = "config.json") -> Layout:
     return LAYOUTS[kind]
 
 
-# the layers that have experts; keys that a model type does not have restrict nothing
-def expert_layers(config: dict) -> tuple:
-    # every decoder_sparse_step-th layer, but for mlp_only_layers and the first first_k_dense_replace
-    step = config.get("decoder_sparse_step") or 1
-    dense = set(config.get("mlp_only_layers") or ())
-    first = config.get("first_k_dense_replace") or 0
-    if first < 0:
-        raise ValueError(f"first_k_dense_replace {first}")
-    candidates = range(first, config["num_hidden_layers"])
-    return tuple(l for l in candidates if l not in dense and (l + 1) % step == 0)
-
-
 def dims_of(config: dict, where: str = "config.json") -> Dims:
     """Sizes of a config.json, each checked before anything is allocated by it."""
     layout = layout_of(config, where)
@@ -2290,8 +2261,14 @@ def dims_of(config: dict, where: str = "config.json") -> Dims:
         return value
 
     last = size("num_hidden_layers")
+    # every decoder_sparse_step-th layer, but for mlp_only_layers and the first first_k_dense_replace; keys
+    # that a model type does not have restrict nothing
     with expecting(f"{where}: expected numbers for which layers have experts", TypeError, ValueError):
-        layers = expert_layers(config)
+        step = config.get("decoder_sparse_step") or 1
+        dense = set(config.get("mlp_only_layers") or ())
+        first = config.get("first_k_dense_replace") or 0
+        expect(first >= 0, f"{where}: first_k_dense_replace: expected 0 or more, found {short(first)}")
+        layers = tuple(l for l in range(first, last) if l not in dense and (l + 1) % step == 0)
 
     # transformers 5 may save the number of experts under a name of its own
     key = layout.experts_key if layout.experts_key in config else "num_local_experts"
@@ -2609,7 +2586,6 @@ def families_of(cfg: ModelConfig) -> tuple:
 
 def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """The source model in stock transformers, in the checkpoint's dtype unless another is given."""
-    from transformers import AutoModelForCausalLM
     # a damaged checkpoint fails in its own way in every model's code
     with expecting(f"{directory}: expected a model that loads"):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -2621,7 +2597,6 @@ def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None)
 
 def load_tokenizer(directory: Path):
     """The checkpoint's tokenizer; none of its code is run. UserError where there is none."""
-    from transformers import AutoTokenizer
     # tokenizers raises bare Exception for a damaged tokenizer.json
     with expecting(f"{directory}: expected a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -2787,24 +2762,17 @@ def calibration_windows(ckpt: Checkpoint, cfg: Config, device: torch.device, tok
 
 def empty_model(config: dict, dtype: torch.dtype, where: Path) -> nn.Module:
     """The model of a config.json in `where`, its parameters on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
     skipped = ("quantization_config", "auto_map", "transformers_weights")
     config = {k: v for k, v in config.items() if k not in skipped}
-    register = nn.Module.register_parameter
 
     # parameters alone: buffers (rotary frequencies) are in no file, they are computed
     def without_memory(module, name, param):
-        register(module, name, param)
-        if param is not None:
-            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
+        return nn.Parameter(param.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = without_memory
     # a stranger's config.json fails in its own way in every model's code
-    try:
-        with expecting(f"{where / 'config.json'}: expected one that transformers takes"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
-    finally:
-        nn.Module.register_parameter = register
+    with (nn.modules.module.register_module_parameter_registration_hook(without_memory),
+          expecting(f"{where / 'config.json'}: expected one that transformers takes")):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
     return model.eval()
 
 
@@ -3185,9 +3153,9 @@ MADE_BY = ("text", "tokens", "length", "batch", "fisher", "sampled", "dtype")
 
 def settings_of_moments(calib: CalibConfig) -> None:
     """With calib.load: the settings that the loaded moments were made by, in place of those given."""
-    with contextlib.suppress(SafetensorError, OSError):  # load_moments has the words
-        with safe_open(calib.load, "pt") as f:
-            made = json.loads((f.metadata() or {}).get("globe_calib", "{}"))
+    # load_moments has the words
+    with contextlib.suppress(SafetensorError, OSError), safe_open(calib.load, "pt") as f:
+        made = json.loads((f.metadata() or {}).get("globe_calib", "{}"))
         for key, value in made.items():
             if key in MADE_BY and getattr(calib, key) != value:
                 say(f"calib.load={calib.load}: made with calib.{key}={value}, which holds")
@@ -3775,8 +3743,9 @@ class FitData:
     def _fetch(self, batch: Batch, which: int, stream: Any) -> tuple:
         buffer = self.buffers[which][:len(batch.ids)]
         if self.file:
+            # a buffered file reads until all is there
             self.file.seek(batch.place)
-            read_into(self.file, buffer)
+            self.file.readinto(tensor_bytes(buffer))
         else:
             for i, row in zip(batch.ids, buffer):
                 row.copy_(self.read(*self.keys[i]))
@@ -5342,7 +5311,7 @@ def code_families(job: tuple, experts: dict, read: Callable, metrics: dict, bits
 def save_factors(factors: Factors, path: Path) -> None:
     """Write factors.safetensors: whole or not at all, one tensor in memory at a time."""
     # what is in memory, and what is read when it is written
-    tensors, lazy, shapes = {}, {}, {}
+    tensors, shapes, lazy = {}, {}, {}
     for name, f in factors.families.items():
         if isinstance(f, CodedFamily):
             tensors |= f.tensors()
@@ -5357,10 +5326,9 @@ def save_factors(factors: Factors, path: Path) -> None:
     # healed norms and refined downs stand in the source's place
     tensors |= {f"norm.{name}": t for name, t in factors.norms.items()}
     tensors |= {f"layers.{l}.down": t for l, t in factors.down.items()}
-    for name, t in tensors.items():
-        shapes[name] = (t.dtype, t.shape)
-        lazy[name] = functools.partial(tensors.__getitem__, name)
-    write_tensors(path, shapes, LazyDict(lazy), {"globe": json.dumps(factors.meta(), sort_keys=True)})
+    shapes |= {name: (t.dtype, t.shape) for name, t in tensors.items()}
+    about = {"globe": json.dumps(factors.meta(), sort_keys=True)}
+    write_tensors(path, shapes, collections.ChainMap(tensors, LazyDict(lazy)), about)
 
 
 # {name: shape} of what a factors file of this description holds, besides norms and refined downs
@@ -5613,16 +5581,6 @@ def unpatch(model: nn.Module):
     return model
 
 
-# Refuse what is still empty, move the buffers, read generation_config.json
-def finish_model(model: nn.Module, directory: Path, device: torch.device) -> nn.Module:
-    refuse_missing([n for n, t in model.state_dict().items() if t.is_meta], directory)
-    one_by_one(model)
-    if (directory / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-    return model.to(device)
-
-
 def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.device("cpu"),
              dtype: torch.dtype | None = None, cache: CacheConfig | None = None) -> nn.Module:
     """The patched model, straight from the source checkpoint and the factors.
@@ -5638,7 +5596,10 @@ def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.de
     assign_factors(model, factors, device, dtype)
     fill(model, ckpt, device, dtype)
     put_dense(model, factors)
-    return finish_model(model, ckpt.dir, device)
+    one_by_one(model)
+    if (ckpt.dir / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(ckpt.dir)
+    return model.to(device)
 
 
 # The factors' description in the config.json of a globe or composed export; None in any other
@@ -5654,7 +5615,6 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     dtype: of the parameters; default: as stored. cache: default: the settings of the factors' run.
     UserError where the directory is no such export or is damaged.
     """
-    from transformers import AutoModelForCausalLM
     directory = Path(directory)
     check_export(directory)
     # a damaged export fails in its own way in every model's code
@@ -5929,7 +5889,6 @@ def as_a_stranger() -> Iterator[None]:
 def logit_error(ckpt: Checkpoint, factors: Factors, export: Path, device: torch.device) -> float:
     """Largest difference of logits on 64 tokens between the export, as a stranger's program loads it, and the
     source with W^ in the experts' places. UserError where they are not finite."""
-    from transformers import AutoModelForCausalLM
     ids = sample_ids(ckpt).to(device)
     want = reference_logits(ckpt, factors, ids, device)
     expect(torch.isfinite(want).all(), f"{ckpt.dir}: expected finite logits, found NaN or Inf in float32")
@@ -6495,8 +6454,7 @@ class SavedFit:
             self.step = int(state["step"])
             self.batch = int(state["batch"])
             for step in state["pairs"].int().tolist():
-                pair = Shelved({})
-                pair.path = self.pair_file(step)
+                pair = Shelved({}, self.pair_file(step))
                 self.named.add(pair.path)
                 # read at each use, or now
                 pairs[step] = pair if self.spill else Shelved(pair.load())
@@ -6510,9 +6468,7 @@ class SavedFit:
                     flush(pair.path)
                 elif self.pair_file(step) not in self.named:
                     pair.save(self.pair_file(step))
-            state = fitter.state()
-            shapes = {name: (t.dtype, t.shape) for name, t in state.items()}
-            write_tensors(self.path, shapes, state, {"globe_state": json.dumps(self.about)})
+            Shelved(fitter.state()).save(self.path, about={"globe_state": json.dumps(self.about)})
         self.named = {self.pair_file(step) for step in fitter.pairs}
         self.step = fitter.step_done
 
