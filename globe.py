@@ -1376,9 +1376,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
-# ======================================================================================================
-# 6. Config: dataclasses; defaults < YAML < command line
-# ======================================================================================================
+# ======== 6. Config: dataclasses; defaults < YAML < command line ======================================
+# Never touches: tensors.
 # A field's annotation is the check of its type, and its comment the manual.
 @dataclass
 class ModelConfig:
@@ -1734,9 +1733,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = (), base: An
     return check_config(cfg)
 
 
-# ======================================================================================================
-# 7. Files, devices, ranks
-# ======================================================================================================
+# ======== 7. Files, devices, ranks ====================================================================
 # ---- files ----
 def flush(path: Path) -> None:
     # to the disk, not only into its cache
@@ -2161,9 +2158,8 @@ def build_kernels(csrc: Path, compiler: str) -> Path:
 BUILD.append(build_kernels)
 
 
-# ======================================================================================================
-# 8. Checkpoint: LAYOUTS, lazy reading
-# ======================================================================================================
+# ======== 8. Checkpoint: LAYOUTS, lazy reading ========================================================
+# Never touches: fitting.
 @dataclass(frozen=True)
 class Layout:
     """Where a model type keeps its experts: tensor names, and the config.json keys of their sizes."""
@@ -2610,9 +2606,8 @@ def weight_bytes(directory: Path) -> int:
     return sum(f.stat().st_size for f in directory.glob("*.safetensors"))
 
 
-# ======================================================================================================
-# 9. Calibration: text, the walk through layers, moments, metric
-# ======================================================================================================
+# ======== 9. Calibration: text, the walk through layers, moments, metric ==============================
+# Never touches: fitting.
 # moments as large as the experts themselves
 MEANS = ("gate_x", "up_x")
 # quantile of the tokens' weights in a batch above which they are cut down to it
@@ -3303,9 +3298,8 @@ def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, d
             "means": means if f"{family}_x" in moments else None}
 
 
-# ======================================================================================================
-# 10. Fit: data, start, objective, optimiser; maths on tensors, no paths, no printing, no model classes
-# ======================================================================================================
+# ======== 10. Fit: data, start, objective, optimiser ==================================================
+# Maths on tensors. Never touches: paths, printing, model classes.
 # ---- sparsemax and entmax ----------------------------------------------------------------------------
 # tau (..., 1) with sum max(z - tau, 0) = 1 over the last dim, exact by sorting
 def threshold_sparsemax(z: Tensor) -> Tensor:
@@ -3408,7 +3402,6 @@ def entmax15(x: Tensor, dim: int = -1, return_support: bool = False):
     sorting; native: Newton's method).
     """
     return simplex_map(x, dim, 1.5, return_support)
-
 
 
 # ---- what a fit leaves -----------------------------------------------------------------------------
@@ -4692,9 +4685,8 @@ def flops_per_pass(n: int, m: int, r: int, D: Dims, right: bool, means: bool = F
     return n * (work + 6 * m * r * d + 2 * m * r * r)
 
 
-# ======================================================================================================
-# 11. Refine: each layer by its own output
-# ======================================================================================================
+# ======== 11. Refine: each layer by its own output ====================================================
+# Never touches: printing.
 # What a change of adapters costs, where the tokens weigh 1.
 ANCHOR = 0.1
 # What a change of down projections costs, relative to the mean square of the hidden activations.
@@ -5304,9 +5296,8 @@ def code_families(job: tuple, experts: dict, read: Callable, metrics: dict, bits
     yield {"families": {family: CodedFamily(family, of, bases, layers[family]) for family in job}}
 
 
-# ======================================================================================================
-# 12. Factors file; patch, assemble, exports, card
-# ======================================================================================================
+# ======== 12. Factors file; patch, assemble, exports, card ============================================
+# Never touches: fitting.
 # ---- the factors file --------------------------------------------------------------------------------
 def save_factors(factors: Factors, path: Path) -> None:
     """Write factors.safetensors: whole or not at all, one tensor in memory at a time."""
@@ -6036,9 +6027,8 @@ def model_card(ckpt: Checkpoint, factors: Factors, form: str, base: str, stored:
         version=__version__)
 
 
-# ======================================================================================================
-# 13. Evaluation
-# ======================================================================================================
+# ======== 13. Evaluation ==============================================================================
+# Never touches: fitting.
 @torch.no_grad()
 def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = lambda it: it,
         stride: int | None = None) -> tuple:
@@ -6130,9 +6120,8 @@ def task_runner(tasks: Sequence[str], tokenizer, context: int | None = None) -> 
     return run
 
 
-# ======================================================================================================
-# 14. Command line
-# ======================================================================================================
+# ======== 14. Command line ============================================================================
+# Never touches: algorithms.
 @contextlib.contextmanager
 def held_interrupt() -> Iterator[threading.Event]:
     """An event that Ctrl-C (or SIGTERM) sets instead of raising: no step is cut in half."""
@@ -6249,14 +6238,15 @@ def run_config(run: Path | None, args: argparse.Namespace, **options: Any) -> Co
     return load_config(args.config, args.overrides, base, **options)
 
 
-def fresh(path: Path, overwrite: bool, source: Path | None = None, clear: bool = False) -> Path:
-    """An output that the user named: must not exist (or --overwrite), nor lie in the source."""
+def fresh(path: Path, overwrite: bool, source: Path | None = None, clear: bool = False,
+          run: Path = Path()) -> Path:
+    """An output that the user named: must not exist (or --overwrite), lie in the source or hold the run."""
     place = path.resolve()
     if source:
         inside = place.is_relative_to(source.resolve())
         expect(not inside, f"{path}: expected a directory outside the source checkpoint {source}")
     # --overwrite would delete them
-    for directory in (Path(), source or Path()):
+    for directory in (Path(), source or Path(), run):
         holds = directory.resolve().is_relative_to(place)
         expect(not holds, f"{path}: expected a directory that does not hold {directory.resolve()}")
     free = not path.exists() or path.is_dir() and not any(path.iterdir())
@@ -6854,9 +6844,7 @@ def cmd_export(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, _ = open_run(args)
     dtype = as_dtype(args.dtype or cfg.export.dtype) or ckpt.dtype
     to = Path(args.to) if args.to else run / "export"
-    fresh(to, args.overwrite or not args.to, ckpt.dir)
-    holds = run.resolve().is_relative_to(to.resolve())
-    expect(not holds, f"{to}: expected a directory that does not hold the run {run}")
+    fresh(to, args.overwrite or not args.to, ckpt.dir, run=run)
     # of these factors, not of those that a resumed fit has replaced
     of = identity(factors)
     evals = {text: e for text, e in read_evals(run).items() if e.get("of", of) == of}
