@@ -2336,6 +2336,7 @@ class Checkpoint:
         self.layout = layout_of(self.config, str(path))
         self.dims = dims_of(self.config, str(path))
         self.apart: set = set()  # names that config.json ties and the files do not
+        self.index: str | None = None  # the file that names the others, where there are several
         # open files by name, and the bytes of experts read since these were last closed
         self._handles: dict = {}
         self._bytes_read = 0
@@ -2343,17 +2344,24 @@ class Checkpoint:
         self.fused = self.layout.fused.format(l=self.dims.layers[0], n="gate_up_proj") in self.shard_of
         self._validate()
 
+    # what a stranger's JSON names must be a file of this directory
+    def _own(self, name: Any, where: Path) -> None:
+        fine = isinstance(name, str) and os.path.basename(name) == name and "\0" not in name
+        expect(fine, f"{where}: {short(name)}: expected a file name in this directory")
+
     # {tensor: file} of the files that from_pretrained reads, looked for in its order
     def _find_tensors(self) -> dict:
         single = "model.safetensors"
         index = f"{single}.index.json"
         if name := self.config.get("transformers_weights"):
+            self._own(name, self.dir / "config.json")
             single, index = (index, name) if str(name).endswith(".index.json") else (name, index)
         if os.path.isfile(self.dir / single):
             table = dict.fromkeys(self._shard(single).keys(), single)
             self._compare(table, self.dir / index)
             return table
         if os.path.isfile(self.dir / index):
+            self.index = index
             return self._read_index(self.dir / index)
         found = [f.name for f in sorted(self.dir.glob("*.safetensors"))]
         found += [f"{f.name}, a pickle, which is never loaded" for f in self.dir.glob("*.bin")]
@@ -2378,8 +2386,7 @@ class Checkpoint:
         table = read_json(index).get("weight_map")
         expect(table and isinstance(table, dict), f"{index}: expected a weight_map, found {short(table)}")
         for shard in table.values():
-            fine = isinstance(shard, str) and os.path.basename(shard) == shard and "\0" not in shard
-            expect(fine, f"{index}: shard {short(shard)}: expected a file name in this directory")
+            self._own(shard, index)
 
         # whole files are loaded, with what the index does not name
         stored = {}
@@ -3148,13 +3155,18 @@ MADE_BY = ("text", "tokens", "length", "batch", "fisher", "sampled", "dtype")
 
 def settings_of_moments(calib: CalibConfig) -> None:
     """With calib.load: the settings that the loaded moments were made by, in place of those given."""
+    text = "{}"
     # load_moments has the words
     with contextlib.suppress(SafetensorError, OSError), safe_open(calib.load, "pt") as f:
-        made = json.loads((f.metadata() or {}).get("globe_calib", "{}"))
-        for key, value in made.items():
-            if key in MADE_BY and getattr(calib, key) != value:
-                say(f"calib.load={calib.load}: made with calib.{key}={value}, which holds")
-                setattr(calib, key, value)
+        text = (f.metadata() or {}).get("globe_calib", text)
+    where = f"calib.load={calib.load}"
+    with expecting(f"{where}: expected its settings", ValueError, AttributeError, RecursionError):
+        made = {key: value for key, value in json.loads(text).items() if key in MADE_BY}
+    before = dataclasses.asdict(calib)
+    _merge(calib, made, where, "calib.")
+    for key, value in before.items():
+        if getattr(calib, key) != value:
+            say(f"{where}: made with calib.{key}={getattr(calib, key)}, which holds")
 
 
 def load_moments(path: Path, ckpt: Checkpoint, tag: str | None = None) -> dict:
@@ -5763,12 +5775,9 @@ def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callabl
         config["auto_map"] = code
     if config != ckpt.config:
         write_text(to / "config.json", json.dumps(config, indent=2))
-    # the shards as they are, with an index where there was one
-    index = "model.safetensors.index.json"
-    if (ckpt.dir / index).is_file():
-        shutil.copyfile(ckpt.dir / index, to / index)
-    for shard in sorted(set(ckpt.shard_of.values())):
-        shutil.copyfile(ckpt.dir / shard, to / shard)
+    # the shards as they are, with the index that names them
+    for file in sorted({*ckpt.shard_of.values(), *filter(None, [ckpt.index])}):
+        shutil.copyfile(ckpt.dir / file, to / file)
     headers = {shard: data_offsets(to / shard) for shard in set(ckpt.shard_of.values())}
 
     def overwrite(tensor: str, part: Any, W: Tensor) -> None:
@@ -6750,6 +6759,7 @@ def cmd_fit(args: argparse.Namespace) -> dict:
         remember_paths(cfg)
         if cfg.calib.load:
             settings_of_moments(cfg.calib)
+            check_config(cfg)
         plan = FitPlan(cfg, ckpt, device)
         for job, (m, r) in plan.shapes.items():
             form = f"{plan.groups} x {m} bases of {r} x {ckpt.dims.d}"
