@@ -1373,11 +1373,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim.adam import adam
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
-# ======================================================================================================
-# 6. Config: dataclasses; defaults < YAML < command line
-# ======================================================================================================
+# ======== 6. Config: dataclasses; defaults < YAML < command line ======================================
+# Never touches: tensors.
 # A field's annotation is the check of its type, and its comment the manual.
 @dataclass
 class ModelConfig:
@@ -1609,6 +1609,26 @@ def check_config(cfg: Config) -> Config:
     return cfg
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    with open(path, "rb") as f:
+        return f.read(40).startswith(b"version https://git-lfs")
+
+
+@contextlib.contextmanager
+def expecting(what: str, *kinds: type, file: Path | None = None) -> Iterator[None]:
+    """UserError "what, found REASON" for errors of these kinds in the block; default: whatever goes wrong."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds or Exception as e:
+        found = f"{type(e).__name__}: {' '.join(str(e).split())[:600]}"
+        # a clone without git-lfs holds stand-ins
+        if file and is_lfs_pointer(file):
+            found = "a git-lfs pointer: run git lfs pull"
+        raise UserError(f"{what}, found {found}") from None
+
+
 # refuses aliases (a few lines of them unfold to gigabytes) and a key that comes twice
 class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent, index):
@@ -1627,11 +1647,9 @@ class _PlainLoader(yaml.SafeLoader):
 
 # plain data from YAML; UserError for anything else, however hostile
 def read_yaml(text: str, where: str) -> Any:
-    try:
+    with expecting(f"{where}: expected YAML", yaml.YAMLError, ValueError, LookupError, TypeError,
+                   AttributeError, OverflowError, RecursionError):
         return _PlainLoader(text).get_single_data()
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
-            RecursionError) as e:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(e).split())[:300]}") from None
 
 
 # a value as its annotation ("int | float | None") wants it
@@ -1702,10 +1720,8 @@ def load_config(path: str | None = None, overrides: Sequence[str] = (), base: An
             print(one_line(f"{where}: ignored, no longer read: {', '.join(ignored)}"), file=sys.stderr)
 
     if path:
-        try:
+        with expecting(f"--config {path}: expected a text file", OSError, UnicodeDecodeError):
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--config {path}: {getattr(e, 'strerror', 'not a text file')}") from None
         _merge(cfg, read_yaml(text, f"--config {path}") or {}, path)
 
     for item in overrides:
@@ -1717,9 +1733,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = (), base: An
     return check_config(cfg)
 
 
-# ======================================================================================================
-# 7. Files, devices, ranks
-# ======================================================================================================
+# ======== 7. Files, devices, ranks ====================================================================
 # ---- files ----
 def flush(path: Path) -> None:
     # to the disk, not only into its cache
@@ -1769,18 +1783,6 @@ def tensor_bytes(t: Tensor) -> memoryview:
     return memoryview(t.flatten().view(torch.uint8).numpy())
 
 
-def read_into(f: Any, t: Tensor) -> Tensor:
-    """Fill the CPU tensor t from an open file; OSError where it ends too soon."""
-    view = tensor_bytes(t)
-    while len(view):
-        # Linux reads less than 2 GiB at a time
-        n = f.readinto(view[:2 ** 30])
-        if not n:
-            raise OSError(f"{f.name}: {len(view)} bytes short")
-        view = view[n:]
-    return t
-
-
 def write_tensors(path: Path, shapes: dict, tensors: Mapping, metadata: dict | None = None,
                   sync: bool = True) -> None:
     """Write a safetensors file: {name: (dtype, shape)}, then tensors[name], computed one at a time."""
@@ -1805,16 +1807,10 @@ def write_tensors(path: Path, shapes: dict, tensors: Mapping, metadata: dict | N
 
 
 def read_tensors(path: Path) -> dict:
-    """{name: tensor} of a file of write_tensors, in fresh memory."""
-    dtypes = {name: dtype for dtype, name in SAFE_DTYPES.items()}
-    tensors = {}
+    """{name: tensor} of a safetensors file, in fresh memory."""
     # no memory map: MKL rounds otherwise where tensors are not aligned
-    with open(path, "rb", buffering=0) as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        header.pop("__metadata__", None)
-        for name, about in header.items():
-            tensors[name] = read_into(f, torch.empty(about["shape"], dtype=dtypes[about["dtype"]]))
-    return tensors
+    with safe_open(path, "pt") as f:
+        return {name: f.get_tensor(name).clone() for name in f.keys()}
 
 
 @dataclass(eq=False)
@@ -1823,9 +1819,9 @@ class Shelved:
     tensors: dict
     path: Path | None = None
 
-    def save(self, path: Path, sync: bool = True) -> None:
+    def save(self, path: Path, sync: bool = True, about: dict | None = None) -> None:
         shapes = {name: (t.dtype, t.shape) for name, t in self.tensors.items()}
-        write_tensors(path, shapes, self.tensors, sync=sync)
+        write_tensors(path, shapes, self.tensors, about, sync)
 
     def to(self, path: Path) -> Shelved:
         self.save(path, sync=False)
@@ -1869,14 +1865,11 @@ def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=True, size=n, dtype=dtype).view(*shape)
 
 
-@contextlib.contextmanager
-def saved_state(path: Path) -> Iterator[None]:
+def saved_state(path: Path) -> contextlib.AbstractContextManager:
     """UserError for whatever goes wrong while a state is read: it is damaged, or another run's."""
-    try:
-        yield
-    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
-        found = f"{type(e).__name__}: {e}; start again with --overwrite"
-        raise UserError(f"{path}: expected the saved state of this run, found {found}") from None
+    return expecting(f"{path}: expected the saved state of this run (or a fresh start, by --overwrite)",
+                     OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError,
+                     RuntimeError)
 
 
 # ValueError that names what a saved state belongs to and a run does not
@@ -2064,10 +2057,8 @@ def joined_ranks(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "nccl"
-    try:
+    with expecting(f"WORLD_SIZE={world}: expected to be started by torchrun", ValueError, RuntimeError):
         torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
-    except (ValueError, RuntimeError) as e:
-        raise UserError(f"WORLD_SIZE={world}: expected to be started by torchrun, found {e}") from None
     try:
         yield
     finally:
@@ -2167,9 +2158,8 @@ def build_kernels(csrc: Path, compiler: str) -> Path:
 BUILD.append(build_kernels)
 
 
-# ======================================================================================================
-# 8. Checkpoint: LAYOUTS, lazy reading
-# ======================================================================================================
+# ======== 8. Checkpoint: LAYOUTS, lazy reading ========================================================
+# Never touches: fitting.
 @dataclass(frozen=True)
 class Layout:
     """Where a model type keeps its experts: tensor names, and the config.json keys of their sizes."""
@@ -2212,12 +2202,6 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".
            ".onnx", ".npz", ".npy", ".ot")
 
 
-# type and first line of what another library raised
-def reason_of(error: Exception) -> str:
-    first = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {first[:300]}"
-
-
 def resolve_model(path: str, revision: str | None = None, force_download: bool = False) -> Path:
     """A local directory as it is; anything of the form ORG/NAME is fetched from the hub into its cache."""
     if Path(path).is_dir():
@@ -2227,19 +2211,10 @@ def resolve_model(path: str, revision: str | None = None, force_download: bool =
     from huggingface_hub import snapshot_download
     # everything but other forms of the weights
     others = [f"*{suffix}" for suffix in WEIGHTS if suffix != ".safetensors"] + ["*/*.safetensors"]
-    try:
+    # offline, no such repository, gated: the hub's own reason is the useful part
+    with expecting(f"model.path: expected a directory or a model of the hub at {path!r}"):
         return Path(snapshot_download(path, revision=revision, force_download=force_download,
                                       ignore_patterns=others))
-    # offline, no such repository, gated: the hub's own reason is the useful part
-    except Exception as e:
-        raise UserError(f"model.path: no directory {path!r}, and not from the hub: {reason_of(e)}") from None
-
-
-# what an error line says of a damaged file: that it is a git-lfs pointer, else the reason
-def found_in(path: Path, reason: Any) -> Any:
-    with open(path, "rb") as f:
-        pointer = f.read(40).startswith(b"version https://git-lfs")
-    return "a git-lfs pointer: run git lfs pull" if pointer else reason
 
 
 def read_json(path: Path) -> dict:
@@ -2251,10 +2226,8 @@ def read_json(path: Path) -> dict:
         return dict(pairs)
 
     expect(path.is_file(), f"{path}: expected a JSON file, found none")
-    try:
+    with expecting(f"{path}: expected a JSON file", OSError, ValueError, RecursionError, file=path):
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: expected a JSON file, found {found_in(path, reason_of(e))}") from None
     expect(isinstance(data, dict), f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
 
@@ -2273,18 +2246,6 @@ def layout_of(config: dict, where: str = "config.json") -> Layout:
     return LAYOUTS[kind]
 
 
-# the layers that have experts; keys that a model type does not have restrict nothing
-def expert_layers(config: dict) -> tuple:
-    # every decoder_sparse_step-th layer, but for mlp_only_layers and the first first_k_dense_replace
-    step = config.get("decoder_sparse_step") or 1
-    dense = set(config.get("mlp_only_layers") or ())
-    first = config.get("first_k_dense_replace") or 0
-    if first < 0:
-        raise ValueError(f"first_k_dense_replace {first}")
-    candidates = range(first, config["num_hidden_layers"])
-    return tuple(l for l in candidates if l not in dense and (l + 1) % step == 0)
-
-
 def dims_of(config: dict, where: str = "config.json") -> Dims:
     """Sizes of a config.json, each checked before anything is allocated by it."""
     layout = layout_of(config, where)
@@ -2296,10 +2257,14 @@ def dims_of(config: dict, where: str = "config.json") -> Dims:
         return value
 
     last = size("num_hidden_layers")
-    try:
-        layers = expert_layers(config)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{where}: expected numbers for which layers have experts, found {e}") from None
+    # every decoder_sparse_step-th layer, but for mlp_only_layers and the first first_k_dense_replace; keys
+    # that a model type does not have restrict nothing
+    with expecting(f"{where}: expected numbers for which layers have experts", TypeError, ValueError):
+        step = config.get("decoder_sparse_step") or 1
+        dense = set(config.get("mlp_only_layers") or ())
+        first = config.get("first_k_dense_replace") or 0
+        expect(first >= 0, f"{where}: first_k_dense_replace: expected 0 or more, found {short(first)}")
+        layers = tuple(l for l in range(first, last) if l not in dense and (l + 1) % step == 0)
 
     # transformers 5 may save the number of experts under a name of its own
     key = layout.experts_key if layout.experts_key in config else "num_local_experts"
@@ -2340,10 +2305,8 @@ def open_shard(path: Path):
     expect(path.is_file(), f"{path}: expected safetensors, found no file")
     expect(is_inside(path, path.parent),
            f"{path}: expected a file in this directory, found a link to {path.resolve()}, outside it")
-    try:
+    with expecting(f"{path}: expected safetensors", SafetensorError, OSError, file=path):
         return safe_open(path, "pt")
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: expected safetensors, found {found_in(path, e)}") from None
 
 
 def finite(w: Tensor, name: str, where: Any) -> Tensor:
@@ -2373,6 +2336,7 @@ class Checkpoint:
         self.layout = layout_of(self.config, str(path))
         self.dims = dims_of(self.config, str(path))
         self.apart: set = set()  # names that config.json ties and the files do not
+        self.index: str | None = None  # the file that names the others, where there are several
         # open files by name, and the bytes of experts read since these were last closed
         self._handles: dict = {}
         self._bytes_read = 0
@@ -2380,17 +2344,24 @@ class Checkpoint:
         self.fused = self.layout.fused.format(l=self.dims.layers[0], n="gate_up_proj") in self.shard_of
         self._validate()
 
+    # what a stranger's JSON names must be a file of this directory
+    def _own(self, name: Any, where: Path) -> None:
+        fine = isinstance(name, str) and os.path.basename(name) == name and "\0" not in name
+        expect(fine, f"{where}: {short(name)}: expected a file name in this directory")
+
     # {tensor: file} of the files that from_pretrained reads, looked for in its order
     def _find_tensors(self) -> dict:
         single = "model.safetensors"
         index = f"{single}.index.json"
         if name := self.config.get("transformers_weights"):
+            self._own(name, self.dir / "config.json")
             single, index = (index, name) if str(name).endswith(".index.json") else (name, index)
         if os.path.isfile(self.dir / single):
             table = dict.fromkeys(self._shard(single).keys(), single)
             self._compare(table, self.dir / index)
             return table
         if os.path.isfile(self.dir / index):
+            self.index = index
             return self._read_index(self.dir / index)
         found = [f.name for f in sorted(self.dir.glob("*.safetensors"))]
         found += [f"{f.name}, a pickle, which is never loaded" for f in self.dir.glob("*.bin")]
@@ -2415,8 +2386,7 @@ class Checkpoint:
         table = read_json(index).get("weight_map")
         expect(table and isinstance(table, dict), f"{index}: expected a weight_map, found {short(table)}")
         for shard in table.values():
-            fine = isinstance(shard, str) and os.path.basename(shard) == shard and "\0" not in shard
-            expect(fine, f"{index}: shard {short(shard)}: expected a file name in this directory")
+            self._own(shard, index)
 
         # whole files are loaded, with what the index does not name
         stored = {}
@@ -2619,13 +2589,10 @@ def families_of(cfg: ModelConfig) -> tuple:
 
 def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """The source model in stock transformers, in the checkpoint's dtype unless another is given."""
-    from transformers import AutoModelForCausalLM
-    try:
+    # a damaged checkpoint fails in its own way in every model's code
+    with expecting(f"{directory}: expected a model that loads"):
         model, info = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
-    # a damaged checkpoint fails in its own way in every model's code
-    except Exception as e:
-        raise UserError(f"{directory}: expected a model that loads, found {reason_of(e)}") from None
     refuse_missing(sorted(info["missing_keys"]), directory)
     one_by_one(model)
     return model.to(device).eval()
@@ -2633,15 +2600,12 @@ def load_dense(directory: Path, device: torch.device, dtype: torch.dtype | None)
 
 def load_tokenizer(directory: Path):
     """The checkpoint's tokenizer; none of its code is run. UserError where there is none."""
-    from transformers import AutoTokenizer
-    try:
+    # tokenizers raises bare Exception for a damaged tokenizer.json
+    with expecting(f"{directory}: expected a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         # transformers makes up an empty one where files are missing
         if not tokenizer("text", add_special_tokens=False)["input_ids"]:
             raise ValueError("its vocabulary is empty")
-    # tokenizers raises bare Exception for a damaged tokenizer.json
-    except Exception as e:
-        raise UserError(f"{directory}: expected a tokenizer, found none ({reason_of(e)})") from None
     return tokenizer
 
 
@@ -2649,9 +2613,8 @@ def weight_bytes(directory: Path) -> int:
     return sum(f.stat().st_size for f in directory.glob("*.safetensors"))
 
 
-# ======================================================================================================
-# 9. Calibration: text, the walk through layers, moments, metric
-# ======================================================================================================
+# ======== 9. Calibration: text, the walk through layers, moments, metric ==============================
+# Never touches: fitting.
 # moments as large as the experts themselves
 MEANS = ("gate_x", "up_x")
 # quantile of the tokens' weights in a batch above which they are cut down to it
@@ -2714,14 +2677,11 @@ def builtin_text(split: str, piece: int = 4096) -> str:
 
 # the column "text" of a hub data set, rows joined as the WikiText recipe joins them
 def hub_text(name: str, config: str = "", split: str = "test") -> str:
-    try:
+    with expecting("text hf:...: expected the package datasets (pip install datasets)", ImportError):
         from datasets import load_dataset
-        return "\n\n".join(load_dataset(name, config or None, split=split)["text"])
-    except ImportError:
-        raise UserError("text hf:...: needs the package datasets: pip install datasets") from None
     # offline, no such data set or column: the library's reason is the useful part
-    except Exception as e:
-        raise UserError(f"text hf:{name}:{config}:{split}: {reason_of(e)}") from None
+    with expecting(f"text hf:{name}:{config}:{split}: expected texts"):
+        return "\n\n".join(load_dataset(name, config or None, split=split)["text"])
 
 
 def read_text(spec: str, split: str) -> str:
@@ -2732,14 +2692,11 @@ def read_text(spec: str, split: str) -> str:
         return hub_text(*spec.split(":")[1:4])
     files = [Path(spec)]
     kinds = (".txt", ".md", ".py", ".rst")
-    try:
+    # a NUL in a name is a ValueError too
+    with expecting(f"text {spec!r}: expected a UTF-8 file or a directory", OSError, ValueError):
         if files[0].is_dir():
             files = sorted(f for f in files[0].rglob("*") if f.suffix in kinds)
         text = "\n\n".join(f.read_text(encoding="utf-8") for f in files)
-    # a NUL in a name is a ValueError too
-    except (OSError, ValueError) as e:
-        found = getattr(e, "strerror", None) or "bytes that are not UTF-8"
-        raise UserError(f"text {spec!r}: expected a UTF-8 file or a directory, found {found}") from None
     expect(text.strip(), f"text {spec!r}: expected some text, found none")
     return text
 
@@ -2807,25 +2764,17 @@ def calibration_windows(ckpt: Checkpoint, cfg: Config, device: torch.device, tok
 
 def empty_model(config: dict, dtype: torch.dtype, where: Path) -> nn.Module:
     """The model of a config.json in `where`, its parameters on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
     skipped = ("quantization_config", "auto_map", "transformers_weights")
     config = {k: v for k, v in config.items() if k not in skipped}
-    register = nn.Module.register_parameter
 
     # parameters alone: buffers (rotary frequencies) are in no file, they are computed
     def without_memory(module, name, param):
-        register(module, name, param)
-        if param is not None:
-            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
+        return nn.Parameter(param.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = without_memory
-    try:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
     # a stranger's config.json fails in its own way in every model's code
-    except Exception as e:
-        raise UserError(f"{where / 'config.json'}: transformers refuses it: {reason_of(e)}") from None
-    finally:
-        nn.Module.register_parameter = register
+    with (nn.modules.module.register_module_parameter_registration_hook(without_memory),
+          expecting(f"{where / 'config.json'}: expected one that transformers takes")):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
     return model.eval()
 
 
@@ -3206,13 +3155,18 @@ MADE_BY = ("text", "tokens", "length", "batch", "fisher", "sampled", "dtype")
 
 def settings_of_moments(calib: CalibConfig) -> None:
     """With calib.load: the settings that the loaded moments were made by, in place of those given."""
-    with contextlib.suppress(SafetensorError, OSError):  # load_moments has the words
-        with safe_open(calib.load, "pt") as f:
-            made = json.loads((f.metadata() or {}).get("globe_calib", "{}"))
-        for key, value in made.items():
-            if key in MADE_BY and getattr(calib, key) != value:
-                say(f"calib.load={calib.load}: made with calib.{key}={value}, which holds")
-                setattr(calib, key, value)
+    text = "{}"
+    # load_moments has the words
+    with contextlib.suppress(SafetensorError, OSError), safe_open(calib.load, "pt") as f:
+        text = (f.metadata() or {}).get("globe_calib", text)
+    where = f"calib.load={calib.load}"
+    with expecting(f"{where}: expected its settings", ValueError, AttributeError, RecursionError):
+        made = {key: value for key, value in json.loads(text).items() if key in MADE_BY}
+    before = dataclasses.asdict(calib)
+    _merge(calib, made, where, "calib.")
+    for key, value in before.items():
+        if getattr(calib, key) != value:
+            say(f"{where}: made with calib.{key}={getattr(calib, key)}, which holds")
 
 
 def load_moments(path: Path, ckpt: Checkpoint, tag: str | None = None) -> dict:
@@ -3221,10 +3175,8 @@ def load_moments(path: Path, ckpt: Checkpoint, tag: str | None = None) -> dict:
     UserError: no such file, not one of ours, damaged or of another checkpoint.
     """
     where = f"calib.load: {path}"
-    try:
+    with expecting(f"{where}: expected saved moments", SafetensorError, OSError):
         file = safe_open(path, "pt")
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{where}: expected saved moments, found {e}") from None
     names = set(file.keys())
     found = (file.metadata() or {}).get("globe_moments")
     want = tag or ckpt.state_of()
@@ -3358,9 +3310,8 @@ def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, d
             "means": means if f"{family}_x" in moments else None}
 
 
-# ======================================================================================================
-# 10. Fit: data, start, objective, optimiser; maths on tensors, no paths, no printing, no model classes
-# ======================================================================================================
+# ======== 10. Fit: data, start, objective, optimiser ==================================================
+# Maths on tensors. Never touches: paths, printing, model classes.
 # ---- sparsemax and entmax ----------------------------------------------------------------------------
 # tau (..., 1) with sum max(z - tau, 0) = 1 over the last dim, exact by sorting
 def threshold_sparsemax(z: Tensor) -> Tensor:
@@ -3463,7 +3414,6 @@ def entmax15(x: Tensor, dim: int = -1, return_support: bool = False):
     sorting; native: Newton's method).
     """
     return simplex_map(x, dim, 1.5, return_support)
-
 
 
 # ---- what a fit leaves -----------------------------------------------------------------------------
@@ -3798,8 +3748,9 @@ class FitData:
     def _fetch(self, batch: Batch, which: int, stream: Any) -> tuple:
         buffer = self.buffers[which][:len(batch.ids)]
         if self.file:
+            # a buffered file reads until all is there
             self.file.seek(batch.place)
-            read_into(self.file, buffer)
+            self.file.readinto(tensor_bytes(buffer))
         else:
             for i, row in zip(batch.ids, buffer):
                 row.copy_(self.read(*self.keys[i]))
@@ -4746,9 +4697,8 @@ def flops_per_pass(n: int, m: int, r: int, D: Dims, right: bool, means: bool = F
     return n * (work + 6 * m * r * d + 2 * m * r * r)
 
 
-# ======================================================================================================
-# 11. Refine: each layer by its own output
-# ======================================================================================================
+# ======== 11. Refine: each layer by its own output ====================================================
+# Never touches: printing.
 # What a change of adapters costs, where the tokens weigh 1.
 ANCHOR = 0.1
 # What a change of down projections costs, relative to the mean square of the hidden activations.
@@ -5358,14 +5308,13 @@ def code_families(job: tuple, experts: dict, read: Callable, metrics: dict, bits
     yield {"families": {family: CodedFamily(family, of, bases, layers[family]) for family in job}}
 
 
-# ======================================================================================================
-# 12. Factors file; patch, assemble, exports, card
-# ======================================================================================================
+# ======== 12. Factors file; patch, assemble, exports, card ============================================
+# Never touches: fitting.
 # ---- the factors file --------------------------------------------------------------------------------
 def save_factors(factors: Factors, path: Path) -> None:
     """Write factors.safetensors: whole or not at all, one tensor in memory at a time."""
     # what is in memory, and what is read when it is written
-    tensors, lazy, shapes = {}, {}, {}
+    tensors, shapes, lazy = {}, {}, {}
     for name, f in factors.families.items():
         if isinstance(f, CodedFamily):
             tensors |= f.tensors()
@@ -5380,10 +5329,9 @@ def save_factors(factors: Factors, path: Path) -> None:
     # healed norms and refined downs stand in the source's place
     tensors |= {f"norm.{name}": t for name, t in factors.norms.items()}
     tensors |= {f"layers.{l}.down": t for l, t in factors.down.items()}
-    for name, t in tensors.items():
-        shapes[name] = (t.dtype, t.shape)
-        lazy[name] = functools.partial(tensors.__getitem__, name)
-    write_tensors(path, shapes, LazyDict(lazy), {"globe": json.dumps(factors.meta(), sort_keys=True)})
+    shapes |= {name: (t.dtype, t.shape) for name, t in tensors.items()}
+    about = {"globe": json.dumps(factors.meta(), sort_keys=True)}
+    write_tensors(path, shapes, collections.ChainMap(tensors, LazyDict(lazy)), about)
 
 
 # {name: shape} of what a factors file of this description holds, besides norms and refined downs
@@ -5451,15 +5399,13 @@ def load_factors(path: Path | str) -> Factors:
 def read_factors(path: Path) -> tuple:
     expect(path.is_file(), f"{path}: expected a factors file, found none (is the fit finished?)")
     # the header first, then the tensors, which stay on the disk until they are used
-    try:
+    kinds = (SafetensorError, OSError, ValueError, RecursionError)
+    with expecting(f"{path}: expected a factors file", *kinds, file=path):
         with safe_open(path, "pt") as f:
             text = (f.metadata() or {}).get("globe")
+        expect(text, f"{path}: expected a factors file, found safetensors without a globe description")
+        meta = json.loads(text)
         tensors = load_file(path)
-        meta = json.loads(text) if text else None
-    except (SafetensorError, OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: expected a factors file, found {found_in(path, e)}") from None
-    expect(meta is not None,
-           f"{path}: expected a factors file, found safetensors without a globe description")
     return check_meta(meta, str(path)), tensors
 
 
@@ -5638,16 +5584,6 @@ def unpatch(model: nn.Module):
     return model
 
 
-# Refuse what is still empty, move the buffers, read generation_config.json
-def finish_model(model: nn.Module, directory: Path, device: torch.device) -> nn.Module:
-    refuse_missing([n for n, t in model.state_dict().items() if t.is_meta], directory)
-    one_by_one(model)
-    if (directory / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-    return model.to(device)
-
-
 def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.device("cpu"),
              dtype: torch.dtype | None = None, cache: CacheConfig | None = None) -> nn.Module:
     """The patched model, straight from the source checkpoint and the factors.
@@ -5663,7 +5599,10 @@ def assemble(ckpt: Checkpoint, factors: Factors, device: torch.device = torch.de
     assign_factors(model, factors, device, dtype)
     fill(model, ckpt, device, dtype)
     put_dense(model, factors)
-    return finish_model(model, ckpt.dir, device)
+    one_by_one(model)
+    if (ckpt.dir / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(ckpt.dir)
+    return model.to(device)
 
 
 # The factors' description in the config.json of a globe or composed export; None in any other
@@ -5679,18 +5618,12 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     dtype: of the parameters; default: as stored. cache: default: the settings of the factors' run.
     UserError where the directory is no such export or is damaged.
     """
-    from transformers import AutoModelForCausalLM
     directory = Path(directory)
     check_export(directory)
-    try:
+    # a damaged export fails in its own way in every model's code
+    with expecting(f"{directory}: expected an export that transformers loads"):
         model, info = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
-    except UserError:
-        raise
-    # a damaged export fails in its own way in every model's code
-    except Exception as e:
-        raise UserError(f"{directory}: expected an export that transformers loads, "
-                        f"found {type(e).__name__}: {e}") from None
     # transformers goes on where tensors are missing, or left over; some were in the source, and are kept
     kept = globe_meta(read_json(directory / "config.json")).get("kept")
     extra = sorted(name for name in info["unexpected_keys"] if type(kept) is not list or name not in kept)
@@ -5842,12 +5775,9 @@ def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callabl
         config["auto_map"] = code
     if config != ckpt.config:
         write_text(to / "config.json", json.dumps(config, indent=2))
-    # the shards as they are, with an index where there was one
-    index = "model.safetensors.index.json"
-    if (ckpt.dir / index).is_file():
-        shutil.copyfile(ckpt.dir / index, to / index)
-    for shard in sorted(set(ckpt.shard_of.values())):
-        shutil.copyfile(ckpt.dir / shard, to / shard)
+    # the shards as they are, with the index that names them
+    for file in sorted({*ckpt.shard_of.values(), *filter(None, [ckpt.index])}):
+        shutil.copyfile(ckpt.dir / file, to / file)
     headers = {shard: data_offsets(to / shard) for shard in set(ckpt.shard_of.values())}
 
     def overwrite(tensor: str, part: Any, W: Tensor) -> None:
@@ -5959,7 +5889,6 @@ def as_a_stranger() -> Iterator[None]:
 def logit_error(ckpt: Checkpoint, factors: Factors, export: Path, device: torch.device) -> float:
     """Largest difference of logits on 64 tokens between the export, as a stranger's program loads it, and the
     source with W^ in the experts' places. UserError where they are not finite."""
-    from transformers import AutoModelForCausalLM
     ids = sample_ids(ckpt).to(device)
     want = reference_logits(ckpt, factors, ids, device)
     expect(torch.isfinite(want).all(), f"{ckpt.dir}: expected finite logits, found NaN or Inf in float32")
@@ -5979,13 +5908,10 @@ def logit_error(ckpt: Checkpoint, factors: Factors, export: Path, device: torch.
 # Upload an export to the hub, into a repository made on demand; UserError with the hub's own reason
 def push(directory: Path, repo: str, private: bool) -> None:
     from huggingface_hub import HfApi
-    try:
+    # no token, no network, no such organisation: the hub's reason is the useful part
+    with expecting(f"--push-to-hub {repo}: the export is in {directory}: expected the hub to take it"):
         HfApi().create_repo(repo, private=private, exist_ok=True)
         HfApi().upload_folder(repo_id=repo, folder_path=str(directory), commit_message=f"GloBE {__version__}")
-    # no token, no network, no such organisation: the hub's reason is the useful part
-    except Exception as e:
-        raise UserError(f"--push-to-hub {repo}: the export is in {directory}, but the hub did not take it: "
-                        f"{reason_of(e)}") from None
 
 
 # ---- the card ----------------------------------------------------------------------------------------
@@ -6110,9 +6036,8 @@ def model_card(ckpt: Checkpoint, factors: Factors, form: str, base: str, stored:
         version=__version__)
 
 
-# ======================================================================================================
-# 13. Evaluation
-# ======================================================================================================
+# ======== 13. Evaluation ==============================================================================
+# Never touches: fitting.
 @torch.no_grad()
 def nll(model: nn.Module, windows: Tensor, batch: int = 4, progress: Callable = lambda it: it,
         stride: int | None = None) -> tuple:
@@ -6170,12 +6095,10 @@ def task_runner(tasks: Sequence[str], tokenizer, context: int | None = None) -> 
         return lambda model, progress=None: {}
     expect("builtin" not in tasks, "--tasks: for builtin run python bench.py report --tasks builtin")
     # optional, and slow to import
-    try:
+    with expecting(f"--tasks {' '.join(tasks)}: expected lm-eval (pip install lm-eval)", ImportError):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError(f"--tasks {' '.join(tasks)}: lm-eval is not installed: pip install lm-eval") from None
 
     # a YAML file says its task's name, and lm-eval finds it by its directory
     names = {}
@@ -6206,9 +6129,8 @@ def task_runner(tasks: Sequence[str], tokenizer, context: int | None = None) -> 
     return run
 
 
-# ======================================================================================================
-# 14. Command line
-# ======================================================================================================
+# ======== 14. Command line ============================================================================
+# Never touches: algorithms.
 @contextlib.contextmanager
 def held_interrupt() -> Iterator[threading.Event]:
     """An event that Ctrl-C (or SIGTERM) sets instead of raising: no step is cut in half."""
@@ -6237,12 +6159,10 @@ class Log:
         # nothing leaves the machine unless WANDB_MODE asks for it
         if to == "wandb":
             about |= {"mode": os.environ.get("WANDB_MODE", "offline"), "tags": cfg.log.tags}
-        try:
+        # not installed, or an argument it does not know: trackio has no entity
+        with expecting(f"log.to={to}: expected the package (pip install {to})", ImportError, TypeError):
             self.sink = __import__(to)
             self.sink.init(config=dataclasses.asdict(cfg), **about)
-        # not installed, or an argument it does not know: trackio has no entity
-        except (ImportError, TypeError) as e:
-            raise UserError(f"log.to={to}: {e} (pip install {to})") from None
 
     def row(self, row: dict) -> None:
         if ranks()[0]:
@@ -6327,14 +6247,15 @@ def run_config(run: Path | None, args: argparse.Namespace, **options: Any) -> Co
     return load_config(args.config, args.overrides, base, **options)
 
 
-def fresh(path: Path, overwrite: bool, source: Path | None = None, clear: bool = False) -> Path:
-    """An output that the user named: must not exist (or --overwrite), nor lie in the source."""
+def fresh(path: Path, overwrite: bool, source: Path | None = None, clear: bool = False,
+          run: Path = Path()) -> Path:
+    """An output that the user named: must not exist (or --overwrite), lie in the source or hold the run."""
     place = path.resolve()
     if source:
         inside = place.is_relative_to(source.resolve())
         expect(not inside, f"{path}: expected a directory outside the source checkpoint {source}")
     # --overwrite would delete them
-    for directory in (Path(), source or Path()):
+    for directory in (Path(), source or Path(), run):
         holds = directory.resolve().is_relative_to(place)
         expect(not holds, f"{path}: expected a directory that does not hold {directory.resolve()}")
     free = not path.exists() or path.is_dir() and not any(path.iterdir())
@@ -6532,8 +6453,7 @@ class SavedFit:
             self.step = int(state["step"])
             self.batch = int(state["batch"])
             for step in state["pairs"].int().tolist():
-                pair = Shelved({})
-                pair.path = self.pair_file(step)
+                pair = Shelved({}, self.pair_file(step))
                 self.named.add(pair.path)
                 # read at each use, or now
                 pairs[step] = pair if self.spill else Shelved(pair.load())
@@ -6547,9 +6467,7 @@ class SavedFit:
                     flush(pair.path)
                 elif self.pair_file(step) not in self.named:
                     pair.save(self.pair_file(step))
-            state = fitter.state()
-            shapes = {name: (t.dtype, t.shape) for name, t in state.items()}
-            write_tensors(self.path, shapes, state, {"globe_state": json.dumps(self.about)})
+            Shelved(fitter.state()).save(self.path, about={"globe_state": json.dumps(self.about)})
         self.named = {self.pair_file(step) for step in fitter.pairs}
         self.step = fitter.step_done
 
@@ -6841,6 +6759,7 @@ def cmd_fit(args: argparse.Namespace) -> dict:
         remember_paths(cfg)
         if cfg.calib.load:
             settings_of_moments(cfg.calib)
+            check_config(cfg)
         plan = FitPlan(cfg, ckpt, device)
         for job, (m, r) in plan.shapes.items():
             form = f"{plan.groups} x {m} bases of {r} x {ckpt.dims.d}"
@@ -6871,13 +6790,12 @@ def read_evals(run: Path) -> dict:
     path = run / "eval.json"
     evals = read_json(path) if path.is_file() else {}
     for text, result in evals.items():
-        try:
+        with expecting(f"{path}: {text}: expected eval's figures", LookupError, TypeError, AttributeError,
+                       ValueError):
             for key in ("ppl_dense", "ppl", "delta_nats", "tokens", "ratio", "model_ratio"):
                 float(result[key])
             for measures in result.get("tasks", {}).values():
                 dict(measures)
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise UserError(f"{path}: {text}: expected eval's figures, found {short(result)}") from None
     return evals
 
 
@@ -6936,9 +6854,7 @@ def cmd_export(args: argparse.Namespace) -> dict:
     run, cfg, factors, ckpt, device, _ = open_run(args)
     dtype = as_dtype(args.dtype or cfg.export.dtype) or ckpt.dtype
     to = Path(args.to) if args.to else run / "export"
-    fresh(to, args.overwrite or not args.to, ckpt.dir)
-    holds = run.resolve().is_relative_to(to.resolve())
-    expect(not holds, f"{to}: expected a directory that does not hold the run {run}")
+    fresh(to, args.overwrite or not args.to, ckpt.dir, run=run)
     # of these factors, not of those that a resumed fit has replaced
     of = identity(factors)
     evals = {text: e for text, e in read_evals(run).items() if e.get("of", of) == of}
