@@ -1070,7 +1070,7 @@ class RandomWeights:
         if name.endswith("_val"):
             return torch.full(shape, 1 / shape[1])
         if shape == (1,):  # the guard of a globe export
-            return torch.zeros(1, dtype=torch.int8)
+            return torch.zeros(1, dtype=torch.bfloat16)
         if "embed_tokens" in name:
             return self.embed
         if name.endswith("mlp.gate.weight"):
@@ -1127,12 +1127,12 @@ def write_qwen15(to: Path, layout: str, fractions: Tensor, layers: int = 24, voc
         described = config | {"quantization_config": {"quant_method": "globe"} | meta}
         globe.write_text(to / "config.json", json.dumps(described))
 
-    # the guards of one byte last: what followed one would lie at odd addresses
+    # the guards of one number last: what followed one would lie at odd addresses
     random = RandomWeights(vocab, fractions)
     shapes = {}
     make = {}
-    for name, t in sorted(model.state_dict().items(), key=lambda item: item[1].dtype == torch.int8):
-        kept = t.dtype in (torch.int8, torch.int32) or name.endswith("_val")
+    for name, t in sorted(model.state_dict().items(), key=lambda item: item[1].numel() == 1):
+        kept = t.dtype == torch.int32 or name.endswith("_val")
         whole = {name: tuple(t.shape)}
         parts = matrices_of(name, tuple(t.shape)) if layout == "published" else whole
         for part, shape in parts.items():
@@ -1368,10 +1368,12 @@ def spectra(factors: globe.Factors) -> list:
     rows = []
     for name, f in factors.families.items():
         row = {"family": name}
-        coded = isinstance(f, globe.CodedFamily)  # with one basis a layer
-        for key, matrices in (("A", f.A.__getitem__), ("B~", f.composed))[:2 - coded]:
+        coded = isinstance(f, globe.CodedFamily)  # whose matrices are looked at as a whole
+        parts = {"W^": lambda l, f=f: f.weights(l, range(len(f.layers[l]["kind"])))} if coded else {
+            "A": f.A.__getitem__, "B~": f.composed}
+        for key, matrices in parts.items():
             # singular values, and their energies as fractions of each matrix's
-            s = torch.cat([torch.linalg.svdvals(matrices(l).float()) for l in f.A])  # (n, min(p, r))
+            s = torch.cat([torch.linalg.svdvals(matrices(l).float()) for l in factors.experts])
             fraction = s.square() / s.square().sum(-1, keepdim=True).clamp_min(1e-30)
             entropy = -(fraction * fraction.clamp_min(1e-30).log()).sum(-1)
             row[f"effective rank of {key}"] = float(entropy.exp().mean())
@@ -1395,7 +1397,7 @@ def plot_run(log: list, factors: globe.Factors, errors: dict, path: Path) -> Non
         mine = [row for row in log if family in row.get("family", "") and "support" in row]  # not heal's
         for ax, key in zip(axes, ("rel_frob", "support")):
             ax.plot([row["step"] for row in mine], [row[key] for row in mine], **look)
-        axes[2].plot(list(f.A), [errors[family][l] for l in f.A], marker="o", **look)
+        axes[2].plot(list(factors.experts), [errors[family][l] for l in factors.experts], marker="o", **look)
         if not isinstance(f, globe.CodedFamily):
             axes[3].plot(basis_uses(f).sort(descending=True).values, **look)
     axes[0].set(title="relative error in the fit's metric", xlabel="step", yscale="log")

@@ -58,7 +58,7 @@ from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 __version__ = "0.2.0"
-FORMAT_VERSION = 2  # of factors in packed codes; 1 of all others
+FORMAT_VERSION = 3  # of factors in packed codes; 1 of all others
 FAMILIES = ("gate", "up", "down")
 MARKER = "# ---- an export carries the file down to here ----"
 
@@ -118,7 +118,7 @@ def as_dtype(name: str | None) -> torch.dtype | None:
 
 
 # ======== 2. Operators: one entry point each; the torch twin is fallback and oracle of the native one =
-KERNELS_VERSION = 4  # of the operators' schemas in csrc/; an older library is refused
+KERNELS_VERSION = 5  # of the operators' schemas in csrc/; an older library is refused
 BUILD: list = []     # how csrc/ is compiled, which section 7 adds; an export has nothing to compile
 
 
@@ -307,56 +307,60 @@ def trellis_values() -> Tensor:
 
 
 def unpack(codes: Tensor, width: Tensor) -> Tensor:
-    """Values (n, B * CODE_BLOCK) float32 of rows of codes (n, bytes) uint8; width (B,): bits by block.
+    """Values float32 of a stream of codes (bytes,) uint8: as many as width, which has the bits of each.
 
-    A row is one stream of bits, the first column highest, zeros in front. A column's value is that of the
-    window which ends with its own bits; where it has none, 0.
+    The first value's bits are the highest; zeros stand in front. A value is that of the window which ends
+    with its own bits; where it has none, 0.
     """
-    width = width.long().repeat_interleave(CODE_BLOCK)
-    start = width.cumsum(0) - WINDOW + 16
+    start = width.long().flatten().cumsum(0) - WINDOW + 16
     stream = F.pad(codes, (2, 1)).int()
     at = start >> 3
-    three = stream[:, at] << 16 | stream[:, at + 1] << 8 | stream[:, at + 2]
+    three = stream[at] << 16 | stream[at + 1] << 8 | stream[at + 2]
     window = three >> (24 - WINDOW - (start & 7)) & (2 ** WINDOW - 1)
-    return trellis_values().to(codes.device)[window] * (width > 0)
+    return trellis_values().to(codes.device)[window].view(width.shape) * (width > 0)
 
 
-# (E, p) the first byte of each row, and the end of the last; kind (E, p), width (K, B)
-def code_places(kind: Tensor, width: Tensor) -> tuple:
-    size = width.long().sum(1)[kind.long()] * (CODE_BLOCK // 8)
-    ends = size.flatten().cumsum(0).view_as(size)
-    return ends - size, int(ends[-1, -1])
+# (E + 1,) where each expert's codes begin, in bytes, and where the last one's end; kind (E, p), width (K, B)
+def code_places(kind: Tensor, width: Tensor) -> Tensor:
+    bits = CODE_BLOCK * width.long().sum(1)[kind.long()].sum(1)
+    return F.pad((bits + 7 >> 3).cumsum(0), (1, 0))
 
 
-def decode(codes: Tensor, kind: Tensor, row: Tensor, width: Tensor, column: Tensor,
-           experts: list | slice = slice(None)) -> Tensor:
-    """Adapters (n, p, columns) float32 of those n experts of a layer, from packed codes.
+def decode(t: dict, basis: Sequence, columns: int, experts: Sequence) -> Tensor:
+    """W^ (n, rows, columns) float32 of those experts of a layer, from its packed codes t (code_shapes).
 
-    codes (bytes,) uint8, row behind row; kind (E, p) uint8: each row's class; row (E, p) uint8: 128 + 8 log2
-    of its scale; width (K, B) uint8, column (K, B) int16: bits, 256 log2 of the scale, by class and block.
+    codes: expert behind expert, each column behind column. kind: a row's class; row: 128 + 8 log2 of its
+    scale; width, column: bits and 256 log2 of a scale by class and block. basis: as of decode_basis, or none:
+    the columns are W's own, in their order.
     """
-    first = code_places(kind, width)[0][experts].flatten()
-    p = kind.shape[1]
-    kind = kind[experts].flatten()
-    out = torch.zeros(len(kind), width.shape[1] * CODE_BLOCK, device=codes.device)
-    for k in kind.unique().tolist():
-        rows = (kind == k).nonzero()[:, 0]
-        size = int(width[k].sum()) * (CODE_BLOCK // 8)
-        places = first[rows, None] + torch.arange(size, device=codes.device)
-        scale = (column[k].float() / 256).exp2().repeat_interleave(CODE_BLOCK)
-        out[rows] = unpack(codes[places], width[k]) * scale
-    own = ((row[experts].float() - 128) / 8).exp2().view(-1, 1)
-    return (out * own).view(-1, p, out.shape[1])
+    places = code_places(t["kind"], t["width"]).tolist()
+    X = decode_basis(*(part.to(t["codes"].device) for part in basis)) if basis else None
+    out = []
+    for e in experts:
+        kind = t["kind"][e].long()
+        width = t["width"][kind].T.repeat_interleave(CODE_BLOCK, 0)  # (columns, rows)
+        scale = t["column"][kind].float() / 256 + (t["row"][e, :, None].float() - 128) / 8
+        A = unpack(t["codes"][places[e]:places[e + 1]], width).T
+        A = A * scale.exp2().repeat_interleave(CODE_BLOCK, 1)
+        if basis:
+            out.append(A[:, :len(X)] @ X)
+        else:
+            order = t["order"][e].long()
+            out.append(A.new_zeros(len(A), columns).index_copy_(1, order, A[:, :len(order)]))
+    return torch.stack(out)
 
 
-# What is wrong with a layer's codes, or None: nothing may be read beyond them
-def code_problem(codes: Tensor, kind: Tensor, row: Tensor, width: Tensor, column: Tensor) -> str | None:
-    if int(width.max()) not in WIDTHS:
-        return f"width: expected {', '.join(map(str, WIDTHS))}, found {int(width.max())}"
-    if int(kind.max()) >= len(width):
-        return f"kind: expected classes in [0, {len(width)}), found {int(kind.max())}"
-    needed = code_places(kind, width)[1]
-    return None if needed == len(codes) else f"codes: expected {needed} bytes, found {len(codes)}"
+# What is wrong with a layer's codes t, or None: nothing may be read beyond them
+def code_problem(t: dict, columns: int) -> str | None:
+    if (highest := int(t["width"].max())) not in WIDTHS:
+        return f"width: expected {', '.join(map(str, WIDTHS))}, found {highest}"
+    if (highest := int(t["kind"].max())) >= len(t["width"]):
+        return f"kind: expected classes below {len(t['width'])}, found {highest}"
+    order = t.get("order", torch.zeros(1))
+    if not 0 <= int(order.min()) <= int(order.max()) < columns:
+        return f"order: expected columns in [0, {columns}), found {int(order.min())}..{int(order.max())}"
+    needed = int(code_places(t["kind"], t["width"])[-1])
+    return None if needed == len(t["codes"]) else f"codes: expected {needed} bytes, found {len(t['codes'])}"
 
 
 # (r, d) float32 of a basis in 8 bits (r, d) with 256 log2 of a scale (r, groups of 64) int16
@@ -393,8 +397,8 @@ def check_meta(meta: dict, where: str) -> dict:
     meta is what a reader needs to build modules before it has read a tensor: format_version, model_type,
     fingerprint, dims, experts {layer: [expert]}, families {family: {m, r, s (largest support), groups,
     group {layer: bank}, activation, shift, scale, bank (the owning family)}}; of a family in packed codes
-    {code: trellis, layers {layer: {basis, of (its tensor), rows, bytes, classes}}}. UserError names what is
-    wrong first.
+    {code: trellis, columns, layers {layer: {of (its basis, or null), rows, bytes, classes}}}. UserError names
+    what is wrong first.
     """
     expect(isinstance(meta, dict), f"{where}: expected a description of factors, found {type(meta).__name__}")
     version = meta.get("format_version")
@@ -441,7 +445,7 @@ def check_family(meta: dict, name: str, need: Callable) -> None:
     where = f"families.{name}"
     need(name in FAMILIES, f"families among {', '.join(FAMILIES)}, found {short(name)}")
     if "code" in f:
-        return check_coded(meta, f, where, need)
+        return check_coded(meta, f, name, where, need)
     need(f["activation"] in ("identity", "silu", "tanh"), f"{where}.activation: identity, silu or tanh")
     for key in ("m", "r", "s", "groups"):
         need(whole(f[key], 1), f"{where}.{key}: a whole number above 0 and below 2^32")
@@ -459,17 +463,17 @@ def check_family(meta: dict, name: str, need: Callable) -> None:
         need(owner[key] == f[key], f"{where}.{key}: as in the family that owns the bank")
 
 
-def check_coded(meta: dict, f: dict, where: str, need: Callable) -> None:
-    need(meta["format_version"] == 2 and f["code"] == "trellis", f"{where}.code: trellis, in version 2")
-    need((f["activation"], f["shift"], f["scale"]) == ("identity", 0, 1), f"{where}: no activation nor scale")
+def check_coded(meta: dict, f: dict, name: str, where: str, need: Callable) -> None:
+    need((meta["format_version"], f["code"]) == (FORMAT_VERSION, "trellis"), f"{where}.code: trellis")
     need(set(f["layers"]) == set(meta["experts"]), f"{where}.layers: all layers of experts")
+    need(f["columns"] == meta["dims"]["p" if name == "down" else "d"], f"{where}.columns: p of down, else d")
     for key, layer in f["layers"].items():
         at = f"{where}.layers.{key}"
-        need(layer["basis"] == "orthonormal", f"{at}.basis: orthonormal")
-        owner, _, l = layer["of"].rpartition("_")
-        need(l == key, f"{at}.of: FAMILY_{key}")
-        need(meta["families"][owner]["layers"][key]["rows"] == layer["rows"], f"{at}.rows: as in {owner}")
-        need(whole(layer["rows"], 1, meta["dims"]["d"] + 1), f"{at}.rows: from 1 to hidden_size")
+        if layer["of"] is not None:
+            owner, _, l = layer["of"].rpartition("_")
+            need(l in (key, "all") and name != "down", f"{at}.of: FAMILY_{key} or FAMILY_all")
+            need(meta["families"][owner]["layers"][key]["rows"] == layer["rows"], f"{at}.rows: as in {owner}")
+        need(whole(layer["rows"], 1, f["columns"] + 1), f"{at}.rows: from 1 to columns")
         need(whole(layer["bytes"], 0, 2 ** 40), f"{at}.bytes: below 2^40")
         need(whole(layer["classes"], 1, 17), f"{at}.classes: from 1 to 16")
 
@@ -525,15 +529,17 @@ def on_meta(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
 
 # {name of a bank's buffer: (shape, dtype)} of a coded layer's basis
 def basis_shapes(layer: dict, d: int) -> dict:
-    r = layer["rows"]
-    return {layer["of"]: ((r, d), torch.int8), f"{layer['of']}_scale": ((r, -(-d // 64)), torch.int16)}
+    r = layer["rows"] if layer["of"] else 0
+    shapes = {"": ((r, d), torch.int8), "_scale": ((r, -(-d // 64)), torch.int16)}
+    return {f"{layer['of']}{end}": shape for end, shape in shapes.items() if r}
 
 
 # {name: (shape, dtype)} of the codes of n experts of p rows
 def code_shapes(layer: dict, n: int, p: int) -> dict:
     table = layer["classes"], -(-layer["rows"] // CODE_BLOCK)
-    return {"codes": ((layer["bytes"],), torch.uint8), "kind": ((n, p), torch.uint8),
-            "row": ((n, p), torch.uint8), "width": (table, torch.uint8), "column": (table, torch.int16)}
+    shapes = {"codes": ((layer["bytes"],), torch.uint8), "kind": ((n, p), torch.uint8),
+              "row": ((n, p), torch.uint8), "width": (table, torch.uint8), "column": (table, torch.int16)}
+    return shapes if layer["of"] else shapes | {"order": ((n, layer["rows"]), torch.int16)}
 
 
 class GlobeBank(nn.Module):
@@ -615,7 +621,7 @@ class GlobeExperts(nn.Module):
 
         # A loader that knows nothing of GloBE would start from random experts with no more than a warning;
         # a tensor of the dense experts' name and another shape makes it stop.
-        self.register_buffer("gate_up_proj", torch.zeros(1, dtype=torch.int8))
+        self.register_buffer("gate_up_proj", torch.zeros(1, dtype=next(old.parameters()).dtype))
         for f in FAMILIES:
             if f in self.families:
                 self._declare(f)
@@ -639,8 +645,7 @@ class GlobeExperts(nn.Module):
     def _declare(self, f: str) -> None:
         n, about = len(self.fitted), self.families[f]
         if "code" in about:
-            layer = about["layers"][str(self.layer)]
-            for key, (shape, dtype) in code_shapes(layer, n, self.intermediate_dim).items():
+            for key, (shape, dtype) in code_shapes(self._about(f), n, self._shape(f)[0]).items():
                 self.register_buffer(f"{f}_{key}", torch.empty(shape, dtype=dtype, device="meta"))
             return
         setattr(self, f"{f}_A", on_meta(n, self.intermediate_dim, about["r"]))
@@ -691,9 +696,9 @@ class GlobeExperts(nn.Module):
     def _held_shape(self, f: str) -> tuple:
         return self._shape(f) if self.hold[f] == "weight" else (self.families[f]["r"], self.hidden_dim)
 
-    # Whose dtype and device the others have: an adapter, or beside codes a dense matrix
+    # Whose dtype and device the others have: an adapter, beside codes a dense matrix or the guard
     def _adapters(self) -> Tensor:
-        return next(self.parameters())
+        return next(self.parameters(), self.gate_up_proj)
 
     def _bank_of(self, f: str) -> Tensor:
         about = self.families[f]
@@ -713,19 +718,20 @@ class GlobeExperts(nn.Module):
     # What is held of one row: B~ (r, d), or W^ as the model has it
     def _value(self, f: str, row: int) -> Tensor:
         if "code" in self.families[f]:
-            return self._decoded(f, [row])[0]
+            basis = [self._bank[0]._buffers[key] for key in basis_shapes(self._about(f), 1)]
+            return decode(self._codes(f), basis, self._shape(f)[1], [row])[0]
         X = self._basis(f, [row])[0]
         if self.hold[f] == "basis":
             return X
         W = self.families[f]["shift"] + self.families[f]["scale"] * (getattr(self, f"{f}_A")[row] @ X)
         return W.T if f == "down" else W
 
-    # W^ (n, p, d) float32 of rows from packed codes: adapters (n, p, r) times the layer's basis
-    def _decoded(self, f: str, rows: list) -> Tensor:
-        layer = self.families[f]["layers"][str(self.layer)]
-        A = decode(*(self._buffers[f"{f}_{key}"] for key in code_shapes(layer, 1, 1)), rows)
-        basis = [self._bank[0]._buffers[key].to(A.device) for key in basis_shapes(layer, 1)]
-        return A[..., :layer["rows"]] @ decode_basis(*basis)
+    # A coded family's description in this layer, and its tensors
+    def _about(self, f: str) -> dict:
+        return self.families[f]["layers"][str(self.layer)]
+
+    def _codes(self, f: str) -> dict:
+        return {key: self._buffers[f"{f}_{key}"] for key in code_shapes(self._about(f), 1, 1)}
 
     # Compose experts into their slots: bases of a family in one call, straight into its slab
     def _fill(self, cache: ExpertCache, experts: list, slots: list) -> None:
@@ -733,11 +739,6 @@ class GlobeExperts(nn.Module):
         for f, slab in self._slabs(cache).items():
             if self.hold[f] == "basis" and slab.dtype == self._bank_of(f).dtype:
                 self._basis(f, rows, slab, torch.tensor(slots, device=slab.device))
-                continue
-            if "code" in self.families[f]:
-                for i in range(0, len(rows), 8):
-                    part = self._decoded(f, rows[i:i + 8])
-                    slab[torch.tensor(slots[i:i + 8], device=slab.device)] = part.to(slab.dtype)
                 continue
             for row, i in zip(rows, slots):
                 slab[i] = self._value(f, row)
@@ -1100,7 +1101,7 @@ def check_cache(cache: CacheConfig, families: dict, composed: bool) -> None:
     expect(cache.mode in modes, f"cache.mode: expected one of {', '.join(modes)}, found {short(cache.mode)}")
     coded = any("code" in about for about in families.values())
     expect(not (coded and cache.mode == "direct"), "cache.mode=direct: expected 16-bit bases, found codes")
-    found = {about["activation"] for about in families.values()} - {"identity"}
+    found = {about.get("activation", "identity") for about in families.values()} - {"identity"}
     expect(cache.mode != "direct" or composed or not found,
            f"cache.mode=direct: expected bases without an activation, found {', '.join(found)}")
 
@@ -1259,8 +1260,7 @@ def check_mixtures(model: nn.Module, where: Path | str) -> None:
     for module in globe_modules(model):
         for f, about in module.families.items():
             if "code" in about and not module._buffers[f"{f}_width"].is_meta:
-                layer = about["layers"][str(module.layer)]
-                wrong = code_problem(*(module._buffers[f"{f}_{key}"] for key in code_shapes(layer, 1, 1)))
+                wrong = code_problem(module._codes(f), module._shape(f)[1])
                 expect(not wrong, f"{where}: layer {module.layer} {f}: {wrong}")
             idx = getattr(module, f"{f}_idx", None)
             if idx is not None and not idx.is_meta:
@@ -1402,10 +1402,12 @@ class BankConfig:
     share: bool = True  # gate and up draw from one bank (where both are compressed)
     activation: str = "identity"  # phi: identity | silu | tanh
     init: str = "auto"  # experts | svd | dictionary | random; auto: experts
-    # stored bits per dense weight, everything counted: packed codes in a basis per layer, and no r, ratio, m,
-    # scope or sparsity; null: 16-bit factors
+    # stored bits per dense weight, everything counted: packed codes, and no r, ratio, m, scope or sparsity;
+    # null: 16-bit factors
     bits: float | None = None
-    basis: str = "auto"  # of codes: orthonormal (in the layer's metric); auto: orthonormal
+    # of gate and up in codes: orthonormal (of each layer, in its metric), rotation (of all layers), identity;
+    # auto: the one of the first two that loses less on the calibration text
+    basis: str = "auto"
 
 
 @dataclass
@@ -1534,7 +1536,7 @@ CHOICES = {
     "model.normalize": ("none", "scale", "zscore"),
     "bank.activation": ("identity", "silu", "tanh"),
     "bank.init": ("auto", "experts", "svd", "dictionary", "random"),
-    "bank.basis": ("auto", "orthonormal"),
+    "bank.basis": ("auto", "identity", "orthonormal", "rotation"),
     "sparsity.map": ("auto", "sparsemax", "entmax", "softmax", "signed"),
     "sparsity.alpha": (1.0, 1.5, 2.0),
     "fit.method": ("varpro", "am", "adam"),
@@ -1600,8 +1602,6 @@ def check_config(cfg: Config) -> Config:
         expect(cfg.bank.bits <= 8, f"bank.bits: expected at most 8, found {cfg.bank.bits}")
         expect(cfg.bank.activation == "identity",
                f"bank.bits: expected bank.activation identity, found {cfg.bank.activation}")
-        expect(cfg.model.families != "all", "bank.bits: expected model.families gate, up or both, found all: "
-               "downs in codes are not in this version")
         expect(cfg.cache.mode != "direct", "bank.bits: expected cache.mode lru, all or none, found direct")
         expect(cfg.bank.memory is None, "bank.bits: expected no bank.memory, which chooses ratios")
     expect(cfg.cache.mode != "direct" or cfg.bank.activation == "identity",
@@ -2921,7 +2921,7 @@ def moment_shapes(D: Dims) -> dict:
     square = (D.d, D.d)
     rows = (D.experts, D.p)
     return {"inputs": square, "weighted": square, "hidden": (D.p, D.p), "gate": rows, "up": rows,
-            "gate_x": (*rows, D.d), "up_x": (*rows, D.d)}
+            "output": (D.d,), "gate_x": (*rows, D.d), "up_x": (*rows, D.d)}
 
 
 def gate_slopes(module: nn.Module, z: Tensor) -> tuple:
@@ -2937,7 +2937,8 @@ class Moments:
     """Sums over the calibration's tokens, {kind: {layer: Tensor}}: what the fit's metric is made of.
 
     inputs (d, d): x x^T of the experts' inputs. hidden (p, p): h h^T of their hidden activations.
-    gate, up (E, p): s^2, s being what an error in that output of an expert moves.
+    gate, up (E, p): s^2, s being what an error in that output of an expert moves; output (d,): in the block's
+    own, which downs add up to.
     weighted (d, d): x x^T times the token's sum of s^2. gate_x, up_x (E, p, d), with means: s^2 x.
 
     fisher: s is the gradient of log q(v), v drawn from the model's distribution q of the next token; s^2 is
@@ -3006,6 +3007,9 @@ class Moments:
             pull = self.output.grad.reshape(x.shape).float()
         else:
             pull = y.reshape(x.shape).float().square().mean(-1).clamp_min(1e-12).rsqrt()
+
+        whole = pull.square() if self.fisher else pull.square()[:, None].expand(x.shape)
+        self.sums["output"][layer] += whole.sum(0).to(self.home)
 
         # s^2 (t, p) of gate and up of every expert on its own tokens, and the tokens' sums
         squares = {}
@@ -3194,7 +3198,8 @@ def load_moments(path: Path, ckpt: Checkpoint, tag: str | None = None) -> dict:
     out = {}
     kinds = {name.partition(".")[0] for name in names}
     for kind, shape in moment_shapes(ckpt.dims).items():
-        if kind not in kinds and (tag or kind in MEANS):
+        # older files have no "output", which codes of down need
+        if kind not in kinds and (tag or kind in MEANS or kind == "output"):
             continue
         # MEANS are read when they are asked for
         out[kind] = LazyDict({l: functools.partial(read, f"{kind}.{l}", shape) for l in ckpt.dims.layers})
@@ -3435,10 +3440,18 @@ class FamilyFactors:
         bank = self.bank[self.group[layer]]
         return compose(bank, self.idx[layer][rows], self.val[layer][rows], self.activation)
 
+    def weights(self, layer: int, rows: list, device: torch.device | str = "cpu") -> Tensor:
+        """W^ (n, p, d) float32 of those experts of the layer."""
+        A = self.A[layer][rows].to(device, torch.float32)
+        return self.shift + self.scale * (A @ self.composed(layer, rows).to(A))
+
     def weight(self, layer: int, row: int) -> Tensor:
         """W^ (p, d) float32 of one expert."""
-        X = self.composed(layer, [row])[0].float()
-        return self.shift + self.scale * (self.A[layer][row].float() @ X)
+        return self.weights(layer, [row])[0]
+
+    def shape(self) -> tuple:
+        """(banks, m, r)"""
+        return len(self.bank), *self.bank[0].shape[:2]
 
     def support(self) -> Tensor:
         """Support size of every expert."""
@@ -3461,35 +3474,28 @@ class FamilyFactors:
 
 @dataclass
 class CodedFamily:
-    """One family in packed codes: W^ = A X, with adapters A in codes and the layer's basis X in 8 bits."""
+    """One family in packed codes: W^ = A X, with adapters A in codes and a basis X in 8 bits; without a basis
+    A is W^ itself, with its columns in order."""
     name: str
-    of: dict      # {l: name of the layer's basis}, which families may share
+    columns: int  # of W^: hidden_size, of down moe_intermediate_size
+    of: dict      # {l: name of its basis, which layers and families may share; of the identity None}
     bases: dict   # {name: (basis (r, d) int8, scale int16)}
     layers: dict  # {l: {kind of tensor: tensor}}, as code_shapes names them
     activation: str = "identity"
-    shift: float = 0.0
-    scale: float = 1.0
 
-    def __post_init__(self):
-        # {l: adapters (E_l, p, r) float32}, decoded when they are asked for
-        self.A = LazyDict({l: functools.partial(self.adapters, l) for l in self.layers})
-
-    @property
-    def bank(self) -> list:
-        """A basis (1, r, d) per layer, by its shape."""
-        return [basis[None].to("meta") for basis, _ in map(self.bases.get, self.of.values())]
-
-    def adapters(self, layer: int, rows: slice | list = slice(None)) -> Tensor:
-        return decode(*self.layers[layer].values(), rows)[..., :len(self.bases[self.of[layer]][0])]
-
-    def composed(self, layer: int, rows: slice | list = slice(None)) -> Tensor:
-        """X (b, r, d) of the layer's experts (or those rows): the same for all."""
-        X = decode_basis(*self.bases[self.of[layer]])
-        return X.expand(len(self.layers[layer]["kind"][rows]), -1, -1)
+    def weights(self, layer: int, rows: list, device: torch.device | str = "cpu") -> Tensor:
+        """W^ (n, p, d) float32 of those experts of the layer."""
+        basis = self.bases.get(self.of[layer], ())
+        W = decode(self.layers[layer], basis, self.columns, rows).to(device)
+        return W.mT if self.name == "down" else W
 
     def weight(self, layer: int, row: int) -> Tensor:
         """W^ (p, d) float32 of one expert."""
-        return self.adapters(layer, [row])[0] @ decode_basis(*self.bases[self.of[layer]])
+        return self.weights(layer, [row])[0]
+
+    def shape(self) -> tuple:
+        """(banks, m, r): bases, each of one; the rows of the largest."""
+        return len(self.bases), 1, max((len(X) for X, _ in self.bases.values()), default=self.columns)
 
     def support(self) -> Tensor:
         """Bases of every expert: one."""
@@ -3512,11 +3518,11 @@ class CodedFamily:
     def meta(self, name: str) -> dict:
         layers = {}
         for l, layer in self.layers.items():
-            layers[str(l)] = {
-                "basis": "orthonormal", "of": self.of[l], "rows": len(self.bases[self.of[l]][0]),
-                "bytes": len(layer["codes"]), "classes": len(layer["width"])}
-        return {"code": "trellis", "activation": self.activation, "shift": self.shift, "scale": self.scale,
-                "layers": layers}
+            of = self.of[l]
+            rows = len(self.bases[of][0]) if of else layer["order"].shape[1]
+            layers[str(l)] = {"of": of, "rows": rows, "bytes": len(layer["codes"]),
+                              "classes": len(layer["width"])}
+        return {"code": "trellis", "columns": self.columns, "layers": layers}
 
 
 @dataclass
@@ -3532,9 +3538,10 @@ class Factors:
     down: dict = field(default_factory=dict)   # {layer: (n, d, p)}, refined, of the experts of refined(layer)
 
     def refined(self, layer: int) -> list:
-        """Experts whose down projection the refinement replaces: fitted ones, and the whole shared expert."""
+        """Experts whose dense down the refinement replaces: fitted ones, and the whole shared expert."""
         D = self.dims
-        return [e for e in self.experts[layer] if e < D.experts] + [*range(D.experts, D.experts + D.shared)]
+        routed = [e for e in self.experts[layer] if e < D.experts and "down" not in self.families]
+        return routed + [*range(D.experts, D.experts + D.shared)]
 
     def coded(self) -> bool:
         return any(isinstance(f, CodedFamily) for f in self.families.values())
@@ -4784,12 +4791,12 @@ def shared_group(call: LayerCall, experts: list, D: Dims) -> ExpertGroup:
                        mlp.up_proj.weight[part], mlp.down_proj.weight[:, part])
 
 
-def grouped(factors: Factors, l: int, everywhere: bool) -> list:
+def grouped(factors: Factors, l: int, everywhere: bool, alone: bool) -> list:
     """[[expert, ...]]: all experts of layer l, those together that are solved for at once."""
     E = factors.dims.experts
     shared = [*range(E, E + factors.dims.shared)]
-    # adapters of down are solved for one expert after another
-    if "down" in factors.families:
+    # adapters or codes of down are solved for one expert after another
+    if alone or "down" in factors.families:
         return [[e] for e in (*range(E), *shared)]
     # experts that all see every token are one group, and so are the shared expert's slices
     together = [e for e in factors.experts[l] if everywhere and e < E]
@@ -4800,13 +4807,11 @@ def grouped(factors: Factors, l: int, everywhere: bool) -> list:
 def compress(group: ExpertGroup, factors: Factors, l: int) -> None:
     """Put the factors' weights in place of a group's dense ones."""
     for family, fam in factors.families.items():
-        A = fam.A[l][group.rows].to(group.down.device, torch.float32)
-        X = fam.composed(l, group.rows).to(A.device, torch.float32)
-        W = (fam.shift + fam.scale * (A @ X)).flatten(0, 1).to(group.down.dtype)  # (P, d)
+        W = fam.weights(l, group.rows, group.down.device).flatten(0, 1).to(group.down.dtype)  # (P, d)
         setattr(group, family, W.T if family == "down" else W)
 
 
-def expert_groups(call: LayerCall, factors: Factors, l: int, slopes: bool) -> tuple:
+def expert_groups(call: LayerCall, factors: Factors, l: int, slopes: bool, alone: bool = False) -> tuple:
     """([ExpertGroup] to refine in layer l, at work with the factors' weights; residual (N, d) float32, dense
     minus compressed output with the shared expert's; the mean square of the dense output)."""
     E = factors.dims.experts
@@ -4814,7 +4819,7 @@ def expert_groups(call: LayerCall, factors: Factors, l: int, slopes: bool) -> tu
     groups = []
     dense = call.y.to(torch.float32, copy=True)
     residual = dense.clone()
-    for experts in grouped(factors, l, call.index.shape[1] == E):
+    for experts in grouped(factors, l, call.index.shape[1] == E, alone):
         shared = experts[0] >= E
         group = shared_group(call, experts, factors.dims) if shared else routed_group(call, experts)
         group.rows = [fitted.index(e) for e in experts if e in fitted]
@@ -4964,14 +4969,16 @@ def ridge_factor(group: ExpertGroup) -> tuple:
     return ridge, spd_factor(gram, 0)
 
 
-def refine_down(groups: list, residual: Tensor, sweeps: int = 3, project: Callable | None = None) -> list:
+def refine_down(groups: list, residual: Tensor, sweeps: int = 3, project: Callable | None = None,
+                start: list | None = None) -> list:
     """Down projections [(d, P)] that make up for a layer's residual (He et al. 2017, arXiv:1707.06168).
 
     residual: (N, d) float32, dense minus compressed output; what is left of it stays in place.
-    project(group, change (d, P)): the part of a change that the group can represent.
+    project(group, change (d, P)): the part of a change that the group can represent. start: [(d, P)] that
+    the residual was taken with, where that is not the groups' own.
     Ridge regression in block Gauss-Seidel: a group fits what the others leave.
     """
-    new = [group.down.float().clone() for group in groups]
+    new = [down.float().clone() for down in start or (group.down for group in groups)]
     factors = {i: ridge_factor(group) for i, group in enumerate(groups) if len(group.h)}
     for _ in range(sweeps if len(groups) > 1 else 1):
         for i, (ridge, chol) in factors.items():
@@ -5023,8 +5030,24 @@ def layer_call(walk: LayerWalk, l: int, x: Tensor) -> LayerCall:
     return LayerCall(parent, module, *map(torch.cat, zip(*seen)))
 
 
-def refine_layer(call: LayerCall, factors: Factors, l: int, fit: FitConfig, keep: Callable) -> dict:
-    """Refine layer l in place; keep(name, tensor, dtype) puts what is new where it stays."""
+def layer_calls(walk: LayerWalk, windows: Tensor, layers: Iterable, progress: Callable) -> Iterator[tuple]:
+    """(l, LayerCall) of those layers, one after the other, on windows (N, T) of token ids."""
+    x = torch.empty(*windows.shape, walk.ckpt.dims.d, dtype=walk.dtype)
+    walk.embed(windows, x)
+    for l in progress(range(max(layers) + 1)):
+        walk.fill([l])
+        if l in layers:
+            yield l, layer_call(walk, l, x)
+        else:
+            walk.advance([l], x)
+        walk.empty([l])
+
+
+def refine_layer(call: LayerCall, factors: Factors, l: int, fit: FitConfig, keep: Callable,
+                 down: dict | None = None) -> dict:
+    """Refine layer l in place; keep(name, tensor, dtype) puts what is new where it stays.
+
+    down {l: (bits, weights)}: that downs are coded too, which puts the layer's codes in their place."""
     D = factors.dims
     families = factors.families
     # adapters in codes stay as they are
@@ -5034,7 +5057,7 @@ def refine_layer(call: LayerCall, factors: Factors, l: int, fit: FitConfig, keep
         step = max(1, call.index.numel() // (REFINE_TOKENS * D.d * D.experts))
         some = LayerCall(call.parent, call.module, call.x[::step], call.index[::step],
                          call.weight[::step], call.y[::step])
-    groups, residual, size = expert_groups(some, factors, l, adapt)
+    groups, residual, size = expert_groups(some, factors, l, adapt, bool(down))
     before = float(residual.square().mean()) / size
     if adapt:
         old = {}
@@ -5050,8 +5073,13 @@ def refine_layer(call: LayerCall, factors: Factors, l: int, fit: FitConfig, keep
             del groups, residual
             groups, residual, size = expert_groups(call, factors, l, False)
 
-    # down: its adapters where it was fitted, else the whole projections
-    if fit.down and "down" in families:
+    # down: its codes; its adapters where it was fitted; else the whole projections
+    if down:
+        down[l], dense = code_down(groups, residual, *down[l], fit.down)
+        if dense and fit.down:
+            parts = [W.unflatten(1, (-1, D.p)).transpose(0, 1) for W in dense]
+            factors.down[l] = keep(f"down.{l}", torch.cat(parts))
+    elif fit.down and "down" in families:
         A = refine_down_adapters(groups, factors, l, residual)
         families["down"].A[l] = keep(f"down.{l}", A, A.dtype)
     elif fit.down:
@@ -5063,20 +5091,8 @@ def refine_layer(call: LayerCall, factors: Factors, l: int, fit: FitConfig, keep
     return {"layer": l, "before": math.sqrt(before), "after": math.sqrt(after)}
 
 
-# The fit counts each row of gate and up by itself; this counts how errors cancel or add up in a token's
-# output. Inputs are the dense model's.
-@torch.no_grad()
-def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, device: torch.device,
-           scratch: Path | None = None, progress: Callable = lambda it: it) -> list:
-    """Refine, in place, each layer's adapters of gate and up, then its down projections, by its output.
-
-    windows: (N, T) token ids. scratch: a directory for what is new, which may not fit in memory.
-    Returns [{"layer", "before", "after"}], relative errors of the output; in front of them
-    {"windows": n, "of": N} where memory was enough for n only. UserError where one is not finite.
-    """
-    def keep(name: str, t: Tensor, dtype: torch.dtype = ckpt.dtype) -> Tensor:
-        return t.to("cpu", dtype) if scratch is None else on_disk(scratch / name, t.shape, dtype).copy_(t)
-
+# (windows that memory is enough for, the walk that puts them through the model)
+def refine_walk(ckpt: Checkpoint, windows: Tensor, cfg: Config, device: torch.device) -> tuple:
     D = ckpt.dims
     dtype = with_gradients(as_dtype(cfg.calib.dtype) or ckpt.dtype)
     walk = LayerWalk(ckpt, device, compute_dtype(dtype, device), min(cfg.calib.batch, len(windows)))
@@ -5084,20 +5100,31 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
     each = walk.dtype.itemsize * (3 * D.p * (D.top_k + D.shared) + 5 * D.d) + 16 * D.d
     free = min(free_memory(device), free_memory(torch.device("cpu")))
     most = max(1, int(free / 2 / each / windows.shape[1]))
-    some = windows[::math.ceil(len(windows) / most)]
+    return windows[::math.ceil(len(windows) / most)], walk
+
+
+# The fit counts each row of gate and up by itself; this counts how errors cancel or add up in a token's
+# output. Inputs are the dense model's.
+@torch.no_grad()
+def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, device: torch.device,
+           scratch: Path | None = None, progress: Callable = lambda it: it, down: dict | None = None) -> list:
+    """Refine, in place, each layer's adapters of gate and up, then its down projections, by its output.
+
+    windows: (N, T) token ids. scratch: a directory for what is new, which may not fit in memory. down: as
+    of refine_layer.
+    Returns [{"layer", "before", "after"}], relative errors of the output; in front of them
+    {"windows": n, "of": N} where memory was enough for n only. UserError where one is not finite.
+    """
+    def keep(name: str, t: Tensor, dtype: torch.dtype = ckpt.dtype) -> Tensor:
+        return t.to("cpu", dtype) if scratch is None else on_disk(scratch / name, t.shape, dtype).copy_(t)
+
+    some, walk = refine_walk(ckpt, windows, cfg, device)
     rows = []
     if len(some) < len(windows):
         rows.append({"windows": len(some), "of": len(windows)})
 
-    x = torch.empty(*some.shape, D.d, dtype=walk.dtype)
-    walk.embed(some, x)
-    for l in progress(range(max(factors.experts) + 1)):
-        walk.fill([l])
-        if l in factors.experts:
-            rows.append(refine_layer(layer_call(walk, l, x), factors, l, cfg.fit, keep))
-        else:
-            walk.advance([l], x)
-        walk.empty([l])
+    for l, call in layer_calls(walk, some, factors.experts, progress):
+        rows.append(refine_layer(call, factors, l, cfg.fit, keep, down))
     return rows
 
 
@@ -5107,99 +5134,171 @@ CODE_ERROR = (1.0, 0.2905, 0.0805, 0.0224, 0.0064)
 CODE_SCALE = (1.0, 0.86, 0.98, 1.0, 1.01)
 # Rows of a layer fall into classes, each of half the weighted energy of the one before.
 CLASSES = 16
-# Rows that Viterbi's algorithm takes at a time: what it remembers of them stays in a cache.
-ROWS_AT_ONCE = 128
+# Damping of the metric of an expert's down.
+CODE_RIDGE = 0.01
+# Of the calibration text, by which bank.basis=auto chooses.
+AUTO_WINDOWS = 16
+# Columns whose errors go into each other at once, and into all behind them by one product.
+COLUMNS_AT_ONCE = 64
 
 
-def trellis_encode(x: Tensor, width: Tensor) -> Tensor:
-    """Codes (n, bytes) uint8 of the values (unpack) nearest to x (n, B * CODE_BLOCK): Viterbi's algorithm."""
+def trellis_encode(x: Tensor, width: Tensor, weight: Tensor, start: Tensor) -> Tensor:
+    """States (n, T) int16, windows of the values nearest to the sequences x (n, T): Viterbi's algorithm.
+
+    width (n, T) uint8: bits of each value; where there are none the state stays, and stands for nothing.
+    weight (n, T): of the squared errors. start (n,) int64: the state in front of each sequence."""
     values = trellis_values().to(x.device)
-    if native("trellis_encode", x.device.type):
-        width = width.long().repeat_interleave(CODE_BLOCK)
-        return torch.ops.globe.trellis_encode(x[:, width > 0].contiguous(), width[width > 0], values)
-    return trellis_torch(x, width, values)
+    encode = torch.ops.globe.trellis_encode if native("trellis_encode", x.device.type) else trellis_torch
+    return encode(x.contiguous(), width.contiguous(), weight.contiguous(), values, start)
 
 
 # The torch twin of globe::trellis_encode
-def trellis_torch(x: Tensor, width: Tensor, values: Tensor) -> Tensor:
-    n = 2 ** WINDOW
-    cost = x.new_full((len(x), n), math.inf)
-    cost[:, 0] = 0
+def trellis_torch(x: Tensor, width: Tensor, weight: Tensor, values: Tensor, start: Tensor) -> Tensor:
+    n = len(values)
+    cost = x.new_full((len(x), n), math.inf).scatter_(1, start[:, None], 0)
     came_from = []
-    columns = [(t, k) for t, k in enumerate(width.repeat_interleave(CODE_BLOCK).tolist()) if k]
-    for t, k in columns:
-        # the window loses its k highest bits: the cheapest of the states that differ in these alone goes on
-        cost, lost = cost.view(len(x), 2 ** k, n >> k).min(1)
-        came_from.append(lost.to(torch.uint8))
-        cost = cost.repeat_interleave(2 ** k, 1).add_((x[:, t, None] - values).square_())
+    for t in range(x.shape[1]):
+        came_from.append(torch.zeros(len(x), n, dtype=torch.uint8, device=x.device))
+        for k in width[:, t].unique().tolist():
+            rows = (width[:, t] == k).nonzero()[:, 0]
+            # the window loses its k highest bits: the cheapest of the states that differ in these goes on
+            least, lost = cost[rows].view(-1, 2 ** k, n >> k).min(1)
+            came_from[t][rows, :n >> k] = lost.to(torch.uint8)
+            least = least.repeat_interleave(2 ** k, 1)
+            step = (x[rows, t, None] - values).square_() * weight[rows, t, None]
+            cost[rows] = least + step if k else least
     # back from the cheapest end
-    state = cost.argmin(-1)[:, None]
-    bits = []
-    for _, k in reversed(columns):
-        bits.append(state >> torch.arange(k, device=x.device).flip(0) & 1)
+    state = cost.argmin(-1)
+    states = []
+    for t in reversed(range(x.shape[1])):
+        states.append(state.to(torch.int16))
+        k = width[:, t].long()
         low = state >> k
-        state = came_from.pop().gather(1, low).long() << (WINDOW - k) | low
-    stream = torch.cat(bits[::-1], 1).view(len(x), -1, 8)
-    return (stream << torch.arange(8, device=x.device).flip(0)).sum(-1).to(torch.uint8)
+        lost = came_from[t].gather(1, low[:, None])[:, 0].long() << (WINDOW - k)
+        state = torch.where(k > 0, lost | low, state)
+    return torch.stack(states[::-1], 1)
+
+
+# bytes of the states (T,) of one stream, the first value's bits highest; width (T,)
+def packed(states: Tensor, width: Tensor) -> bytes:
+    place = torch.arange(max(WIDTHS) - 1, -1, -1, device=states.device)
+    bits = states[:, None] >> place & 1
+    return np.packbits(bits[place < width[:, None]].to("cpu", torch.uint8).numpy()).tobytes()
+
+
+# (n, p, columns) -> (n, p, B, CODE_BLOCK), the last block filled up with zeros
+def blocks_of(y: Tensor) -> Tensor:
+    return F.pad(y, (0, -y.shape[-1] % CODE_BLOCK)).unflatten(-1, (-1, CODE_BLOCK))
+
+
+class Coordinates(NamedTuple):
+    """A layer's n matrices as they are coded: W = y X, or y is W with its columns in order."""
+    basis: str            # identity | orthonormal | rotation
+    y: Tensor             # (n, p, c)
+    weights: Tensor       # (n, p) of the squared errors of a row
+    X: Tensor | None      # (c, d), of the identity none
+    order: Tensor | None  # (n, c), of the identity
+    U: Tensor | None      # (1 or n, c, c) upper factor of H^-1 = U^T U, H being errors' metric; None: H is I
+
+
+def feedback(H: Tensor) -> Tensor:
+    """U (n, c, c) upper triangular with H^-1 = U^T U (Frantar et al. 2023, arXiv:2210.17323)."""
+    # with the columns turned round, a lower factor of H is an upper one: no inverse of H itself is formed
+    L = torch.linalg.cholesky(H.double().flip(-1, -2)).flip(-1, -2)  # H = L L^T, L upper
+    eye = torch.eye(H.shape[-1], dtype=L.dtype, device=L.device)
+    return torch.linalg.solve_triangular(L, eye.expand_as(L), upper=True).float()
+
+
+def orthonormal(W: Tensor, weights: Tensor, L: Tensor) -> Coordinates:
+    """In a layer's own basis, by rising energy of the rows of W L (n, p, d), weighted by weights (n, p)."""
+    rows = W @ L
+    # eigenvectors of the rows' weighted second moment, the largest last
+    flat = rows.flatten(0, 1)
+    Q = torch.linalg.eigh(((flat * weights.reshape(-1, 1)).T @ flat).double())[1].float()
+    X = torch.linalg.solve_triangular(L, Q.T, upper=False, left=False)
+    return Coordinates("orthonormal", rows @ Q, weights, X, None, None)
+
+
+def rotated(W: Tensor, weights: Tensor, L: Tensor, R: Tensor) -> Coordinates:
+    """In the coordinates R (d, d) that all layers share; errors' metric is R^T L L^T R."""
+    M = R.T @ L
+    return Coordinates("rotation", W @ R, weights, R.T, None, feedback(M @ M.T)[None])
+
+
+def in_order(W: Tensor, weights: Tensor, H: Tensor) -> Coordinates:
+    """As W (n, p, c) is, columns by rising energy in the metric H (1 or n, c, c): cheap ones first."""
+    # what each column alone adds to the error where it is left out
+    energy = W.square().sum(1) * H.diagonal(dim1=1, dim2=2)
+    order = energy.argsort(-1)  # (n, c)
+    # the metric with its rows and columns in that order
+    each = order[:, None].expand_as(W)
+    H = H.expand(len(W), -1, -1)
+    H = H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None].expand_as(H))
+    return Coordinates("identity", W.gather(2, each), weights, None, order, feedback(H))
 
 
 @dataclass
-class LayerSpectrum:
-    """A layer's rows of W L, (n, d), in the basis of their weighted energy: what bits are shared out by."""
-    Q: Tensor      # (d, d) orthogonal, columns by rising energy
-    kind: Tensor   # (n,) class of each row
-    count: Tensor  # (K,) rows of each class
-    energy: Tensor  # (K, B) mean square by class and block of columns
-    weight: Tensor  # (K, B) the same, each row by its weight
+class Spectrum:
+    """What bits are shared out by: mean squares by class of rows and block of columns."""
+    kind: Tensor     # (n, p) class of each row
+    count: Tensor    # (K,) rows of each class
+    energy: Tensor   # (K, B) mean square
+    weight: Tensor   # (K, B) the same, each row's and column's by what an error there costs
+    block_bits: int  # beside the codes: of a block's rows of the basis, or its columns' places
+    tables: int = 1  # families that each have a width and a scale by class and block
 
 
-def blocks_of(y: Tensor) -> Tensor:
-    # (n, d) -> (n, B, CODE_BLOCK), the last block filled up with zeros
-    return F.pad(y, (0, -y.shape[1] % CODE_BLOCK)).unflatten(1, (-1, CODE_BLOCK))
-
-
-def spectrum(rows: Tensor, weights: Tensor) -> LayerSpectrum:
-    """The spectrum of rows (n, d) of W L with the weights (n,) of their squared errors."""
-    Q = torch.linalg.eigh(((rows * weights[:, None]).T @ rows).double())[1].float()
-    squares = blocks_of(rows @ Q).square().mean(-1)  # (n, B)
+def spectrum(c: Coordinates, tables: int = 1) -> Spectrum:
+    squares = blocks_of(c.y.square())
+    # what an error costs that the columns behind it make up for
+    costs = squares
+    if c.U is not None:
+        costs = squares * blocks_of(c.U.diagonal(dim1=1, dim2=2) ** -2)[:, None].mean(-1, keepdim=True)
+    squares = squares.mean(-1).flatten(0, 1)  # (n p, B)
+    costs = costs.mean(-1).flatten(0, 1) * c.weights.reshape(-1, 1)
 
     # classes by what the whole row weighs, in factors of two; the last one has all that is less
-    total = weights * squares.sum(-1)
+    total = costs.sum(-1)
     level = (total.max().clamp_min(1e-30) / total.clamp_min(1e-38)).log2()
     found, kind = level.long().clamp_max(CLASSES - 1).unique(return_inverse=True)
-    belongs = F.one_hot(kind, len(found)).float().T  # (K, n)
+    belongs = F.one_hot(kind, len(found)).float().T  # (K, n p)
     count = belongs.sum(1)
     share = belongs / count.clamp_min(1)[:, None]
-    return LayerSpectrum(Q, kind, count, share @ squares, share @ (squares * weights[:, None]))
+
+    d = c.y.shape[-1]
+    block_bits = {"orthonormal": CODE_BLOCK * (8 * d + 16 * math.ceil(d / 64)),
+                  "identity": 16 * CODE_BLOCK * len(c.y), "rotation": 0}[c.basis]
+    return Spectrum(kind.view(c.weights.shape), count, share @ squares, share @ costs, block_bits, tables)
 
 
-def share_bits(spectra: dict, bits: float, d: int, families: int) -> dict:
-    """{l: widths (K, B)} of the least weighted error, where all that is stored is at most `bits` in number.
+# bits stored of a layer at widths (K, B): codes; blocks; each row's class and scale; by class and block a
+# width and a scale
+def stored_bits(s: Spectrum, width: Tensor) -> float:
+    used = max(1, int((width > 0).any(0).sum()))
+    codes = CODE_BLOCK * float((s.count[:, None] * width).sum()) + 8 * len(s.kind)
+    return codes + s.block_bits * used + 16 * float(s.count.sum()) + 24 * s.tables * len(s.count) * used
+
+
+def share_bits(spectra: dict, bits: float) -> dict:
+    """{key: widths (K, B)} of the least weighted error, where all that is stored is at most `bits` in number.
 
     Reverse water-filling over classes, columns and layers (Cover and Thomas, section 10.3): every block takes
     the width at which another bit would gain less than a price. UserError where not even zeros fit.
     """
     errors = torch.tensor(CODE_ERROR, dtype=torch.float64)
     widths = torch.tensor(WIDTHS)
-    # of a block's rows of the basis: 8 bits a number, and 16 of each 64 numbers' scale
-    basis_bits = CODE_BLOCK * (8 * d + 16 * math.ceil(d / 64))
 
     def at_price(price: float) -> tuple:
         chosen = {}
-        stored = 0.0
-        for l, s in spectra.items():
+        for key, s in spectra.items():
             numbers = CODE_BLOCK * s.count.double()[:, None, None]
             cost = numbers * (s.weight.double()[..., None] * errors + price * widths)  # (K, B, widths)
             best, choice = cost.min(-1)
             # a block pays for its rows of the basis too
             gain = (cost[..., 0] - best).sum(0)
-            choice[:, gain <= price * basis_bits] = 0
-            chosen[l] = widths[choice]
-            used = max(1, int((chosen[l].sum(0) > 0).sum()))
-            stored += float((numbers[..., 0] * chosen[l]).sum()) + basis_bits * used
-            # a row's class and scale; by class and block width and scale
-            stored += 16 * float(s.count.sum()) + 24 * families * len(s.count) * used
-        return stored, chosen
+            choice[:, gain <= price * s.block_bits] = 0
+            chosen[key] = widths[choice]
+        return sum(stored_bits(s, chosen[key]) for key, s in spectra.items()), chosen
 
     least = at_price(2.0 ** 300)[0]
     expect(least <= bits, f"bank.bits: expected {least / bits:.3g} times as many at least, for scales alone")
@@ -5228,84 +5327,201 @@ def code_basis(X: Tensor) -> tuple:
     return codes.flatten(1)[:, :X.shape[1]].to(torch.int8).contiguous(), stored
 
 
-def code_rows(rows: Tensor, s: LayerSpectrum, width: Tensor, used: Tensor) -> tuple:
-    """({kind of tensor: tensor} but codes, [codes of each row]) of rows (n, d) of W L at widths (K, B).
+def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
+    """({kind of tensor: tensor}, [each matrix' codes], what is decoded (n, p, c)) at widths (K, B).
 
-    used: (B,), the blocks that are stored."""
-    y = blocks_of(rows @ s.Q)[:, used]
-    width = width[:, used]
-    energy = s.energy[:, used]
+    Columns are coded one after the other, each with what those before it lost (GPTQ). Within one, rows share
+    a stream: the path through the trellis weighs their errors, and so gives bits to rows that need them."""
+    of = s.kind.long()  # (n, p)
+    narrow = width.to(torch.uint8)
+    y = blocks_of(c.y).flatten(2).transpose(1, 2).contiguous()  # (n, columns, p)
+    n, columns, p = y.shape
+    values = trellis_values().to(y.device)
+    best_scale = torch.tensor(CODE_SCALE, device=y.device)
 
-    # a class' scale by block, at the best size for the width; of a row what is left of its own
-    column, scale = log_scale(energy.sqrt() * torch.tensor(CODE_SCALE)[width])
-    own = width[s.kind] > 0  # (n, B)
-    squares = y.square().mean(-1) / energy[s.kind].clamp_min(1e-30)
-    size = ((squares * own).sum(1) / own.sum(1).clamp_min(1)).sqrt()
-    row = (128 + 8 * size.clamp_min(1e-30).log2()).round().clamp(0, 255).to(torch.uint8)
-    x = y / (scale[s.kind] * ((row.float() - 128) / 8).exp2()[:, None])[..., None]
+    # a row's scale: what is left of its own beside its class'
+    squares = y.square().unflatten(1, (-1, CODE_BLOCK)).mean(2).transpose(1, 2)  # (n, p, B)
+    own = width[of] > 0
+    squares = (squares / s.energy[of].clamp_min(1e-30) * own).sum(-1) / own.sum(-1).clamp_min(1)
+    row = (128 + 4 * squares.clamp_min(1e-30).log2()).round().clamp(0, 255).to(torch.uint8)
+    row_scale = ((row.float() - 128) / 8).exp2()  # (n, p)
 
-    codes = [b""] * len(rows)
-    for k in s.kind.unique().tolist():
-        if not width[k].any():
-            continue
-        for part in (s.kind == k).nonzero()[:, 0].split(ROWS_AT_ONCE):
-            for i, code in zip(part.tolist(), trellis_encode(x[part].flatten(1), width[k]).cpu().numpy()):
-                codes[i] = code.tobytes()
-    tensors = {"kind": s.kind.to(torch.uint8), "row": row, "width": width.to(torch.uint8), "column": column}
-    return tensors, codes
+    column = torch.zeros_like(width, dtype=torch.int16)
+    states = torch.zeros(n, columns, p, dtype=torch.int16, device=y.device)
+    state = torch.zeros(n, dtype=torch.long, device=y.device)
+    belongs = F.one_hot(of.flatten(), len(width)).float().T  # (K, n p)
+    belongs /= belongs.sum(1, keepdim=True).clamp_min(1)
+    for start in range(0, c.y.shape[2], COLUMNS_AT_ONCE):
+        stop = min(start + COLUMNS_AT_ONCE, c.y.shape[2])
+        errors = torch.zeros(n, stop - start, p, device=y.device)
+        for j in range(start, stop):
+            b = j // CODE_BLOCK
+            bits = narrow[:, b][of]
+            # a class' scale in a block by its energy at its turn, at the best size for the width
+            if j % CODE_BLOCK == 0:
+                block = y[:, j:j + CODE_BLOCK].square().mean(1) / row_scale.square()
+                energy = belongs @ block.flatten()  # (K,)
+                column[:, b], size = log_scale(energy.sqrt() * best_scale[width[:, b]])
+                scale = size[of] * row_scale
+            error = y[:, j].clone()
+            if bits.any():
+                weight = c.weights * scale.square()
+                weight /= weight.amax(1, keepdim=True).clamp_min(1e-38)
+                states[:, j] = trellis_encode(y[:, j] / scale, bits, weight, state)
+                state = states[:, j, -1].long()
+                error -= values[states[:, j].long()] * scale * (bits > 0)
+            y[:, j] -= error
+            if c.U is None:
+                continue
+            # the columns behind make up for it: at once within these, then all others
+            error /= c.U[:, j, j, None]
+            errors[:, j - start] = error
+            y[:, j + 1:stop] -= c.U[:, j, j + 1:stop, None] * error[:, None]
+        if c.U is not None:
+            y[:, stop:c.y.shape[2]] -= c.U[:, start:stop, stop:].mT @ errors
+
+    widths = narrow.T.repeat_interleave(CODE_BLOCK, 0)[:, of].transpose(0, 1)  # (n, columns, p)
+    codes = [packed(states[i].flatten(), widths[i].flatten()) for i in range(n)]
+    tensors = {"kind": s.kind.to(torch.uint8), "row": row, "width": narrow, "column": column}
+    return tensors, codes, y[:, :c.y.shape[2]].transpose(1, 2)
 
 
-def code_families(job: tuple, experts: dict, read: Callable, metrics: dict, bits: float, device: torch.device,
-                  progress: Callable = lambda it: it) -> Iterator[dict]:
-    """Code the families of a job, which share a basis per layer: a row per layer; the last has "families".
+# (c,) the columns that are stored: those of blocks with codes, at least one; all of a basis that layers share
+def stored_columns(c: Coordinates, width: Tensor) -> Tensor:
+    used = (width > 0).any(0)
+    used[-1] |= not used.any()
+    return (used | (c.basis == "rotation")).repeat_interleave(CODE_BLOCK)[:c.y.shape[2]]
 
-    experts {l: [expert]}; read(family, l, expert) -> W (p, d); metrics {family: as of metric_of, or none};
-    bits: stored per dense weight.
-    """
-    # rows of W L of all experts, one below the other, the weights of their errors, and L
-    def weighted(l: int) -> tuple:
-        rows = []
+
+# of code()'s results CodedFamily.layers[l] of one family, whose experts are that part
+def coded_layer(c: Coordinates, tensors: dict, codes: list, part: slice) -> dict:
+    columns = stored_columns(c, tensors["width"])
+    blocks = columns[::CODE_BLOCK]
+    layer = {"codes": torch.tensor(bytearray(b"".join(codes[part])), dtype=torch.uint8)}
+    for key in ("kind", "row"):
+        layer[key] = tensors[key][part].cpu()
+    for key in ("width", "column"):
+        layer[key] = tensors[key][:, blocks].cpu()
+    if c.basis == "identity":
+        layer["order"] = c.order[part][:, columns].to("cpu", torch.int16)
+    return layer
+
+
+class CodeData:
+    """The matrices of gate and up in the coordinates of a basis, for the codes.
+
+    read(family, l, expert) -> W (p, d); metrics {family: as of metric_of}, or none: errors count alike."""
+
+    def __init__(self, experts: dict, read: Callable, metrics: dict, device: torch.device, basis: str):
+        self.experts = experts
+        self.read = read
+        self.left = {family: metric["left"] for family, metric in metrics.items()}
+        self.right = next(iter(metrics.values()))["right"] if metrics else {}
+        self.device = device
+        self.basis = basis
+        if basis == "rotation":
+            # eigenvectors of the mean moment of all layers' inputs
+            C = sum(L.double() @ L.double().T for L in map(self.right.__getitem__, experts))
+            self.R = torch.linalg.eigh(C)[1].float()
+
+    def coordinates(self, job: tuple, l: int) -> Coordinates:
+        """Of the experts of a job's families in layer l, family behind family."""
+        W = []
         weights = []
-        for family, e in itertools.product(job, experts[l]):
-            metric = metrics.get(family, {"left": {}, "right": {}})
-            W = read(family, l, e).to(device, torch.float32)
-            L = metric["right"][l] if metric["right"] else None
-            rows.append(W if L is None else W @ L)
-            S = metric["left"].get((l, e), torch.ones(len(W), device=device))
+        for family, e in itertools.product(job, self.experts[l]):
+            W.append(self.read(family, l, e).to(self.device, torch.float32))
+            S = self.left.get(family, {}).get((l, e), torch.ones(len(W[-1]), device=self.device))
             weights.append(S.square())
-        return torch.cat(rows), torch.cat(weights), L
+        W = torch.stack(W)
+        weights = torch.stack(weights)
+        L = self.right[l] if self.right else torch.eye(W.shape[2], device=W.device)
+        if self.basis == "orthonormal":
+            return orthonormal(W, weights, L)
+        if self.basis == "rotation":
+            return rotated(W, weights, L, self.R)
+        return in_order(W, weights, (L @ L.T)[None])
 
-    spectra = {}
-    for l in progress(experts):
-        rows, weights, _ = weighted(l)
-        spectra[l] = spectrum(rows, weights)
-    d = rows.shape[1]
-    dense = sum(len(s.kind) for s in spectra.values()) * d
-    widths = share_bits(spectra, bits * dense, d, len(job))
 
+def code_families(job: tuple, data: CodeData, widths: dict,
+                  progress: Callable = lambda it: it) -> Iterator[dict]:
+    """Code the families of a job, which share a basis, at widths {l: (K, B)}: a row per layer; the last has
+    "families"."""
     bases = {}
+    of = {}
     layers = {family: {} for family in job}
-    for step, l in enumerate(progress(experts), 1):
-        rows, _, L = weighted(l)
-        s = spectra.pop(l)
-        used = widths[l].sum(0) > 0
-        used[-1] |= not used.any()
-        tensors, codes = code_rows(rows, s, widths[l], used)
-        # the basis Q^T L^-1, but for the rows that nobody uses
-        X = s.Q.T if L is None else torch.linalg.solve_triangular(L, s.Q.T, upper=False, left=False)
-        X = X[used.repeat_interleave(CODE_BLOCK)[:d]]
-        bases[f"{job[0]}_{l}"] = tuple(t.cpu() for t in code_basis(X))
-        shape = (len(experts[l]), -1)
-        parts = {key: t.cpu() for key, t in tensors.items()}
-        for family, kind, row, mine in zip(job, parts["kind"].chunk(len(job)), parts["row"].chunk(len(job)),
-                                           torch.arange(len(codes)).chunk(len(job))):
-            whole = b"".join(codes[mine[0]:mine[-1] + 1])
-            layers[family][l] = {
-                "codes": torch.tensor(bytearray(whole), dtype=torch.uint8), "kind": kind.view(shape),
-                "row": row.view(shape), "width": parts["width"], "column": parts["column"]}
-        yield {"step": step, "layer": l, "rows": len(X), "bits": 8 * sum(map(len, codes)) / rows.numel()}
-    of = dict(zip(experts, bases))
-    yield {"families": {family: CodedFamily(family, of, bases, layers[family]) for family in job}}
+    for step, (l, experts) in enumerate(progress(data.experts.items()), 1):
+        c = data.coordinates(job, l)
+        tensors, codes, _ = code(c, spectrum(c), widths[l])
+        n = len(experts)
+        for i, family in enumerate(job):
+            layers[family][l] = coded_layer(c, tensors, codes, slice(i * n, i * n + n))
+        of[l] = None
+        if c.X is not None:
+            of[l] = f"{job[0]}_{l if c.basis == 'orthonormal' else 'all'}"
+            bases[of[l]] = tuple(t.cpu() for t in code_basis(c.X[stored_columns(c, widths[l])]))
+        bits = 8 * sum(map(len, codes)) / c.y.numel()
+        yield {"step": step, "layer": l, "basis": c.basis, "bits": bits}
+    d = c.y.shape[2]
+    yield {"families": {family: CodedFamily(family, d, of, bases, layers[family]) for family in job}}
+
+
+# ---- Down in codes: each expert's columns in the metric of its own hidden activations ----
+# H (p, p) of an expert at work, damped and with more of its diagonal where few tokens came
+def hidden_metric(group: ExpertGroup, tokens: int) -> Tensor:
+    n, P = group.h.shape
+    H = torch.zeros(P, P, device=group.h.device)
+    for part in group.h.split(4096):
+        H += part.T @ part
+    H /= tokens
+    # of few tokens only the diagonal can be told from chance
+    few = P / (P + n)
+    H = torch.lerp(H, H.diagonal().diag(), few)
+    return H + (CODE_RIDGE * H.diagonal().mean() + 1e-20) * torch.eye(P, device=H.device)
+
+
+def down_spectra(ckpt: Checkpoint, experts: dict, windows: Tensor, weights: dict, cfg: Config,
+                 device: torch.device, progress: Callable = lambda it: it) -> dict:
+    """{l: Spectrum} of the downs of experts {l: [expert]} at work; weights {l: (n, d)} of errors by row."""
+    some, walk = refine_walk(ckpt, windows, cfg, device)
+    found = {}
+    for l, call in layer_calls(walk, some, experts, progress):
+        W = []
+        H = []
+        for e in experts[l]:
+            shared = e >= ckpt.dims.experts
+            group = shared_group(call, [e], ckpt.dims) if shared else routed_group(call, [e])
+            group.activate(call.module, call.x, False)
+            H.append(hidden_metric(group, len(call.x)))
+            W.append(group.down.float())
+        found[l] = spectrum(in_order(torch.stack(W), weights[l], torch.stack(H)))
+    return found
+
+
+def code_down(groups: list, residual: Tensor, bits: float, weights: Tensor, solve: bool) -> tuple:
+    """(CodedFamily.layers[l] of a layer's downs, [(d, P)] of the groups that stay dense).
+
+    groups: ExpertGroup of one expert each, those with `rows` are coded; residual as in refine_down, what is
+    left of it stays in place; bits: stored at most; weights (n, d) of errors by row."""
+    tokens = len(residual)
+    new = refine_down(groups, residual) if solve else [group.down.float().clone() for group in groups]
+    coded = [i for i, group in enumerate(groups) if group.rows]
+    H = torch.stack([hidden_metric(groups[i], tokens) for i in coded])
+    c = in_order(torch.stack([new[i] for i in coded]), weights, H)
+    s = spectrum(c)
+    width = share_bits({0: s}, bits)[0]
+
+    tensors, codes, y = code(c, s, width)
+    coded_W = torch.empty_like(y).scatter_(2, c.order[:, None].expand_as(y), y)
+
+    # what stays dense makes up for what the codes lose
+    for i, W in zip(coded, coded_W):
+        group = groups[i]
+        residual[group.tokens] -= F.linear(group.h, (W - new[i]).to(group.h.dtype))
+    left = [i for i in range(len(groups)) if i not in coded]
+    dense = [new[i] for i in left]
+    if solve and left:
+        dense = refine_down([groups[i] for i in left], residual, 1, start=dense)
+    return coded_layer(c, tensors, codes, slice(None)), dense
 
 
 # ======== 12. Factors file; patch, assemble, exports, card ============================================
@@ -5340,7 +5556,8 @@ def tensor_shapes(meta: dict) -> dict:
     out = {}
     for name, f in meta["families"].items():
         for l, layer in f.get("layers", {}).items():
-            for key, (shape, _) in code_shapes(layer, len(meta["experts"][l]), D.p).items():
+            rows = D.d if name == "down" else D.p
+            for key, (shape, _) in code_shapes(layer, len(meta["experts"][l]), rows).items():
                 out[f"layers.{l}.{name}.{key}"] = shape
             for key, (shape, _) in basis_shapes(layer, D.d).items():
                 out[f"basis.{key}".replace("_scale", ".scale")] = shape
@@ -5386,8 +5603,8 @@ def load_factors(path: Path | str) -> Factors:
         expect(t.ndim == 1 and t.dtype == torch.float32,
                f"{path}: {name}: expected float32 (n,), found {t.dtype} {tuple(t.shape)}")
         factors.norms[name.removeprefix("norm.")] = t
-    for l in layers if "down" not in families else ():
-        if f"layers.{l}.down" in tensors:
+    for l in layers:
+        if f"layers.{l}.down" in tensors and (factors.coded() or "down" not in families):
             wanted = (len(factors.refined(l)), factors.dims.d, factors.dims.p)
             factors.down[l] = finite(take(f"layers.{l}.down", wanted), f"layers.{l}.down", path)
     if tensors:
@@ -5411,7 +5628,7 @@ def read_factors(path: Path) -> tuple:
 
 # what the last part of a tensor's name says of its dtype; all others are floating point
 INTEGERS = {"idx": torch.int32, "codes": torch.uint8, "kind": torch.uint8, "row": torch.uint8,
-            "width": torch.uint8, "column": torch.int16, "scale": torch.int16}
+            "width": torch.uint8, "column": torch.int16, "order": torch.int16, "scale": torch.int16}
 
 
 # That tensor, taken out of `tensors`; UserError where it is missing or of another shape or kind
@@ -5451,12 +5668,14 @@ def family_from(f: dict, name: str, layers: list, taken: dict, path: Path) -> Fa
 def coded_family_from(f: dict, name: str, layers: list, taken: dict, path: Path) -> CodedFamily:
     of, bases, codes = {}, {}, {}
     for l in layers:
-        of[l] = f["layers"][str(l)]["of"]
-        bases[of[l]] = taken[f"basis.{of[l]}"], taken[f"basis.{of[l]}.scale"]
-        codes[l] = {key: taken[f"layers.{l}.{name}.{key}"] for key in code_shapes(f["layers"][str(l)], 1, 1)}
-        wrong = code_problem(**codes[l])
+        about = f["layers"][str(l)]
+        of[l] = about["of"]
+        if of[l]:
+            bases[of[l]] = taken[f"basis.{of[l]}"], taken[f"basis.{of[l]}.scale"]
+        codes[l] = {key: taken[f"layers.{l}.{name}.{key}"] for key in code_shapes(about, 1, 1)}
+        wrong = code_problem(codes[l], f["columns"])
         expect(not wrong, f"{path}: layers.{l}.{name}: {wrong}")
-    return CodedFamily(name, of, bases, codes)
+    return CodedFamily(name, f["columns"], of, bases, codes)
 
 
 def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
@@ -5987,7 +6206,7 @@ Made by globe.py {version}.
 MIXTURES = """`W = shift + scale * A phi(sum_j alpha_j B_j)`: an
 adapter A per expert, and a sparse mixture over a bank of bases B that layers share"""
 CODES = """`W = A X` in {bits:.3g} bits a weight: adapters A in a
-trellis code, and in each layer one basis X of 8 bits, orthonormal for the layer's inputs"""
+trellis code, and a basis X of 8 bits, of each layer or of all; down in its own columns"""
 DENSE_NOTE = "Tensor names, types and config are the source's: whatever reads the source reads this."
 GLOBE_NOTE = """That runs `globe.py` beside this card: {lines} lines, sha256 `{sha256}`. With the package
 globe-moe installed, `import globe` in place of `trust_remote_code=True` runs the package's code (and its
@@ -6000,7 +6219,7 @@ def model_card(ckpt: Checkpoint, factors: Factors, form: str, base: str, stored:
     sizes = []
     for name, f in factors.families.items():
         support = float(f.support().float().median())
-        sizes.append((name, len(f.bank), *f.bank[0].shape[:2], support, f.activation))
+        sizes.append((name, *f.shape(), support, f.activation))
 
     # what was evaluated before the export, as rows of source beside export
     rows = []
@@ -6348,10 +6567,11 @@ class FitPlan:
         data = cfg.fit.metric == "data"
         means = data and cfg.calib.means and "down" not in job
 
-        # codes: the rows of a layer, in and out of the basis
+        # codes: a layer's matrices in and out of their basis; of down a metric for each expert
         if cfg.bank.bits:
             stored = dense * cfg.bank.bits / 16
-            memory = 2 ** 29 + 16 * dense // self.layers + 12 * self.layers * D.d ** 2
+            memory = 2 ** 29 + 32 * dense // self.layers + 12 * self.layers * D.d ** 2
+            memory += 40 * n // self.layers * D.p ** 2 * ("down" in job)
             down = 2 * size * len(self.keys) * D.p * D.d * (data and cfg.fit.down)
             return {"dense": dense, "stored": stored, "memory": memory, "disk": 2 * stored + down,
                     "flops": 3 * 2 ** WINDOW * dense, "spill": False}
@@ -6608,22 +6828,69 @@ def fit_job(plan: FitPlan, job: tuple, moments: dict, log: Log, stop: threading.
         raise type(e)(f"{one_line(e)}; {stands if saved.step else 'nothing was saved yet'}") from None
 
 
-def code_job(plan: FitPlan, job: tuple, moments: dict, log: Log, stop: threading.Event) -> dict:
-    """Code a job's families at bank.bits: {family: CodedFamily}; `stop` interrupts between layers."""
+def code_in(basis: str, plan: FitPlan, metrics: dict, down: dict, log: Log, stop: threading.Event) -> tuple:
+    """({family: CodedFamily} of gate and up in a basis, {l: bits} for downs, of the spectra `down`);
+    `stop` interrupts between layers."""
+    jobs = [job for job in plan.shapes if "down" not in job]
+    dense = sum(map(len, plan.shapes)) * len(plan.keys) * plan.ckpt.dims.p * plan.ckpt.dims.d
+    data = CodeData(plan.experts, plan.ckpt.expert, metrics, plan.device, basis)
+    spectra = {("down", l): s for l, s in down.items()}
+    for job, l in bar("spectra")([*itertools.product(jobs, plan.experts)]):
+        spectra[job, l] = spectrum(data.coordinates(job, l), len(job))
+    # a rotation is stored once
+    own = 8.25 * plan.ckpt.dims.d ** 2 * len(jobs) * (basis == "rotation")
+    widths = share_bits(spectra, plan.cfg.bank.bits * dense - own)
+    families = {}
+    for job in jobs:
+        for row in code_families(job, data, {l: widths[job, l] for l in plan.experts}, bar("code")):
+            if "families" in row:
+                families |= row["families"]
+                continue
+            log.row({"family": "+".join(job)} | row)
+            if stop.is_set():
+                raise KeyboardInterrupt("the calibration is kept; go on with: python globe.py fit --resume "
+                                        f"--out {log.path.parent}")
+    return families, {l: stored_bits(s, widths["down", l]) for l, s in down.items()}
+
+
+def code_run(plan: FitPlan, moments: dict, log: Log, stop: threading.Event) -> tuple:
+    """({family: CodedFamily} of gate and up at bank.bits, {l: (bits, weights)} for downs in codes, or {}).
+
+    bank.basis=auto: which basis serves is measured. Predicted errors do not tell: in the metric a rotation's
+    are the smaller ones, and the model loses more."""
     expect(ranks()[1] == 1, "bank.bits: expected one process, found torchrun")
     cfg = plan.cfg
+    windows = moments["windows"][0] if "windows" in moments else None
     metrics = {}
-    for family in job if moments else ():
+    for family in families_of(cfg.model)[:2] if moments else ():
         metrics[family] = metric_of(moments, family, plan.keys, cfg.fit.ridge, plan.device)
-    read = plan.ckpt.expert
-    steps = code_families(job, plan.experts, read, metrics, cfg.bank.bits, plan.device, bar("code"))
-    for row in steps:
-        if "families" in row:
-            return row["families"]
-        log.row({"family": "+".join(job)} | row)
-        if stop.is_set():
-            raise KeyboardInterrupt(f"the calibration is kept; go on with: python globe.py fit --resume "
-                                    f"--out {log.path.parent}")
+    down = {}
+    weights = {}
+    if ("down",) in plan.shapes:
+        expect(windows is not None and "output" in moments, "bank.bits, model.families=all: expected a "
+               "calibration with its windows, found none (fit.metric=data, and no older calib.load)")
+        for l, experts in plan.experts.items():
+            weights[l] = moments["output"][l].float().expand(len(experts), -1).to(plan.device)
+        down = down_spectra(plan.ckpt, plan.experts, windows, weights, cfg, plan.device, bar("downs"))
+
+    # without inputs a rotation has nothing to go by
+    bases = [cfg.bank.basis]
+    if cfg.bank.basis == "auto":
+        bases = ["orthonormal", "rotation"] if metrics and windows is not None else ["orthonormal"]
+    expect(metrics or "rotation" not in bases, "bank.basis=rotation: expected fit.metric=data, found weights")
+    losses = {}
+    for basis in bases:
+        found = code_in(basis, plan, metrics, down, log, stop)
+        loss = 0.0
+        if len(bases) > 1:
+            some = windows[::math.ceil(len(windows) / AUTO_WINDOWS)]
+            factors = Factors(found[0], plan.experts, plan.ckpt.dims, "", "")
+            logits = reference_logits(plan.ckpt, factors, some, plan.device)[:, :-1].float()
+            loss = float(F.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten()))
+            say(f"bank.basis={basis}: {loss:.4f} nats a token of the calibration text")
+        losses[basis] = loss, found
+    families, bits = min(losses.values(), key=lambda pair: pair[0])[1]
+    return families, {l: (bits[l], weights[l]) for l in bits}
 
 
 def fit_jobs(plan: FitPlan, moments: dict, log: Log) -> Factors:
@@ -6632,9 +6899,11 @@ def fit_jobs(plan: FitPlan, moments: dict, log: Log) -> Factors:
     D = plan.ckpt.dims
     families = {}
     with held_interrupt() as stop, threads_for(D.p, D.d, cfg.fit.dtype):
-        for job in plan.shapes:
-            run = code_job if cfg.bank.bits else fit_job
-            families |= run(plan, job, moments, log, stop)
+        down = {}
+        if cfg.bank.bits:
+            families, down = code_run(plan, moments, log, stop)
+        for job in () if cfg.bank.bits else plan.shapes:
+            families |= fit_job(plan, job, moments, log, stop)
     log.close()
 
     # the settings that made them go with the factors; paths stay at home
@@ -6644,15 +6913,15 @@ def fit_jobs(plan: FitPlan, moments: dict, log: Log) -> Factors:
     del settings["model"]["path"], settings["model"]["force_download"]
     settings["calib"] |= {"text": Path(cfg.calib.text).name, "load": None, "save": None}
     kind = plan.ckpt.config["model_type"]
-    return Factors(families, plan.experts, D, kind, plan.ckpt.fingerprint(), settings)
+    return Factors(families, plan.experts, D, kind, plan.ckpt.fingerprint(), settings), down
 
 
-def refine_run(plan: FitPlan, factors: Factors, windows: Tensor, out: Path) -> None:
+def refine_run(plan: FitPlan, factors: Factors, windows: Tensor, out: Path, down: dict) -> None:
     # in place, with new tensors in files; leaves RUN/refined.json; whatever ends it, the fit is safe
     scratch = out / "state" / "refined"
     try:
         with threads_for(factors.dims.p, factors.dims.d):
-            rows = refine(plan.ckpt, factors, windows, plan.cfg, plan.device, scratch, bar("refine"))
+            rows = refine(plan.ckpt, factors, windows, plan.cfg, plan.device, scratch, bar("refine"), down)
     except (KeyboardInterrupt, OSError, Diverged, UserError) as e:
         why = one_line(e) or "refinement: cut short"
         raise type(e)(f"{why}; the fit is saved, go on with: python globe.py fit --resume --out {out} "
@@ -6664,6 +6933,8 @@ def refine_run(plan: FitPlan, factors: Factors, windows: Tensor, out: Path) -> N
     # root mean square over layers
     before, after = (math.hypot(*(row[k] for row in rows)) / len(rows) ** 0.5 for k in ("before", "after"))
     say(f"refined: relative error of the layers' outputs {before:.4f} -> {after:.4f}")
+    if down:
+        factors.families["down"] = CodedFamily("down", factors.dims.p, dict.fromkeys(down), {}, down)
 
 
 def fit_run(plan: FitPlan, out: Path, resume: bool) -> dict:
@@ -6686,20 +6957,20 @@ def fit_run(plan: FitPlan, out: Path, resume: bool) -> dict:
     say(f"the fit covers {covered / plan.ckpt.bytes:.0%} of the model's bytes")
     if not moments:
         say("no calibration (fit.metric=weights): every input direction counts the same")
-    factors = fit_jobs(plan, moments, log)
+    factors, down = fit_jobs(plan, moments, log)
     if ranks()[0]:
         return {}
 
     # the refinement works on a file, so that the fit's own factors leave the memory
     (out / "refined.json").unlink(missing_ok=True)
     scratch = out / "state" / "refined"
-    wanted = moments and (cfg.fit.down or cfg.fit.refine and not factors.coded())
+    wanted = moments and (cfg.fit.down or down or cfg.fit.refine and not factors.coded())
     if wanted and "windows" not in moments:
         say(f"{cfg.calib.load} was saved without the calibration's windows: no refinement")
     elif wanted:
         save_factors(factors, scratch / "factors.safetensors")
         factors = load_factors(scratch)
-        refine_run(plan, factors, moments["windows"][0], out)
+        refine_run(plan, factors, moments["windows"][0], out, down)
     save_factors(factors, out / "factors.safetensors")
 
     # what rested in files until now: adapters, the metric, other ranks' pairs
@@ -6718,7 +6989,7 @@ def fit_result(plan: FitPlan, factors: Factors, path: Path) -> dict:
         family = factors.families[name]
         rel_frob[name] = errors["all"]
         support[name] = float(family.support().float().median())
-        rows.append((name, rel_frob[name], support[name], *family.bank[0].shape[:2]))
+        rows.append((name, rel_frob[name], support[name], *family.shape()[1:]))
     say(text_table(("family", "relative Frobenius error", "median support", "m", "r"), rows))
 
     # bits: what is stored of the compressed matrices, over their numbers
@@ -6764,7 +7035,7 @@ def cmd_fit(args: argparse.Namespace) -> dict:
         for job, (m, r) in plan.shapes.items():
             form = f"{plan.groups} x {m} bases of {r} x {ckpt.dims.d}"
             if cfg.bank.bits:
-                form = f"{cfg.bank.bits:g} bits a weight in a basis per layer"
+                form = f"{cfg.bank.bits:g} bits a weight in packed codes"
             say(f"{'+'.join(job)}: {len(plan.keys)} experts in {plan.layers} layers; {form}")
         if args.dry_run:
             return dry_run(plan)

@@ -1070,7 +1070,7 @@ INLINE vf shuffled(vf v, vi at) {
 #endif
 }
 
-template <int K> void trellis_step(const float* cost, float* next, int32_t* lost, const float* values, float x, int64_t m) {
+template <int K> void trellis_step(const float* cost, float* next, int32_t* lost, const float* values, float x, float weight, int64_t m) {
   constexpr int64_t n = VB / 4;
   vi spread[K];  // lane i of part j of a vector that comes K times over
   for (int j = 0; j < K; ++j)
@@ -1089,43 +1089,42 @@ template <int K> void trellis_step(const float* cost, float* next, int32_t* lost
     // goes on to K states each
     for (int j = 0; j < K; ++j) {
       const vf d = x - *(const vf_mem*)(values + low * K + j * n);
-      *(vf_mem*)(next + low * K + j * n) = shuffled(least, spread[j]) + d * d;
+      *(vf_mem*)(next + low * K + j * n) = shuffled(least, spread[j]) + d * d * weight;
     }
   }
 }
 
-// rows of x, columns of widths 1 to 4 -> codes, `bytes` a row
-void trellis(const float* x, const int64_t* width, const float* values, uint8_t* codes, int64_t rows, int64_t columns,
-             int64_t bits, int64_t bytes) {
+// sequences x (rows, columns), widths 0 to 4, weights of squared errors -> states (rows, columns); start: each row's state in
+// front of the first column. A column of no width leaves the state as it is.
+void trellis(const float* x, const uint8_t* width, const float* weight, const float* values, const int64_t* start, int16_t* states,
+             int64_t rows, int64_t columns, int64_t bits) {
   const int64_t S = int64_t(1) << bits;
   parallel(rows, columns * S, [&](int64_t begin, int64_t end) {
     std::vector<float> cost(S), next(S);
     std::vector<int32_t> lost(columns * S / 2);
     for (int64_t row = begin; row < end; ++row) {
+      const uint8_t* w = width + row * columns;
       std::fill(cost.begin(), cost.end(), std::numeric_limits<float>::infinity());
-      cost[0] = 0;
+      cost[start[row]] = 0;
       for (int64_t t = 0; t < columns; ++t) {
-        const float at = x[row * columns + t];
+        const float at = x[row * columns + t], a = weight[row * columns + t];
         int32_t* to = lost.data() + t * (S / 2);
-        switch (width[t]) {
-          case 1: trellis_step<2>(cost.data(), next.data(), to, values, at, S >> 1); break;
-          case 2: trellis_step<4>(cost.data(), next.data(), to, values, at, S >> 2); break;
-          case 3: trellis_step<8>(cost.data(), next.data(), to, values, at, S >> 3); break;
-          default: trellis_step<16>(cost.data(), next.data(), to, values, at, S >> 4);
+        switch (w[t]) {
+          case 0: continue;
+          case 1: trellis_step<2>(cost.data(), next.data(), to, values, at, a, S >> 1); break;
+          case 2: trellis_step<4>(cost.data(), next.data(), to, values, at, a, S >> 2); break;
+          case 3: trellis_step<8>(cost.data(), next.data(), to, values, at, a, S >> 3); break;
+          default: trellis_step<16>(cost.data(), next.data(), to, values, at, a, S >> 4);
         }
         cost.swap(next);
       }
-      // back from the cheapest end; the first column's bits are the highest
-      int64_t state = std::min_element(cost.begin(), cost.end()) - cost.begin(), place = bytes * 8;
-      uint8_t* out = codes + row * bytes;
-      std::fill(out, out + bytes, 0);
+      // back from the cheapest end
+      int64_t state = std::min_element(cost.begin(), cost.end()) - cost.begin();
       for (int64_t t = columns; t-- > 0;) {
-        const int64_t k = width[t], low = state >> k;
-        for (int64_t b = 0; b < k; ++b) {
-          --place;
-          out[place >> 3] |= uint8_t((state >> b & 1) << (7 - (place & 7)));
-        }
-        state = int64_t(lost[t * (S / 2) + low]) << (bits - k) | low;
+        states[row * columns + t] = int16_t(state);
+        if (!w[t]) continue;
+        const int64_t low = state >> w[t];
+        state = int64_t(lost[t * (S / 2) + low]) << (bits - w[t]) | low;
       }
     }
   });

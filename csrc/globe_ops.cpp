@@ -192,26 +192,29 @@ static Tensor linear(Tensor x, Tensor W, std::optional<Tensor> bias) {
   return out;
 }
 
-// x (n, columns) float32, width (columns,) int64 in 1..4, values (2^bits,) float32 -> codes (n, bytes) uint8
-static Tensor trellis_encode(Tensor x, Tensor width, Tensor values) {
-  check(x.dim() == 2 && width.dim() == 1 && width.size(0) == x.size(1), "globe::trellis_encode: expected x (n, columns) and width "
-        "(columns,), found ", shape_of(x), " and ", shape_of(width));
+// x (n, columns) float32, width (n, columns) uint8 in 0..4, weight (n, columns) float32, values (2^bits,) float32, start (n,) int64
+// the states in front of the first column -> states (n, columns) int16
+static Tensor trellis_encode(Tensor x, Tensor width, Tensor weight, Tensor values, Tensor start) {
+  check(x.dim() == 2, "globe::trellis_encode: expected x (n, columns), found ", shape_of(x));
   expect("globe::trellis_encode", "x", x, ScalarType::Float, x, {x.size(0), x.size(1)});
-  expect("globe::trellis_encode", "width", width, ScalarType::Long, x, {x.size(1)});
+  expect("globe::trellis_encode", "width", width, ScalarType::Byte, x, {x.size(0), x.size(1)});
+  expect("globe::trellis_encode", "weight", weight, ScalarType::Float, x, {x.size(0), x.size(1)});
   expect("globe::trellis_encode", "values", values, ScalarType::Float, x, {values.numel()});
-  int64_t total = 0, bits = 0;
-  const int64_t* w = (const int64_t*)width.const_data_ptr();
-  for (int64_t t = 0; t < x.size(1); ++t) {
-    check(1 <= w[t] && w[t] <= 4, "globe::trellis_encode: width: expected 1 to 4, found ", w[t]);
-    total += w[t];
-  }
+  expect("globe::trellis_encode", "start", start, ScalarType::Long, x, {x.size(0)});
+  int64_t bits = 0;
   while ((int64_t(1) << bits) < values.numel()) ++bits;
-  check(bits >= 8 && values.numel() == int64_t(1) << bits && total % 8 == 0,
-        "globe::trellis_encode: expected 2^bits values and whole bytes, found ", values.numel(), " and ", total, " bits");
-  Tensor codes = torch::stable::new_empty(x, {x.size(0), total / 8}, ScalarType::Byte);
-  RUN(trellis, (const float*)x.const_data_ptr(), w, (const float*)values.const_data_ptr(), (uint8_t*)codes.mutable_data_ptr(),
-      x.size(0), x.size(1), bits, total / 8);
-  return codes;
+  check(8 <= bits && bits <= 15 && values.numel() == int64_t(1) << bits,
+        "globe::trellis_encode: expected 2^8 to 2^15 values, found ", values.numel());
+  const uint8_t* w = (const uint8_t*)width.const_data_ptr();
+  for (int64_t i = 0; i < width.numel(); ++i)
+    check(w[i] <= 4, "globe::trellis_encode: width: expected 0 to 4, found ", int(w[i]));
+  const int64_t* s = (const int64_t*)start.const_data_ptr();
+  for (int64_t i = 0; i < x.size(0); ++i)
+    check(0 <= s[i] && s[i] < values.numel(), "globe::trellis_encode: start: expected states below ", values.numel(), ", found ", s[i]);
+  Tensor states = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Short);
+  RUN(trellis, (const float*)x.const_data_ptr(), w, (const float*)weight.const_data_ptr(), (const float*)values.const_data_ptr(), s,
+      (int16_t*)states.mutable_data_ptr(), x.size(0), x.size(1), bits);
+  return states;
 }
 
 }  // namespace globe
@@ -229,7 +232,7 @@ STABLE_TORCH_LIBRARY(globe, m) {
         "Tensor up, Tensor? up_A, Tensor? up_idx, Tensor? up_val, Tensor down, Tensor? down_A, Tensor? down_idx, Tensor? down_val, "
         "float[] scale, float[] shift, str activation) -> Tensor");
   m.def("linear(Tensor x, Tensor W, Tensor? bias) -> Tensor");
-  m.def("trellis_encode(Tensor x, Tensor width, Tensor values) -> Tensor");
+  m.def("trellis_encode(Tensor x, Tensor width, Tensor weight, Tensor values, Tensor start) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(globe, CompositeExplicitAutograd, m) { m.impl("about", TORCH_BOX(&globe::about)); }
