@@ -537,12 +537,13 @@ class Quality:
                 for text, windows in self.windows.items()}
 
     # a row per text: what the model loses against the dense one
-    def add(self, asked: float, variant: str, model: nn.Module, ratio: float, seconds: float, **more) -> None:
+    def add(self, asked: float, variant: str, model: nn.Module, ratio: float, seconds: float,
+            families: tuple = ("gate", "up"), **more) -> None:
         D = self.ckpt.dims
         test = f"{D.experts}x{D.p}"
-        # of the whole file: what gate and up lose
-        pair = 2 * len(D.layers) * D.experts * D.p * D.d * self.ckpt.dtype.itemsize
-        size = round(self.ckpt.bytes - (1 - ratio) * pair)
+        # of the whole file: what the compressed families lose
+        covered = len(families) * len(D.layers) * D.experts * D.p * D.d * self.ckpt.dtype.itemsize
+        size = round(self.ckpt.bytes - (1 - ratio) * covered)
         for text, losses in self.losses(model).items():
             # paired over the windows
             each = losses - self.dense[text]
@@ -551,7 +552,7 @@ class Quality:
             self.rows[asked, variant, text] = new_row(
                 "quality", self.preset, test, variant, delta, "nats", text=text, delta_nats=delta, se=se,
                 seconds=seconds, ratio=ratio, bits=16 * ratio, bytes=size, saved=1 - size / self.ckpt.bytes,
-                coded="gate+up", asked=asked, settings=self.settings, **more)
+                coded="+".join(families), asked=asked, settings=self.settings, **more)
             say(f"  {variant:9s} ratio {ratio:.3f} {text:8s} delta {delta:+.4f} nats, {seconds:.0f} s")
 
     # {layer: Cholesky factor of the inputs' second moment}; a ridge of 0.1 is worse for the peers
@@ -658,8 +659,9 @@ class Quality:
         errors = {family: e["all"] for family, e in globe.reconstruction(self.ckpt, factors).items()}
         cache = globe.CacheConfig(mode="all")
         model = globe.assemble(self.ckpt, factors, self.args.device, self.dtype, cache)
-        self.add(asked, variant, model, fit["ratio"], seconds, rel_frob=errors, support=fit["support"],
-                 scope=factors.config["bank"]["scope"], metric=factors.config["fit"]["metric"])
+        self.add(asked, variant, model, fit["ratio"], seconds, families=tuple(factors.families),
+                 rel_frob=errors, support=fit["support"], scope=factors.config["bank"]["scope"],
+                 metric=factors.config["fit"]["metric"])
 
 
 # Nats lost by GloBE and its peers at the same stored sizes, calibration and texts
