@@ -2637,8 +2637,8 @@ def by_hand(codes: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
 
 def test_codes_unpack_as_they_are_defined_and_no_other_bits_come_nearer(twin):
     x, start = torch.randn(6, 41, generator=gen(0)), torch.zeros(6, dtype=torch.long)
-    width = torch.randint(0, 5, x.shape, generator=gen(1)).to(torch.uint8)
-    width[4:] = torch.tensor([[1], [4]])
+    width = torch.randint(0, 7, x.shape, generator=gen(1)).to(torch.uint8)
+    width[4:] = torch.tensor([[1], [6]])
     weight = torch.rand(x.shape, generator=gen(2)) + 0.1
     states = globe.trellis_encode(x, width, weight, start)
     of = lambda states: globe.trellis_values()[states.long()] * (width > 0)  # noqa: E731
@@ -2681,7 +2681,7 @@ def coded(small, tmp_path_factory) -> Path:
 
 def test_a_coded_fit_is_as_large_as_asked_and_better_with_more_bits(small, capsys):
     errors = []
-    for bits in (4.2, 5.5):
+    for bits in (4.5, 6):
         own = [f"model.path={small}", *CODED, f"bank.bits={bits}", "fit.down=false"]
         plan = answer("fit", "--dry-run", *own, capsys=capsys)
         got = answer("fit", "--out", f"b{bits}", *own, capsys=capsys)
@@ -2919,7 +2919,7 @@ def test_two_ranks_fit_what_one_process_fits_and_a_killed_rank_ends_the_job_resu
 
 # ======== House rules =============================================================================
 # lines, KB: DESIGN.md, section 2, in the end; but globe.py (5,450, 274), where readability won
-BUDGETS = {"globe.py": (7365, 360), "its loader": (1350, 75), "train.py": (2300, 131),
+BUDGETS = {"globe.py": (7370, 360), "its loader": (1350, 75), "train.py": (2300, 131),
            "bench.py": (1900, 109),
            "test_globe.py": (3600, 224), "README.md": (250, 18.5)}
 

@@ -1094,7 +1094,7 @@ template <int K> void trellis_step(const float* cost, float* next, int32_t* lost
   }
 }
 
-// sequences x (rows, columns), widths 0 to 4, weights of squared errors -> states (rows, columns); start: each row's state in
+// sequences x (rows, columns), widths 0 to 6, weights of squared errors -> states (rows, columns); start: each row's state in
 // front of the first column. A column of no width leaves the state as it is.
 void trellis(const float* x, const uint8_t* width, const float* weight, const float* values, const int64_t* start, int16_t* states,
              int64_t rows, int64_t columns, int64_t bits) {
@@ -1114,7 +1114,9 @@ void trellis(const float* x, const uint8_t* width, const float* weight, const fl
           case 1: trellis_step<2>(cost.data(), next.data(), to, values, at, a, S >> 1); break;
           case 2: trellis_step<4>(cost.data(), next.data(), to, values, at, a, S >> 2); break;
           case 3: trellis_step<8>(cost.data(), next.data(), to, values, at, a, S >> 3); break;
-          default: trellis_step<16>(cost.data(), next.data(), to, values, at, a, S >> 4);
+          case 4: trellis_step<16>(cost.data(), next.data(), to, values, at, a, S >> 4); break;
+          case 5: trellis_step<32>(cost.data(), next.data(), to, values, at, a, S >> 5); break;
+          default: trellis_step<64>(cost.data(), next.data(), to, values, at, a, S >> 6);
         }
         cost.swap(next);
       }

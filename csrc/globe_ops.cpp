@@ -192,7 +192,7 @@ static Tensor linear(Tensor x, Tensor W, std::optional<Tensor> bias) {
   return out;
 }
 
-// x (n, columns) float32, width (n, columns) uint8 in 0..4, weight (n, columns) float32, values (2^bits,) float32, start (n,) int64
+// x (n, columns) float32, width (n, columns) uint8 in 0..6, weight (n, columns) float32, values (2^bits,) float32, start (n,) int64
 // the states in front of the first column -> states (n, columns) int16
 static Tensor trellis_encode(Tensor x, Tensor width, Tensor weight, Tensor values, Tensor start) {
   check(x.dim() == 2, "globe::trellis_encode: expected x (n, columns), found ", shape_of(x));
@@ -203,11 +203,11 @@ static Tensor trellis_encode(Tensor x, Tensor width, Tensor weight, Tensor value
   expect("globe::trellis_encode", "start", start, ScalarType::Long, x, {x.size(0)});
   int64_t bits = 0;
   while ((int64_t(1) << bits) < values.numel()) ++bits;
-  check(8 <= bits && bits <= 15 && values.numel() == int64_t(1) << bits,
-        "globe::trellis_encode: expected 2^8 to 2^15 values, found ", values.numel());
+  check(10 <= bits && bits <= 15 && values.numel() == int64_t(1) << bits,
+        "globe::trellis_encode: expected 2^10 to 2^15 values, found ", values.numel());
   const uint8_t* w = (const uint8_t*)width.const_data_ptr();
   for (int64_t i = 0; i < width.numel(); ++i)
-    check(w[i] <= 4, "globe::trellis_encode: width: expected 0 to 4, found ", int(w[i]));
+    check(w[i] <= 6, "globe::trellis_encode: width: expected 0 to 6, found ", int(w[i]));
   const int64_t* s = (const int64_t*)start.const_data_ptr();
   for (int64_t i = 0; i < x.size(0); ++i)
     check(0 <= s[i] && s[i] < values.numel(), "globe::trellis_encode: start: expected states below ", values.numel(), ", found ", s[i]);
