@@ -6071,10 +6071,10 @@ def parameter_of(place: tuple, family: str, expert: int, D: Dims) -> nn.Paramete
 
 
 @torch.no_grad()
-def reference_logits(ckpt: Checkpoint, factors: Factors, ids: Tensor, device: torch.device) -> Tensor:
-    """Logits (1, T, V) of the source with W^ in the experts' places: the stock model's own layers in float32,
-    one in memory at a time."""
-    walk = LayerWalk(ckpt, device, torch.float32, len(ids))
+def reference_logits(ckpt: Checkpoint, factors: Factors, ids: Tensor, device: torch.device) -> Iterator:
+    """Logits (1, T, V) of each row of ids (N, T), of the source with W^ in the experts' places: the stock
+    model's own layers in float32, one in memory at a time."""
+    walk = LayerWalk(ckpt, device, torch.float32, 1)
     places = experts_modules(walk.model)
     x = torch.empty(*ids.shape, ckpt.dims.d)
     walk.embed(ids, x)
@@ -6089,7 +6089,8 @@ def reference_logits(ckpt: Checkpoint, factors: Factors, ids: Tensor, device: to
             assign(walk.model, name, factors.norms[name].to(device))
         walk.advance([l], x)
         walk.empty([l])
-    return walk.logits(x.to(device)).cpu()
+    for states in x.split(1):
+        yield walk.logits(states.to(device)).cpu()
 
 
 # from_pretrained as in a program that never imported this file: an export's own globe.py, torch's operators
@@ -6117,7 +6118,7 @@ def logit_error(ckpt: Checkpoint, factors: Factors, export: Path, device: torch.
     """Largest difference of logits on 64 tokens between the export, as a stranger's program loads it, and the
     source with W^ in the experts' places. UserError where they are not finite."""
     ids = sample_ids(ckpt).to(device)
-    want = reference_logits(ckpt, factors, ids, device)
+    want = next(reference_logits(ckpt, factors, ids, device))
     expect(torch.isfinite(want).all(), f"{ckpt.dir}: expected finite logits, found NaN or Inf in float32")
     with as_a_stranger():
         model = AutoModelForCausalLM.from_pretrained(export, dtype="auto", trust_remote_code=True).to(device)
@@ -6893,8 +6894,8 @@ def code_run(plan: FitPlan, moments: dict, log: Log, stop: threading.Event) -> t
         if len(bases) > 1:
             some = windows[::math.ceil(len(windows) / AUTO_WINDOWS)]
             factors = Factors(found[0], plan.experts, plan.ckpt.dims, "", "")
-            logits = reference_logits(plan.ckpt, factors, some, plan.device)[:, :-1].float()
-            loss = float(F.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten()))
+            for ids, z in zip(some, reference_logits(plan.ckpt, factors, some, plan.device)):
+                loss += float(F.cross_entropy(z[0, :-1], ids[1:])) / len(some)
             say(f"bank.basis={basis}: {loss:.4f} nats a token of the calibration text")
         losses[basis] = loss, found
     families, bits = min(losses.values(), key=lambda pair: pair[0])[1]
