@@ -5148,9 +5148,11 @@ def trellis_encode(x: Tensor, width: Tensor, weight: Tensor, start: Tensor) -> T
 
     width (n, T) uint8: bits of each value; where there are none the state stays, and stands for nothing.
     weight (n, T): of the squared errors. start (n,) int64: the state in front of each sequence."""
-    values = trellis_values().to(x.device)
-    encode = torch.ops.globe.trellis_encode if native("trellis_encode", x.device.type) else trellis_torch
-    return encode(x.contiguous(), width.contiguous(), weight.contiguous(), values, start)
+    told = x, width, weight, trellis_values().to(x.device), start
+    # step by step an accelerator is slower than the CPU
+    if native("trellis_encode", "cpu"):
+        return torch.ops.globe.trellis_encode(*(t.cpu().contiguous() for t in told)).to(x.device)
+    return trellis_torch(*told)
 
 
 # The torch twin of globe::trellis_encode
@@ -6865,8 +6867,7 @@ def code_in(basis: str, plan: FitPlan, metrics: dict, down: dict, log: Log, stop
 def code_run(plan: FitPlan, moments: dict, log: Log, stop: threading.Event) -> tuple:
     """({family: CodedFamily} of gate and up at bank.bits, {l: (bits, weights)} for downs in codes, or {}).
 
-    bank.basis=auto: which basis serves is measured. Predicted errors do not tell: in the metric a rotation's
-    are the smaller ones, and the model loses more."""
+    bank.basis=auto is measured: a rotation's errors are smaller in the metric, yet a model may lose more."""
     expect(ranks()[1] == 1, "bank.bits: expected one process, found torchrun")
     cfg = plan.cfg
     windows = moments["windows"][0] if "windows" in moments else None
