@@ -4957,12 +4957,18 @@ def refine_adapters(groups: list, factors: Factors, l: int, x: Tensor, residual:
 
 
 # ---- Down projections ----
+def hidden_gram(group: ExpertGroup) -> Tensor:
+    """h^T h (P, P) float32 of a group."""
+    gram = torch.zeros(group.h.shape[1], group.h.shape[1], device=group.h.device)
+    for part in group.h.split(4096):
+        gram += part.T @ part  # sums in float32
+    return gram
+
+
 def ridge_factor(group: ExpertGroup) -> tuple:
     """(ridge, Cholesky factor (P, P) of h^T h + ridge I) of a group."""
     n, P = group.h.shape
-    gram = torch.zeros(P, P, device=group.h.device)
-    for part in group.h.split(4096):
-        gram += part.T @ part  # sums in float32
+    gram = hidden_gram(group)
     weight = DOWN_RIDGE + FEW_TOKENS * P / len(group.experts) / n
     ridge = weight * float(gram.diagonal().mean().clamp_min(1e-30))
     gram.diagonal().add_(ridge)
@@ -5252,6 +5258,7 @@ class Spectrum:
 
 
 def spectrum(c: Coordinates, tables: int = 1) -> Spectrum:
+    """The Spectrum of a layer's matrices; tables: families that they belong to."""
     squares = blocks_of(c.y.square())
     # what an error costs that the columns behind it make up for
     costs = squares
@@ -5347,7 +5354,7 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
     y = blocks_of(c.y).flatten(2).transpose(1, 2).contiguous()  # (n, columns, p)
     n, columns, p = y.shape
     values = trellis_values().to(y.device)
-    best_scale = torch.tensor(CODE_SCALE, device=y.device)
+    code_scale = torch.tensor(CODE_SCALE, device=y.device)
 
     # a row's scale: what is left of its own beside its class'
     squares = y.square().unflatten(1, (-1, CODE_BLOCK)).mean(2).transpose(1, 2)  # (n, p, B)
@@ -5367,11 +5374,11 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
         for j in range(start, stop):
             b = j // CODE_BLOCK
             bits = narrow[:, b][of]
-            # a class' scale in a block by its energy at its turn, at the best size for the width
+            # a class' scale in a block: by its energy at its turn and by the width
             if j % CODE_BLOCK == 0:
                 block = y[:, j:j + CODE_BLOCK].square().mean(1) / row_scale.square()
                 energy = belongs @ block.flatten()  # (K,)
-                column[:, b], size = log_scale(energy.sqrt() * best_scale[width[:, b]])
+                column[:, b], size = log_scale(energy.sqrt() * code_scale[width[:, b]])
                 scale = size[of] * row_scale
             error = y[:, j].clone()
             if bits.any():
@@ -5479,10 +5486,7 @@ def code_families(job: tuple, data: CodeData, widths: dict,
 # H (p, p) of an expert at work, damped and with more of its diagonal where few tokens came
 def hidden_metric(group: ExpertGroup, tokens: int) -> Tensor:
     n, P = group.h.shape
-    H = torch.zeros(P, P, device=group.h.device)
-    for part in group.h.split(4096):
-        H += part.T @ part
-    H /= tokens
+    H = hidden_gram(group) / tokens
     # of few tokens only the diagonal can be told from chance
     few = P / (P + n)
     H = torch.lerp(H, H.diagonal().diag(), few)
