@@ -279,14 +279,8 @@ def compose_torch(bank: Tensor, idx: Tensor, val: Tensor, activation: str) -> Te
         mixture = mixture.index_put((rows, idx), val, accumulate=True)
         z = (mixture @ bank.reshape(m, -1).to(val.dtype)).view(E, r, d)
     else:
-        # a miss or two: scaled adds of the s bases, with no gathered copy
-        rows = []
-        for j, a in zip(idx, val):
-            z = bank.new_zeros(r, d, dtype=val.dtype)
-            for k in range(s):
-                z = z + a[k] * bank[j[k]].to(val.dtype)
-            rows.append(z)
-        z = torch.stack(rows) if rows else bank.new_zeros(0, r, d, dtype=val.dtype)
+        # a miss or two: of fewer bases than the bank has
+        z = torch.einsum("es,esrd->erd", val, bank[idx].to(val.dtype))
     return phi(z, activation).to(bank.dtype)
 
 
@@ -330,11 +324,11 @@ def decode(t: dict, basis: Sequence, columns: int, experts: Sequence) -> Tensor:
     """W^ (n, rows, columns) float32 of those experts of a layer, from its packed codes t (code_shapes).
 
     codes: expert behind expert, each column behind column. kind: a row's class; row: 128 + 8 log2 of its
-    scale; width, column: bits and 256 log2 of a scale by class and block. basis: as of decode_basis, or none:
+    scale; width, column: bits and 256 log2 of a scale by class and block. basis: as of decode_groups, or none:
     the columns are W's own, in their order.
     """
     places = code_places(t["kind"], t["width"]).tolist()
-    X = decode_basis(*(part.to(t["codes"].device) for part in basis)) if basis else None
+    X = decode_groups(*(part.to(t["codes"].device) for part in basis)) if basis else None
     out = []
     for e in experts:
         kind = t["kind"][e].long()
@@ -363,10 +357,14 @@ def code_problem(t: dict, columns: int) -> str | None:
     return None if needed == len(t["codes"]) else f"codes: expected {needed} bytes, found {len(t['codes'])}"
 
 
-# (r, d) float32 of a basis in 8 bits (r, d) with 256 log2 of a scale (r, groups of 64) int16
-def decode_basis(basis: Tensor, scale: Tensor) -> Tensor:
-    scales = (scale.float() / 256).exp2().repeat_interleave(64, 1)
-    return basis.float() * scales[:, :basis.shape[1]]
+def decode_groups(codes: Tensor, scale: Tensor) -> Tensor:
+    """(..., columns) float32 of codes: int8, or uint8 with two of 4 bits, the even column's in the low one.
+
+    scale (..., groups of 64 columns) int16: 256 log2 of a scale."""
+    if codes.dtype == torch.uint8:
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(torch.int8) - 8
+    scales = (scale.float() / 256).exp2().repeat_interleave(64, -1)
+    return codes.float() * scales[..., :codes.shape[-1]]
 
 
 # ======== 3. What factors are: the JSON that describes them, and its check ============================
@@ -411,6 +409,7 @@ def check_meta(meta: dict, where: str) -> dict:
     try:
         check_sizes(meta, dims_from(meta), need)
         check_experts(meta, dims_from(meta), need)
+        need(set(meta.get("rest", {}).values()) <= {4, 8}, "rest: {name: 4 or 8 bits}")
         need(meta["families"], "a family or more")
         for name in meta["families"]:
             check_family(meta, name, need)
@@ -527,11 +526,15 @@ def on_meta(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
-# {name of a bank's buffer: (shape, dtype)} of a coded layer's basis
+# {name: (shape, dtype)} of what decode_groups reads
+def group_shapes(name: str, rows: int, columns: int, bits: int = 8) -> dict:
+    codes = (rows, columns * bits // 8), torch.int8 if bits == 8 else torch.uint8
+    return {name: codes, f"{name}_scale": ((rows, -(-columns // 64)), torch.int16)}
+
+
+# The same of a coded layer's basis, by the name of the bank's buffer
 def basis_shapes(layer: dict, d: int) -> dict:
-    r = layer["rows"] if layer["of"] else 0
-    shapes = {"": ((r, d), torch.int8), "_scale": ((r, -(-d // 64)), torch.int16)}
-    return {f"{layer['of']}{end}": shape for end, shape in shapes.items() if r}
+    return group_shapes(layer["of"], layer["rows"], d) if layer["of"] else {}
 
 
 # {name: (shape, dtype)} of the codes of n experts of p rows
@@ -567,18 +570,10 @@ class GlobeBank(nn.Module):
 NATIVE_ACTS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "ReLU": "relu"}
 # measured crossing points: up to so many tokens
 DECODE_TOKENS = 8      # experts_decode beats grouped products on an accelerator; on a CPU always
-MIXED_TOKENS = 128     # experts_mixed beats large products
+MIXED_TOKENS = 128     # experts_mixed beats products of what is composed
 LINEAR_TOKENS = 8      # the native product of a linear layer beats torch's
 CHUNK_TOKENS = 2048    # go through a layer at once, which bounds what its intermediate results take
 FLOPS_PER_NUMBER = 40  # that a CPU core computes while it reads one bfloat16 number
-
-
-class Operand(NamedTuple):
-    """What the products of one family read: weights alone, bases with adapters, or a bank with all."""
-    weight: Tensor                 # W (slots, p, d), of down (slots, d, p); bases (slots, r, d); bank
-    adapter: Tensor | None = None  # (E, p, r)
-    idx: Tensor | None = None      # (E, s), of a bank
-    val: Tensor | None = None      # (E, s) float32
 
 
 # Whether native and grouped products can read these as they lie
@@ -785,7 +780,7 @@ class GlobeExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, d), top_k_index (T, k) int, top_k_weights (T, k) -> (T, d)."""
         args = (hidden_states, top_k_index, top_k_weights)
-        if len(hidden_states) > CHUNK_TOKENS and not torch.is_grad_enabled():
+        if hidden_states.shape[0] > CHUNK_TOKENS and not torch.is_grad_enabled():
             parts = zip(*(t.split(CHUNK_TOKENS) for t in args))
             return torch.cat([self.forward(*part) for part in parts])
         if self.composes_afresh(hidden_states):
@@ -794,8 +789,8 @@ class GlobeExperts(nn.Module):
             if not torch.compiler.is_compiling():
                 self.cache.hits += top_k_index.numel()
             return self.forward_cached(*args, self.cache)
-        if self.bases_act(len(hidden_states)):
-            return self.forward_bases(*args)
+        if read := self.bases_read(hidden_states, top_k_weights):
+            return self.forward_bases(*args, read)
         cache = self._slots()
         with cache.lock:
             return self.forward_in_parts(*args, cache)
@@ -838,7 +833,7 @@ class GlobeExperts(nn.Module):
         if self.dense_row or x.requires_grad or weights.requires_grad:
             return self.forward_loop(x, index, weights)
         operands = self._operands(cache)
-        tensors = [t for operand in operands.values() for t in operand[:2]]
+        tensors = [*itertools.chain(*operands.values())]
         read = [t for t in tensors if t is not None]
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in read)
         if learns or not same_type(read, x.dtype):
@@ -850,17 +845,18 @@ class GlobeExperts(nn.Module):
             return self._grouped(x, index, weights, operands)
         return self.forward_loop(x, index, weights)
 
+    # {family: (W (slots, p, d), of down (slots, d, p), None) or (bases (slots, r, d), adapters (E, p, r))}
     def _operands(self, cache: ExpertCache) -> dict:
         slabs, out = self._slabs(cache), {}
         for f in FAMILIES:
-            adapter = getattr(self, f"{f}_A") if self.hold.get(f) == "basis" else None
-            out[f] = Operand(slabs[f] if f in slabs else getattr(self, f"{f}_proj"), adapter)
+            adapter = self._parameters[f"{f}_A"] if self.hold.get(f) == "basis" else None
+            out[f] = (slabs[f] if f in slabs else getattr(self, f"{f}_proj"), adapter)
         return out
 
     def _can_decode(self, x: Tensor) -> bool:
-        if not self.native_act or not len(x) or x.dtype == torch.float64:
+        if not self.native_act or not x.shape[0] or x.dtype == torch.float64:
             return False
-        fits = x.device.type == "cpu" or len(x) <= DECODE_TOKENS
+        fits = x.is_cpu or x.shape[0] <= DECODE_TOKENS
         return fits and native("experts_decode", x.device.type)
 
     # grouped_mm wants rows of whole 16 bytes, and each expert in the slot of its own number
@@ -881,7 +877,7 @@ class GlobeExperts(nn.Module):
         ends = counts.cumsum(0, dtype=torch.int32)[:E]
 
         def project(f: str, x: Tensor) -> Tensor:
-            M, A = operands[f][:2]
+            M, A = operands[f]
             if A is None:
                 return F.grouped_mm(x, M.mT, offs=ends)
             first, then = (A, M) if f == "down" else (M.mT, A.mT)
@@ -938,79 +934,39 @@ class GlobeExperts(nn.Module):
         return self._rescale(f, y, x)
 
     # -- the bases themselves
-    def bases_act(self, tokens: int) -> bool:
-        """Whether so many tokens meet the bases themselves (cache.mode=direct): all in use act on each;
-        composed, only top_k do, but those are written and read first."""
-        if self._bank[0].cache.mode != "direct" or self.dense_row:
-            return False
-        if {self._bank_of(f).device for f in self.families} != {self._adapters().device}:
-            return False  # layers spread over devices: fetch the bases that are mixed, not the bank
-        experts = min(len(self.fitted), tokens * self.top_k)
-        most = max(min(about["m"], experts * about["s"]) for about in self.families.values())
-        return tokens * (most - self.top_k) <= 2 * FLOPS_PER_NUMBER * experts
+    def bases_read(self, x: Tensor, weights: Tensor) -> list | None:
+        """What experts_mixed reads where these tokens meet the bases themselves (cache.mode=direct), else None.
 
-    def forward_bases(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Nothing composed: A sum_j alpha_j (B_j x) of gate and up, sum_j B_j^T (alpha_j A^T h) of down."""
-        mixtures = {}
+        All bases in use act on each token; composed, only top_k do, but those are written and read first."""
+        if self._bank[0].cache.mode != "direct" or self.dense_row or not self.native_act:
+            return None
+        if len(x) > MIXED_TOKENS or x.dtype == torch.float64 or not native("experts_mixed", x.device.type):
+            return None
+        experts = min(len(self.fitted), len(x) * self.top_k)
+        most = max(min(about["m"], experts * about["s"]) for about in self.families.values())
+        if len(x) * (most - self.top_k) > 2 * FLOPS_PER_NUMBER * experts:
+            return None
+
+        read = []
         for f in FAMILIES:
             if f in self.families:
-                A, val = getattr(self, f"{f}_A"), getattr(self, f"{f}_val").float()
-                mixtures[f] = Operand(self._bank_of(f), A, self._buffers[f"{f}_idx"], val)
+                A, val = self._parameters[f"{f}_A"], self._parameters[f"{f}_val"]
+                read += [self._bank_of(f), A, self._buffers[f"{f}_idx"], val.float()]
             else:
-                mixtures[f] = Operand(getattr(self, f"{f}_proj"))
-        tensors = [t for mixture in mixtures.values() for t in mixture]
-        if not self._can_mix(x, weights, tensors):
-            return self._bases_torch(x, index, weights, mixtures)
-        args = (*native_args(x, index, weights), self._table(self.cache)[1], *tensors, *self.constants[1:])
-        return torch.ops.globe.experts_mixed.default(*args)
-
-    def _can_mix(self, x: Tensor, weights: Tensor, tensors: list) -> bool:
-        if not self.native_act or len(x) > MIXED_TOKENS or x.dtype == torch.float64:
-            return False
-        read = [t for t in tensors if t is not None]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *read)):
-            return False
+                read += [getattr(self, f"{f}_proj"), None, None, None]
+        tensors = [t for t in read if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *tensors)):
+            return None
+        # layers spread over devices fetch the bases that are mixed, not the bank
+        if len({t.device for t in tensors}) > 1:
+            return None
         # all but the mixtures are products' factors
-        fits = all(t.is_contiguous() and (t.ndim < 3 or t.dtype == x.dtype) for t in read)
-        return fits and native("experts_mixed", x.device.type)
+        return read if all(t.is_contiguous() and (t.ndim < 3 or t.dtype == x.dtype) for t in tensors) else None
 
-    # The torch twin of experts_mixed; for many tokens its large products are the faster ones
-    def _bases_torch(self, x: Tensor, index: Tensor, weights: Tensor, mixtures: dict) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        w = weights.reshape(-1, 1).to(wide)
-        acted = {}  # {bank: (T, m, r)}, what its bases make of every token
-        for f in ("gate", "up"):
-            bank = mixtures[f].weight
-            if f in self.families and bank not in acted:
-                acted[bank] = F.linear(x, bank.flatten(0, 1)).view(len(x), *bank.shape[:2])
-
-        def alpha(f: str, e: int) -> Tensor:  # (m,)
-            idx, val = mixtures[f].idx[self.fitted[e]], mixtures[f].val[self.fitted[e]]
-            return val.new_zeros(len(mixtures[f].weight)).index_add(0, idx.long(), val)
-
-        def mixed(f: str, token: Tensor, e: int) -> Tensor:
-            if f not in self.families:
-                return self.project(f, x[token], e, {})
-            z = alpha(f, e).to(x.dtype) @ acted[mixtures[f].weight][token]  # (m,) (t, m, r) -> (t, r)
-            return self._rescale(f, F.linear(z, mixtures[f].adapter[self.fitted[e]]), x[token])
-
-        out = torch.zeros(x.shape, dtype=wide, device=x.device)
-        down = mixtures["down"]
-        about = self.families.get("down")
-        if about:  # (T, m, r), what each basis gets of each token
-            back = torch.zeros(len(x), *down.weight.shape[:2], dtype=wide, device=x.device)
-        for e, places in by_expert(index, self.num_experts):
-            token = places // index.shape[-1]
-            h = self._gate(torch.cat([mixed("gate", token, e), mixed("up", token, e)], -1))
-            if not about:
-                out.index_add_(0, token, self.project("down", h, e, {}).to(wide) * w[places])
-                continue
-            u = (h @ down.adapter[self.fitted[e]]).to(wide) * w[places]
-            back.index_add_(0, token, alpha("down", e)[:, None] * u[:, None])
-            out[token] += about["shift"] * h.sum(-1, keepdim=True).to(wide) * w[places]
-        if about:
-            out = out + about["scale"] * (back.to(x.dtype).flatten(1) @ down.weight.flatten(0, 1)).to(wide)
-        return out.to(x.dtype)
+    def forward_bases(self, x: Tensor, index: Tensor, weights: Tensor, read: list) -> Tensor:
+        """Nothing composed: A sum_j alpha_j (B_j x) of gate and up, sum_j B_j^T (alpha_j A^T h) of down."""
+        args = (*native_args(x, index, weights), self._table(self.cache)[1], *read, *self.constants[1:])
+        return torch.ops.globe.experts_mixed.default(*args)
 
 
 class GlobeShared(nn.Module):
@@ -1043,19 +999,41 @@ class GlobeShared(nn.Module):
         return y.view(shape)
 
 
+class GlobeCoded(nn.Module):
+    """A linear layer or an embedding in codes of 8 or 4 bits, decoded where it is used."""
+
+    def __init__(self, old: nn.Module, bits: int, tied: nn.Module | None = None):
+        super().__init__()
+        self.embeds = isinstance(old, nn.Embedding)
+        self.bias = getattr(old, "bias", None)
+        self._tied = (tied,)  # the embedding of a head without codes of its own; a tuple hides it
+        self.register_buffer("like", old.weight.new_empty(0), persistent=False)  # has the model's dtype
+        for key, (shape, dtype) in {} if tied else group_shapes("weight", *old.weight.shape, bits).items():
+            self.register_buffer(key, torch.empty(shape, dtype=dtype, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = self._tied[0] or self
+        if self.embeds:
+            return decode_groups(codes.weight[x], codes.weight_scale[x]).to(self.like.dtype)
+        rows = max(1, 2 ** 24 // x.shape[-1])  # 64 MiB at a time, for a vocabulary's sake
+        parts = zip(codes.weight.split(rows), codes.weight_scale.split(rows))
+        y = torch.cat([F.linear(x, decode_groups(*part).to(x.dtype)) for part in parts], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class GlobeLinear(nn.Linear):
     """A linear layer that is faster in half precision on a CPU: for few tokens, or without half products."""
 
     def forward(self, input: Tensor) -> Tensor:
         W = self.weight
-        half = input.dtype == W.dtype and W.itemsize == 2 and {input.device.type, W.device.type} == {"cpu"}
-        if not half or type(W) is not nn.Parameter or not W.is_contiguous() or 0 in (*input.shape, *W.shape):
+        half = input.dtype == W.dtype and W.itemsize == 2 and input.is_cpu and W.is_cpu
+        if not half or type(W) is not nn.Parameter or not W.is_contiguous() or not input.numel() * W.numel():
             return super().forward(input)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(input)
         if input.numel() <= LINEAR_TOKENS * input.shape[-1] and native("linear", "cpu"):
             flat = input.reshape(-1, input.shape[-1]).contiguous()
-            return torch.ops.globe.linear.default(flat, W, self.bias).view(*input.shape[:-1], len(W))
+            return torch.ops.globe.linear.default(flat, W, self.bias).view(*input.shape[:-1], W.shape[0])
         if not slow_products(W.dtype):
             return super().forward(input)
         rows = max(1, 2 ** 24 // self.in_features)  # 64 MiB at a time, for a vocabulary's sake
@@ -1106,6 +1084,25 @@ def check_cache(cache: CacheConfig, families: dict, composed: bool) -> None:
            f"cache.mode=direct: expected bases without an activation, found {', '.join(found)}")
 
 
+# Empty GlobeCoded in place of linear layers and embeddings {name: bits}; returns what stood there
+def install_rest(model: nn.Module, rest: dict) -> dict:
+    old_modules = {}
+    for name, module in list(model.named_modules()):
+        # a head that shares its embedding's weight has no codes of its own
+        tied = model.all_tied_weights_keys.get(f"{name}.weight", "").removesuffix(".weight")
+        if name in rest or tied in rest:
+            parent, _, attr = name.rpartition(".")
+            fine = type(module) in (nn.Linear, GlobeLinear, nn.Embedding)
+            expect(fine, f"model: {name}: expected a linear layer or an embedding")
+            embedding = None if name in rest else model.get_submodule(tied)
+            old_modules[name, attr] = (model.get_submodule(parent), module)
+            setattr(model.get_submodule(parent), attr, GlobeCoded(module, rest.get(name), embedding))
+            model.all_tied_weights_keys.pop(f"{name}.weight", None)
+    missing = rest.keys() - {name for name, _ in old_modules}
+    expect(not missing, f"model: expected layers {', '.join(sorted(missing)[:3])}, found none")
+    return old_modules
+
+
 def install(model: nn.Module, meta: dict, cache: CacheConfig | None = None) -> dict:
     """Put empty (meta-device) GlobeExperts, GlobeShared and the bank into a model.
 
@@ -1134,6 +1131,7 @@ def install(model: nn.Module, meta: dict, cache: CacheConfig | None = None) -> d
             name = "shared_expert" if hasattr(parent, "shared_expert") else "shared_experts"
             old_modules[layer, name] = (parent, getattr(parent, name))
             setattr(parent, name, GlobeShared(new, getattr(parent, name), D.shared).train(model.training))
+    old_modules |= install_rest(model, meta.get("rest", {}))
     for m in model.modules():
         if type(m) is nn.Linear:
             m.__class__ = GlobeLinear
