@@ -571,7 +571,7 @@ NATIVE_ACTS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"
 # measured crossing points: up to so many tokens
 DECODE_TOKENS = 8      # experts_decode beats grouped products on an accelerator; on a CPU always
 MIXED_TOKENS = 128     # experts_mixed beats products of what is composed
-LINEAR_TOKENS = 8      # the native product of a linear layer beats torch's
+LINEAR_TOKENS = 8, 64  # the native product of a linear layer beats torch's, and where half products are slow
 CHUNK_TOKENS = 2048    # go through a layer at once, which bounds what its intermediate results take
 FLOPS_PER_NUMBER = 40  # that a CPU core computes while it reads one bfloat16 number
 
@@ -1007,7 +1007,8 @@ class GlobeCoded(nn.Module):
         self.embeds = isinstance(old, nn.Embedding)
         self.bias = getattr(old, "bias", None)
         self._tied = (tied,)  # the embedding of a head without codes of its own; a tuple hides it
-        self.register_buffer("like", old.weight.new_empty(0), persistent=False)  # has the model's dtype
+        like = torch.empty(0, dtype=old.weight.dtype, device="cpu")  # has the model's dtype
+        self.register_buffer("like", like, persistent=False)
         for key, (shape, dtype) in {} if tied else group_shapes("weight", *old.weight.shape, bits).items():
             self.register_buffer(key, torch.empty(shape, dtype=dtype, device="meta"))
 
@@ -1031,10 +1032,11 @@ class GlobeLinear(nn.Linear):
             return super().forward(input)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(input)
-        if input.numel() <= LINEAR_TOKENS * input.shape[-1] and native("linear", "cpu"):
+        slow = slow_products(W.dtype)
+        if input.numel() <= LINEAR_TOKENS[slow] * input.shape[-1] and native("linear", "cpu"):
             flat = input.reshape(-1, input.shape[-1]).contiguous()
             return torch.ops.globe.linear.default(flat, W, self.bias).view(*input.shape[:-1], W.shape[0])
-        if not slow_products(W.dtype):
+        if not slow:
             return super().forward(input)
         rows = max(1, 2 ** 24 // self.in_features)  # 64 MiB at a time, for a vocabulary's sake
         y = torch.cat([F.linear(input.float(), part.float()) for part in W.split(rows)], -1)
@@ -1395,13 +1397,14 @@ class BankConfig:
     m: int | dict = 32  # bases per bank, or {gate: 16, up: 24} (with bank.share: gate's)
     r: int | float | None = None  # rows of a basis; a float is a fraction of p
     ratio: float | None = 0.7  # where r is not given: the r for this stored / dense size
-    memory: str | None = None  # wanted size of the whole model, as 18GiB: families and ratio follow
+    # wanted size of the whole model, as 6GiB: bits, families and rest.bits follow; with bits=16 a ratio
+    memory: str | None = None
     scope: str | int = "global"  # global | layer | N (groups of N neighbouring layers)
     share: bool = True  # gate and up draw from one bank (where both are compressed)
     activation: str = "identity"  # phi: identity | silu | tanh
     init: str = "auto"  # experts | svd | dictionary | random; auto: experts
     # stored bits per dense weight, everything counted: packed codes, and no r, ratio, m, scope or sparsity;
-    # null: 16-bit factors
+    # null or 16: 16-bit factors
     bits: float | None = None
     # of gate and up in codes: orthonormal (of each layer, in its metric), rotation (of all layers), identity;
     # auto: the one of the first two that loses less on the calibration text
@@ -1488,6 +1491,13 @@ class CalibConfig:
 
 
 @dataclass
+class RestConfig:
+    # of a number of attention, shared experts, embeddings and head: 16 | 8 | 4, in groups of 64; routers and
+    # norms stay. null: 16, and with bank.memory what leaves the experts enough
+    bits: int | None = None
+
+
+@dataclass
 class ExportConfig:
     dtype: str | None = None  # of globe and composed exports; dense ones keep the source's
 
@@ -1519,6 +1529,7 @@ class Config:
     fit: FitConfig = field(default_factory=FitConfig)
     calib: CalibConfig = field(default_factory=CalibConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    rest: RestConfig = field(default_factory=RestConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     # train.py's sections, kept as they are
@@ -1535,6 +1546,7 @@ CHOICES = {
     "bank.activation": ("identity", "silu", "tanh"),
     "bank.init": ("auto", "experts", "svd", "dictionary", "random"),
     "bank.basis": ("auto", "identity", "orthonormal", "rotation"),
+    "rest.bits": (None, 4, 8, 16),
     "sparsity.map": ("auto", "sparsemax", "entmax", "softmax", "signed"),
     "sparsity.alpha": (1.0, 1.5, 2.0),
     "fit.method": ("varpro", "am", "adam"),
@@ -1585,6 +1597,11 @@ def check_ranges(cfg: Any, choices: dict, positive: tuple, non_negative: tuple, 
     check(fractions, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
+# Whether the experts become packed codes
+def in_codes(cfg: Config) -> bool:
+    return cfg.bank.bits not in (None, 16) or bool(cfg.bank.memory) and cfg.bank.bits is None
+
+
 # refuse values that no run could use
 def check_config(cfg: Config) -> Config:
     m = cfg.bank.m
@@ -1595,13 +1612,15 @@ def check_config(cfg: Config) -> Config:
     expect(re.fullmatch("global|layer|[1-9][0-9]{0,8}", str(scope)),
            f"bank.scope: expected global, layer or a number of layers, found {short(scope)}")
     expect(cfg.eval.length >= 2, f"eval.length: expected 2 or more, found {cfg.eval.length}")
-    expect(cfg.bank.r or cfg.bank.ratio or cfg.bank.bits, "bank: expected r, ratio or bits, found none")
-    if cfg.bank.bits:
-        expect(cfg.bank.bits <= 8, f"bank.bits: expected at most 8, found {cfg.bank.bits}")
+    expect(cfg.bank.r or cfg.bank.ratio or cfg.bank.bits or cfg.bank.memory,
+           "bank: expected r, ratio, bits or memory, found none")
+    if in_codes(cfg):
+        bits = cfg.bank.bits or 1
+        expect(bits <= 8, f"bank.bits: expected at most 8, or 16 for no codes, found {bits}")
         expect(cfg.bank.activation == "identity",
                f"bank.bits: expected bank.activation identity, found {cfg.bank.activation}")
         expect(cfg.cache.mode != "direct", "bank.bits: expected cache.mode lru, all or none, found direct")
-        expect(cfg.bank.memory is None, "bank.bits: expected no bank.memory, which chooses ratios")
+        expect(not (cfg.bank.bits and cfg.bank.memory), "bank.bits: expected no bank.memory, which chooses it")
     expect(cfg.cache.mode != "direct" or cfg.bank.activation == "identity",
            f"cache.mode=direct: expected bank.activation identity, found {cfg.bank.activation}")
     return cfg
@@ -2792,6 +2811,12 @@ def fill_experts(module: nn.Module, layer: int, ckpt: Checkpoint, device: torch.
             assign(module, f"{family}_proj", stack(family))
 
 
+# {name: the other's name} of parameters that are tied
+def twins(model: nn.Module) -> dict:
+    pairs = model.all_tied_weights_keys
+    return pairs | {tied: target for target, tied in pairs.items()}
+
+
 def fill(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, below: str = ""):
     """Put the checkpoint's tensors in place of those on the meta device in the submodule `below`.
 
@@ -2805,12 +2830,11 @@ def fill(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.
         if module in inside:
             fill_experts(module, layer, ckpt, device, dtype)
     # everything else, by its name; of a tied pair, one in the file stands for both
-    twin = {}
-    for target, tied in model.all_tied_weights_keys.items():
-        twin |= {target: tied, tied: target}
+    twin = twins(model)
     for name, old in list(part.state_dict(prefix=prefix).items()):
         stored = ckpt.stored_name(name) or ckpt.stored_name(twin.get(name, name))
-        if stored and ".experts." not in name:
+        # codes come with the factors
+        if stored and ".experts." not in name and old.is_floating_point():
             assign(model, name, ckpt.tensor(stored).to(device, dtype if old.is_meta else old.dtype))
     if below in ("", "lm_head"):
         tie(model, ckpt)
@@ -2821,11 +2845,29 @@ def fill(model: nn.Module, ckpt: Checkpoint, device: torch.device, dtype: torch.
 # as from_pretrained ties: not a head that the file holds by itself, with other values
 def tie(model: nn.Module, ckpt: Checkpoint) -> None:
     pairs = dict(model.all_tied_weights_keys)
-    model.tie_weights({name for name in model.state_dict() if not ckpt.stored_name(name)})
+    absent = {name for name in model.state_dict() if not ckpt.stored_name(name)}
+    model.tie_weights(absent, recompute_mapping=False)
     for target in pairs.keys() - model.all_tied_weights_keys.keys() - ckpt.apart:
         ckpt.apart.add(target)
         say(f"{ckpt.dir}: config.json ties {target} to {pairs[target]}, but the files hold both, with other "
             "values: they are kept apart, as from_pretrained does")
+
+
+def rest_matrices(ckpt: Checkpoint, cfg: ModelConfig) -> dict:
+    """{module: (rows, columns)} of all linear layers and embeddings that are no router and no fitted expert."""
+    model = empty_model(ckpt.config, ckpt.dtype, ckpt.dir)
+    found = {}
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if not isinstance(module, (nn.Linear, nn.Embedding)) or re.search("(gate|router)$", last):
+            continue
+        # a head of the embedding's own weight; slices of the shared expert that the fit takes
+        weight = f"{name}.weight"
+        tied = weight in model.all_tied_weights_keys and weight not in ckpt.apart
+        fitted = cfg.include_shared and last.removesuffix("_proj") in families_of(cfg)
+        if not tied and not (fitted and ".shared_expert" in name):
+            found[name] = tuple(module.weight.shape)
+    return found
 
 
 # of a module that may return more than its output
@@ -3534,12 +3576,14 @@ class Factors:
     config: dict = field(default_factory=dict)
     norms: dict = field(default_factory=dict)  # {parameter: (n,) float32} where heal trained them
     down: dict = field(default_factory=dict)   # {layer: (n, d, p)}, refined, of the experts of refined(layer)
+    rest: dict = field(default_factory=dict)   # {module: as of code_groups}, layers outside the experts
 
     def refined(self, layer: int) -> list:
         """Experts whose dense down the refinement replaces: fitted ones, and the whole shared expert."""
         D = self.dims
         routed = [e for e in self.experts[layer] if e < D.experts and "down" not in self.families]
-        return routed + [*range(D.experts, D.experts + D.shared)]
+        shared = [] if self.rest else range(D.experts, D.experts + D.shared)
+        return [*routed, *shared]
 
     def coded(self) -> bool:
         return any(isinstance(f, CodedFamily) for f in self.families.values())
@@ -3556,15 +3600,19 @@ class Factors:
     def model_ratio(self, total: int) -> float:
         """Stored / dense numbers of the whole model of `total` parameters."""
         stored, dense = self.sizes()
+        for codes, scale in self.rest.values():
+            stored += (codes.nbytes + scale.nbytes) / 2
+            dense += codes.numel() * (1 if codes.dtype == torch.int8 else 2)
         return (total - dense + stored) / total
 
     def meta(self) -> dict:
         """The JSON that describes the tensors: what is needed to build modules before any of them is read."""
         families = {name: f.meta(name) for name, f in self.families.items()}
-        return {"format_version": FORMAT_VERSION if self.coded() else 1, "globe_version": __version__,
-                "model_type": self.model_type, "fingerprint": self.fingerprint,
-                "dims": dataclasses.asdict(self.dims), "families": families,
-                "experts": {str(l): e for l, e in self.experts.items()}, "config": self.config}
+        rest = {name: 8 if codes.dtype == torch.int8 else 4 for name, (codes, _) in self.rest.items()}
+        version = FORMAT_VERSION if self.coded() or rest else 1
+        return {"format_version": version, "globe_version": __version__, "model_type": self.model_type,
+                "fingerprint": self.fingerprint, "dims": dataclasses.asdict(self.dims), "families": families,
+                "experts": {str(l): e for l, e in self.experts.items()}, "rest": rest, "config": self.config}
 
 
 # ---- the data: experts' matrices in batches ----------------------------------------------------------
@@ -4665,17 +4713,25 @@ def bank_shape(cfg: Config, family: str, n: int, groups: int, D: Dims) -> tuple:
     return m, r
 
 
-def fit_memory(cfg: Config, ckpt: Checkpoint) -> None:
-    """bank.memory -> bank.ratio, and families: all where the families alone would go below half."""
-    if not cfg.bank.memory:
-        return
-    size = re.fullmatch(r"(\d+\.?\d*) *([KMGT])(i?)B", cfg.bank.memory)
+# bytes of bank.memory: 6GiB, 18GB, or a plain number
+def wanted_bytes(cfg: Config) -> float:
+    size = re.fullmatch(r"(\d+\.?\d*(?:e\d\d?)?) *(?:([KMGT])(i?)B)?", cfg.bank.memory)
     expect(size and cfg.bank.r is None, "bank.memory: expected a size like 18GiB, and no bank.r, "
                                         f"found {cfg.bank.memory!r} and {cfg.bank.r}")
     number, prefix, binary = size.groups()
-    scale = (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1)
+    return float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix or " "))
+
+
+# UserError of a bank.memory that cannot be reached
+def refuse_memory(cfg: Config, least: float, most: float, why: str) -> None:
+    raise UserError(f"bank.memory: expected a size between {least / 2 ** 30:.3g}GiB ({why}) and "
+                    f"{most / 2 ** 30:.3g}GiB (the source), found {cfg.bank.memory}")
+
+
+def fit_memory(cfg: Config, ckpt: Checkpoint) -> None:
+    """bank.memory -> bank.ratio, and families: all where the families alone would go below half."""
     # numbers: wanted, of the whole model, of one family's experts
-    wanted = float(number) * scale / ckpt.dtype.itemsize
+    wanted = wanted_bytes(cfg) / ckpt.dtype.itemsize
     total = ckpt.num_parameters()
     each = len(select_experts(ckpt.dims, cfg.model)) * ckpt.dims.p * ckpt.dims.d
     for families in (cfg.model.families, "all"):
@@ -4685,10 +4741,51 @@ def fit_memory(cfg: Config, ckpt: Checkpoint) -> None:
         if cfg.bank.ratio >= 0.5:
             break
     if not 0.05 < cfg.bank.ratio < 1:
-        most = total * ckpt.dtype.itemsize / 2 ** 30
-        least = most - 0.95 * n * ckpt.dtype.itemsize / 2 ** 30
-        raise UserError(f"bank.memory: expected a size between {least:.3g}GiB (5 % of the experts left) and "
-                        f"{most:.3g}GiB (the source), found {cfg.bank.memory}")
+        least = (total - 0.95 * n) * ckpt.dtype.itemsize
+        refuse_memory(cfg, least, total * ckpt.dtype.itemsize, "5 % of the experts left")
+
+
+HEADER_BYTES = 115  # of a tensor's name and place in the file
+
+
+class CodedSize(NamedTuple):
+    """What a model takes whose experts, and what is around them, are in codes."""
+    experts: int   # numbers of the coded families
+    rest: int      # numbers of linear layers and embeddings outside
+    others: int    # bytes of all else: dense families, routers, norms, names
+
+    def bytes(self, bits: float, rest_bits: int, itemsize: int) -> float:
+        rest = itemsize if rest_bits == 16 else (rest_bits + 16 / 64) / 8
+        return self.others + self.experts * bits / 8 + self.rest * rest
+
+
+def coded_size(cfg: Config, ckpt: Checkpoint) -> CodedSize:
+    """CodedSize of model.families of the selected experts."""
+    families = families_of(cfg.model)
+    experts = len(families) * len(select_experts(ckpt.dims, cfg.model)) * ckpt.dims.p * ckpt.dims.d
+    matrices = rest_matrices(ckpt, cfg.model)
+    rest = sum(map(math.prod, matrices.values()))
+    tensors = len(empty_model(ckpt.config, ckpt.dtype, ckpt.dir).state_dict()) + len(matrices)
+    names = HEADER_BYTES * (tensors + 6 * len(families) * len(ckpt.dims.layers))
+    others = (ckpt.num_parameters() - experts - rest) * ckpt.dtype.itemsize + names
+    return CodedSize(experts, rest, others)
+
+
+def code_memory(cfg: Config, ckpt: Checkpoint) -> tuple:
+    """(bits, rest bits) of bank.memory; families: all, unless 4 bits are left for gate and up alone."""
+    wanted = wanted_bytes(cfg)
+    # in this order: what is left to the experts should not be less than that
+    for families, rest_bits, least in ((cfg.model.families, 16, 4), ("all", 16, 4), ("all", 8, 1.5), ("all", 4, 0)):
+        cfg.model.families = families
+        rest_bits = cfg.rest.bits or rest_bits
+        size = coded_size(cfg, ckpt)
+        bits = 8 * (wanted - size.bytes(0, rest_bits, ckpt.dtype.itemsize)) / size.experts
+        if bits >= least:
+            break
+    if bits < 0.3 or wanted >= ckpt.bytes:
+        least = size.bytes(0.3, rest_bits, ckpt.dtype.itemsize)
+        refuse_memory(cfg, least, ckpt.bytes, "0.3 bits of a weight of the experts left")
+    return min(bits, max(WIDTHS)), rest_bits
 
 
 def flops_per_pass(n: int, m: int, r: int, D: Dims, right: bool, means: bool = False) -> float:
@@ -5334,12 +5431,26 @@ def log_scale(scale: Tensor) -> tuple:
     return stored, (stored.float() / 256).exp2()
 
 
-def code_basis(X: Tensor) -> tuple:
-    """(int8 (r, d), int16 (r, groups of 64)) of a basis X: decode_basis undoes it."""
-    groups = F.pad(X, (0, -X.shape[1] % 64)).unflatten(1, (-1, 64))
-    stored, scale = log_scale(groups.abs().amax(-1) / 127)
-    codes = (groups / scale[..., None]).round().clamp(-127, 127)
-    return codes.flatten(1)[:, :X.shape[1]].to(torch.int8).contiguous(), stored
+def code_groups(X: Tensor, bits: int = 8) -> tuple:
+    """(codes, scale) of X (rows, columns) in 8 bits, or 4 of an even number of columns: decode_groups undoes
+    it."""
+    groups = F.pad(X.float(), (0, -X.shape[1] % 64)).unflatten(1, (-1, 64))
+    most = 2 ** (bits - 1) - 1
+    best = None
+    # few steps: finer ones, beyond which the largest numbers are cut off, may err less
+    for part in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7) if bits == 4 else (1.0,):
+        stored, scale = log_scale(groups.abs().amax(-1) * part / most)
+        codes = (groups / scale[..., None]).round().clamp(-most, most)
+        error = (codes * scale[..., None] - groups).square().sum(-1)
+        if best is None:
+            best = error, codes, stored
+        better = error < best[0]
+        best = (error.where(better, best[0]), codes.where(better[..., None], best[1]), stored.where(better, best[2]))
+    codes = best[1].flatten(1)[:, :X.shape[1]].to(torch.int8)
+    if bits == 4:
+        even, odd = (codes + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
+        codes = even | odd << 4
+    return codes.contiguous(), best[2]
 
 
 def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
@@ -5473,7 +5584,7 @@ def code_families(job: tuple, data: CodeData, widths: dict,
         of[l] = None
         if c.X is not None:
             of[l] = f"{job[0]}_{l if c.basis == 'orthonormal' else 'all'}"
-            bases[of[l]] = tuple(t.cpu() for t in code_basis(c.X[stored_columns(c, widths[l])]))
+            bases[of[l]] = tuple(t.cpu() for t in code_groups(c.X[stored_columns(c, widths[l])]))
         bits = 8 * sum(map(len, codes)) / c.y.numel()
         yield {"step": step, "layer": l, "basis": c.basis, "bits": bits}
     d = c.y.shape[2]
@@ -5557,6 +5668,8 @@ def save_factors(factors: Factors, path: Path) -> None:
     # healed norms and refined downs stand in the source's place
     tensors |= {f"norm.{name}": t for name, t in factors.norms.items()}
     tensors |= {f"layers.{l}.down": t for l, t in factors.down.items()}
+    for name, (codes, scale) in factors.rest.items():
+        tensors |= {f"rest.{name}": codes, f"rest.{name}.scale": scale}
     shapes |= {name: (t.dtype, t.shape) for name, t in tensors.items()}
     about = {"globe": json.dumps(factors.meta(), sort_keys=True)}
     write_tensors(path, shapes, collections.ChainMap(tensors, LazyDict(lazy)), about)
@@ -5615,6 +5728,8 @@ def load_factors(path: Path | str) -> Factors:
         expect(t.ndim == 1 and t.dtype == torch.float32,
                f"{path}: {name}: expected float32 (n,), found {t.dtype} {tuple(t.shape)}")
         factors.norms[name.removeprefix("norm.")] = t
+    for name, bits in meta.get("rest", {}).items():
+        factors.rest[name] = take_rest(path, tensors, name, bits)
     for l in layers:
         if f"layers.{l}.down" in tensors and (factors.coded() or "down" not in families):
             wanted = (len(factors.refined(l)), factors.dims.d, factors.dims.p)
@@ -5649,12 +5764,25 @@ def take_tensor(path: Path, tensors: dict, name: str, shape: tuple) -> Tensor:
     found = "none" if t is None else tuple(t.shape)
     expect(found == shape, f"{path}: {name}: expected {shape}, found {found}")
     kind = INTEGERS.get(name.rpartition(".")[2], torch.int8 if name.startswith("basis.") else None)
+    if name.startswith("rest.") and not kind:
+        kind = t.dtype  # take_rest has checked it
     if kind:
         expect(t.dtype == kind, f"{path}: {name}: expected {kind}, found {t.dtype}".replace("torch.", ""))
     else:
         fine = t.is_floating_point() and t.itemsize > 1
         expect(fine, f"{path}: {name}: expected float32, float16 or bfloat16, found {t.dtype}")
     return t
+
+
+# (codes, scale) of a layer outside the experts, whatever its shape: it must fit the model's
+def take_rest(path: Path, tensors: dict, name: str, bits: int) -> tuple:
+    codes = tensors.get(f"rest.{name}", torch.empty(0))
+    kind = torch.int8 if bits == 8 else torch.uint8
+    expect(codes.ndim == 2 and codes.dtype == kind, f"{path}: rest.{name}: expected {kind} (rows, bytes), found "
+           f"{codes.dtype} {tuple(codes.shape)}".replace("torch.", ""))
+    shapes = group_shapes(f"rest.{name}", len(codes), codes.shape[1] * 8 // bits, bits)
+    return tuple(take_tensor(path, tensors, key.replace("_scale", ".scale"), shape)
+                 for key, (shape, _) in shapes.items())
 
 
 # One family's factors from its description f and the tensors of the file
@@ -5703,6 +5831,9 @@ def check_fingerprint(factors: Factors, ckpt: Checkpoint) -> None:
 def assign_factors(model: nn.Module, factors: Factors, device: torch.device, dtype: torch.dtype) -> None:
     # {layer: name of its experts module}
     at = {module.layer: name for name, module in model.named_modules() if isinstance(module, GlobeExperts)}
+    for name, (codes, scale) in factors.rest.items():
+        assign(model, f"{name}.weight", codes.to(device))
+        assign(model, f"{name}.weight_scale", scale.to(device))
     for name, f in factors.families.items():
         if isinstance(f, CodedFamily):
             for key, (basis, scale) in f.bases.items():
@@ -5808,6 +5939,7 @@ def unpatch(model: nn.Module):
             m.__class__ = nn.Linear
     del model.globe_bank, model._globe_dense, model.save_pretrained
 
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     # what our save_pretrained left
     vars(model).pop("_weight_conversions", None)
     for key in ("quantization_config", "auto_map"):
@@ -5980,6 +6112,33 @@ def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = 
     model.save_pretrained(to, max_shard_size="5GB", state_dict=model.state_dict() | rest)
 
 
+def code_rest(ckpt: Checkpoint, factors: Factors, cfg: ModelConfig, bits: int, progress: Callable) -> None:
+    """factors.rest: linear layers and embeddings outside the experts in codes of 8 or 4 bits, refined downs of
+    the shared expert among them."""
+    D = ckpt.dims
+    twin = twins(empty_model(ckpt.config, ckpt.dtype, ckpt.dir))
+    rest = {}
+    for name, (_, columns) in progress(sorted(rest_matrices(ckpt, cfg).items())):
+        weight = f"{name}.weight"
+        W = ckpt.tensor(ckpt.stored_name(weight) or ckpt.stored_name(twin.get(weight, weight)))
+        layer = re.search(r"layers\.(\d+)\.", name)
+        if re.search(r"\.shared_experts?\.down_proj$", name) and int(layer[1]) in factors.down:
+            W = torch.cat([*factors.down[int(layer[1])][-D.shared:]], 1)
+        rest[name] = code_groups(W, bits if columns % 2 == 0 else 8)
+    for l, down in list(factors.down.items()):
+        factors.down[l] = down[:len(down) - D.shared]
+        if not len(factors.down[l]):
+            del factors.down[l]
+    factors.rest = rest
+
+
+# Those codes, decoded into a stock model's weights; of modules whose names begin so
+def put_rest(model: nn.Module, factors: Factors, below: str) -> None:
+    for name, codes in factors.rest.items():
+        if name.startswith(below) and (below or not name.startswith("model.layers.")):
+            model.get_parameter(f"{name}.weight").data.copy_(decode_groups(*codes))
+
+
 # Composed bases in place of the bank and the mixtures, in place
 def compose_all(model: nn.Module) -> None:
     for m in globe_modules(model):
@@ -6035,6 +6194,16 @@ def export_dense(ckpt: Checkpoint, factors: Factors, to: Path, progress: Callabl
     for name, t in factors.norms.items():
         expect(name in ckpt.shard_of, f"factors: norm.{name}: {ckpt.dir} has no such tensor")
         overwrite(name, ..., t.to(ckpt.tensor(name).dtype))
+    twin = twins(empty_model(ckpt.config, ckpt.dtype, ckpt.dir))
+    for name, codes in factors.rest.items():
+        # where the file has both of a tied pair, both
+        names = {f"{name}.weight"}
+        if not ckpt.apart:
+            names.add(twin.get(f"{name}.weight", f"{name}.weight"))
+        stored = set(filter(None, map(ckpt.stored_name, names)))
+        expect(stored, f"factors: rest.{name}: {ckpt.dir} has no such tensor")
+        for place in stored:
+            overwrite(place, ..., decode_groups(*codes).to(ckpt.tensor(place).dtype))
 
 
 # {tensor: first byte} of a safetensors file
@@ -6081,9 +6250,11 @@ def reference_logits(ckpt: Checkpoint, factors: Factors, ids: Tensor, device: to
     walk = LayerWalk(ckpt, device, torch.float32, 1)
     places = experts_modules(walk.model)
     x = torch.empty(*ids.shape, ckpt.dims.d)
+    put_rest(walk.model, factors, "")
     walk.embed(ids, x)
     for l in range(len(walk.layers)):
         walk.fill([l])
+        put_rest(walk.model, factors, f"model.layers.{l}.")
         rows = enumerate(factors.experts.get(l, ()))
         for (row, e), (family, f) in itertools.product(rows, factors.families.items()):
             weight = parameter_of(places[l], family, e, factors.dims)
@@ -6540,9 +6711,14 @@ class FitPlan:
     """What a fit is going to do, the same on every rank; UserError where sizes do not fit together."""
 
     def __init__(self, cfg: Config, ckpt: Checkpoint, device: torch.device):
-        # bank.memory becomes families and a ratio; codes have a basis per layer
-        fit_memory(cfg, ckpt)
-        if cfg.bank.bits:
+        # bank.memory becomes families with bits or a ratio; codes have a basis per layer
+        self.bits = cfg.bank.bits if in_codes(cfg) else None
+        self.rest_bits = cfg.rest.bits or 16
+        if cfg.bank.memory and in_codes(cfg):
+            self.bits, self.rest_bits = code_memory(cfg, ckpt)
+        elif cfg.bank.memory:
+            fit_memory(cfg, ckpt)
+        if self.bits:
             cfg.bank.scope = "layer"
         self.cfg = cfg
         self.ckpt = ckpt
@@ -6561,7 +6737,7 @@ class FitPlan:
             jobs[:2] = [("gate", "up")]
         self.shapes = {}  # {job: (m, r)}
         for job in jobs:
-            if cfg.bank.bits:
+            if self.bits:
                 self.shapes[job] = (1, ckpt.dims.d)
                 continue
             self.shapes[job] = bank_shape(cfg, job[0], len(job) * len(self.keys), self.groups, ckpt.dims)
@@ -6581,8 +6757,8 @@ class FitPlan:
         means = data and cfg.calib.means and "down" not in job
 
         # codes: a layer's matrices in and out of their basis; of down a metric for each expert
-        if cfg.bank.bits:
-            stored = dense * cfg.bank.bits / 16
+        if self.bits:
+            stored = dense * self.bits / 16
             memory = 2 ** 29 + 32 * dense // self.layers + 12 * self.layers * D.d ** 2
             memory += 40 * n // self.layers * D.p ** 2 * ("down" in job)
             down = 2 * size * len(self.keys) * D.p * D.d * (data and cfg.fit.down)
@@ -6628,15 +6804,22 @@ def dry_run(plan: FitPlan) -> dict:
     numbers = plan.ckpt.num_parameters()
     left = numbers - total["dense"] + total["stored"]
     size = plan.ckpt.dtype.itemsize
-    result = {"bytes_dense": plan.ckpt.bytes, "bytes": plan.ckpt.bytes - (numbers - left) * size,
+    stored = plan.ckpt.bytes - (numbers - left) * size
+    if plan.bits or plan.rest_bits < 16:
+        about = coded_size(plan.cfg, plan.ckpt)
+        stored = about.bytes(16 * total["stored"] / total["dense"], plan.rest_bits, size)
+        left -= about.rest * (1 - (plan.rest_bits + 16 / 64) / 16) * (plan.rest_bits < 16)
+    result = {"bytes_dense": plan.ckpt.bytes, "bytes": round(stored),
               "memory_bytes": total["memory"], "disk_bytes": total["disk"],
               "flops_per_pass": total["flops"]}
     gib = [value / 2 ** 30 for value in result.values()]
     say("model {:.3g} -> {:.3g} GiB; memory of the fit about {:.3g} GiB, disk about {:.3g} GiB".format(*gib))
-    say(f"{total['flops']:.3g} operations a pass, {plan.cfg.fit.steps} steps")
+    steps = "" if plan.bits else f", {plan.cfg.fit.steps} steps"
+    say(f"{total['flops']:.3g} operations a pass{steps}")
     return {"dry_run": True, "families": list(families_of(plan.cfg.model)),
             "r": {"+".join(job): r for job, (_, r) in plan.shapes.items()},
-            "ratio": total["stored"] / total["dense"], "model_ratio": left / numbers} | result
+            "ratio": total["stored"] / total["dense"], "bits": 16 * total["stored"] / total["dense"],
+            "rest_bits": plan.rest_bits, "model_ratio": left / numbers} | result
 
 
 # ---- fit: the saved state ----------------------------------------------------------------------------
@@ -6852,7 +7035,7 @@ def code_in(basis: str, plan: FitPlan, metrics: dict, down: dict, log: Log, stop
         spectra[job, l] = spectrum(data.coordinates(job, l), len(job))
     # a rotation is stored once
     own = 8.25 * plan.ckpt.dims.d ** 2 * len(jobs) * (basis == "rotation")
-    widths = share_bits(spectra, plan.cfg.bank.bits * dense - own)
+    widths = share_bits(spectra, plan.bits * dense - own)
     families = {}
     for job in jobs:
         for row in code_families(job, data, {l: widths[job, l] for l in plan.experts}, bar("code")):
@@ -6912,9 +7095,9 @@ def fit_jobs(plan: FitPlan, moments: dict, log: Log) -> Factors:
     families = {}
     with held_interrupt() as stop, threads_for(D.p, D.d, cfg.fit.dtype):
         down = {}
-        if cfg.bank.bits:
+        if plan.bits:
             families, down = code_run(plan, moments, log, stop)
-        for job in () if cfg.bank.bits else plan.shapes:
+        for job in () if plan.bits else plan.shapes:
             families |= fit_job(plan, job, moments, log, stop)
     log.close()
 
@@ -6983,6 +7166,8 @@ def fit_run(plan: FitPlan, out: Path, resume: bool) -> dict:
         save_factors(factors, scratch / "factors.safetensors")
         factors = load_factors(scratch)
         refine_run(plan, factors, moments["windows"][0], out, down)
+    if plan.rest_bits < 16:
+        code_rest(plan.ckpt, factors, cfg.model, plan.rest_bits, bar("rest"))
     save_factors(factors, out / "factors.safetensors")
 
     # what rested in files until now: adapters, the metric, other ranks' pairs
@@ -7008,7 +7193,8 @@ def fit_result(plan: FitPlan, factors: Factors, path: Path) -> dict:
     stored = 0
     for name, t in load_file(path).items():
         kind = name.rpartition(".")[2]
-        if kind == "A" or kind == "val" or kind in INTEGERS or name.startswith(("bank.", "basis.")):
+        factor = kind in ("A", "val", *INTEGERS) or name.startswith(("bank.", "basis."))
+        if factor and not name.startswith("rest."):
             stored += 8 * t.nbytes
     model_ratio = factors.model_ratio(plan.ckpt.num_parameters())
     return {"factors": str(path.parent), "ratio": factors.ratio(), "model_ratio": model_ratio,
@@ -7046,9 +7232,11 @@ def cmd_fit(args: argparse.Namespace) -> dict:
         plan = FitPlan(cfg, ckpt, device)
         for job, (m, r) in plan.shapes.items():
             form = f"{plan.groups} x {m} bases of {r} x {ckpt.dims.d}"
-            if cfg.bank.bits:
-                form = f"{cfg.bank.bits:g} bits a weight in packed codes"
+            if plan.bits:
+                form = f"{plan.bits:.3g} bits a weight in packed codes"
             say(f"{'+'.join(job)}: {len(plan.keys)} experts in {plan.layers} layers; {form}")
+        if plan.rest_bits < 16:
+            say(f"attention, shared experts, embeddings and head in {plan.rest_bits} bits")
         if args.dry_run:
             return dry_run(plan)
         if cfg.calib.save:

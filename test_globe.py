@@ -1080,12 +1080,25 @@ def test_a_dry_run_says_what_a_fit_then_does_and_writes_nothing(small, capsys):
 
 def test_a_wanted_size_of_the_model_chooses_families_and_r(small, capsys):
     dense, numbers = globe.weight_bytes(small), answer("info", small, capsys=capsys)["parameters"]
-    own = f"model.path={small}", *QUICK, "bank.m=2", "bank.r=null", "fit.metric=weights"
+    own = f"model.path={small}", *QUICK, "bank.m=2", "bank.r=null", "fit.metric=weights", "bank.bits=16"
     argv = "fit", "--overwrite", "--out", "m", *own
     for part, families in ((0.95, {"gate", "up"}), (0.82, {"gate", "up", "down"})):
         got = answer(*argv, f"bank.memory={part * dense / 1000:.1f}KB", capsys=capsys)
         assert set(got["rel_frob"]) == families
         assert 0.9 * part * dense < got["model_ratio"] * numbers * 4 <= part * dense
+    for bad, said in (("1KB", "between"), ("18GiB", "between"), ("lots", "18GiB")):
+        assert said in refused(*argv, f"bank.memory={bad}", capsys=capsys)
+
+def test_a_wanted_size_of_the_file_chooses_bits_and_the_file_has_it(small, capsys):
+    argv = "fit", "--overwrite", "--out", "m", f"model.path={small}", "calib.tokens=512", "calib.length=64"
+    for size, rest in ((50_000, 8), (36_500, 4)):
+        plan = answer(*argv, f"bank.memory={size}", "--dry-run", capsys=capsys)
+        got = answer(*argv, f"bank.memory={size / 1000:g}KB", capsys=capsys)
+        assert {*got["rel_frob"]} == {"gate", "up", "down"} and plan["rest_bits"] == rest
+        assert got["bits"] == pytest.approx(plan["bits"], rel=0.1)
+        told = answer("export", "--factors", "m", "--to", "e", "--overwrite", capsys=capsys)
+        # names in the file's header are a third of it here
+        assert told["bytes"] <= size and told["bytes"] == pytest.approx(plan["bytes"], rel=0.1)
     for bad, said in (("1KB", "between"), ("18GiB", "between"), ("lots", "18GiB")):
         assert said in refused(*argv, f"bank.memory={bad}", capsys=capsys)
 
@@ -2676,7 +2689,7 @@ CODED = ["bank.bits=5", "bank.basis=orthonormal", "calib.tokens=512", "calib.len
 def coded(small, tmp_path_factory) -> Path:
     """A fit of `small` in packed codes, its downs refitted."""
     out = tmp_path_factory.mktemp("runs") / "coded"
-    assert globe.main(["fit", "--out", str(out), f"model.path={small}", *CODED, *SPEED]) == 0
+    assert globe.main(["fit", "--out", str(out), f"model.path={small}", *CODED, "rest.bits=4", *SPEED]) == 0
     return out
 
 def test_a_coded_fit_is_as_large_as_asked_and_better_with_more_bits(small, capsys):
@@ -2746,6 +2759,8 @@ def test_coded_factors_go_wherever_factors_go(coded, small, words, capsys):
     stored = load_file("globe/model.safetensors")
     dense = [n for n in stored if re.search(r"experts\.(gate|up)\w*_(proj|A)", n)]
     assert all(stored[n].numel() == 1 for n in dense)  # the guards
+    wide = [n for n, t in stored.items() if t.is_floating_point() and t.ndim > 1 and "gate" not in n]
+    assert all(n.endswith("experts.down_proj") for n in wide), wide
     model.save_pretrained("saved")
     assert gap(logits(AutoModelForCausalLM.from_pretrained("saved")), logits(model)) < 1e-6
     for cache in (dict(mode="all"), dict(mode="none"), dict(per_layer=1)):
@@ -2771,7 +2786,9 @@ def test_a_part_of_the_experts_and_the_shared_one_are_coded(small, capsys):
                  ["bank.share=false", "bank.bits=7", "fit.metric=weights"], ["model.single_layer=1"],
                  ["model.families=all", "bank.bits=8", "bank.basis=auto"],
                  ["model.families=all", "bank.bits=8", "bank.basis=identity", "fit.down=false"],
-                 ["model.families=all", "bank.bits=8", "bank.basis=rotation", "model.include_shared=true"]):
+                 ["model.families=all", "bank.bits=8", "bank.basis=rotation", "model.include_shared=true"],
+                 ["model.families=all", "bank.bits=8", "rest.bits=8", "model.include_shared=true"],
+                 ["bank.bits=16", "bank.ratio=0.9", "bank.m=4", "fit.steps=3", "rest.bits=4"]):
         answer("fit", "--out", "r", "--overwrite", f"model.path={small}", *CODED, *more, capsys=capsys)
         told = answer("export", "--factors", "r", "--to", "out", "--overwrite", capsys=capsys)
         assert told["max_logit_error"] < 1e-4, more
@@ -2783,6 +2800,9 @@ CODE_ROWS = {  # name: (change of the tensors, words)
     "codes of float": (lambda t: t.update({"layers.0.up.codes": t["layers.0.up.codes"].float()}), "uint8"),
     "codes cut": (lambda t: t.update({"layers.0.up.codes": t["layers.0.up.codes"][1:].clone()}), "up.codes"),
     "no basis": (lambda t: t.pop("basis.gate_1"), "basis.gate_1|none"),
+    "no head": (lambda t: t.pop("rest.lm_head"), "rest.lm_head|uint8"),
+    "a layer of other sizes": (lambda t: t.update({"rest.lm_head.scale": t["rest.lm_head.scale"][1:].clone()}),
+                               "rest.lm_head.scale|expected"),
 }
 
 @pytest.mark.parametrize("row", CODE_ROWS)
