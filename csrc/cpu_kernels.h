@@ -1070,8 +1070,9 @@ INLINE vf shuffled(vf v, vi at) {
 #endif
 }
 
-template <int K> void trellis_step(const float* cost, float* next, int32_t* lost, const float* values, float x, float weight, int64_t m) {
+template <int K> void trellis_step(const float* cost, float* next, uint8_t* lost, const float* values, float x, float weight, int64_t m) {
   constexpr int64_t n = VB / 4;
+  typedef uint8_t bytes __attribute__((vector_size(VB / 4)));
   vi spread[K];  // lane i of part j of a vector that comes K times over
   for (int j = 0; j < K; ++j)
     for (int i = 0; i < n; ++i) spread[j][i] = (j * n + i) / K;
@@ -1085,7 +1086,8 @@ template <int K> void trellis_step(const float* cost, float* next, int32_t* lost
       which = less ? vi{} + j : which;
       least = less ? c : least;
     }
-    std::memcpy(lost + low, &which, sizeof which);
+    const bytes narrow = __builtin_convertvector(which, bytes);
+    std::memcpy(lost + low, &narrow, sizeof narrow);
     // goes on to K states each
     for (int j = 0; j < K; ++j) {
       const vf d = x - *(const vf_mem*)(values + low * K + j * n);
@@ -1101,14 +1103,14 @@ void trellis(const float* x, const uint8_t* width, const float* weight, const fl
   const int64_t S = int64_t(1) << bits;
   parallel(rows, columns * S, [&](int64_t begin, int64_t end) {
     std::vector<float> cost(S), next(S);
-    std::vector<int32_t> lost(columns * S / 2);
+    std::vector<uint8_t> lost(columns * S / 2);
     for (int64_t row = begin; row < end; ++row) {
       const uint8_t* w = width + row * columns;
       std::fill(cost.begin(), cost.end(), std::numeric_limits<float>::infinity());
       cost[start[row]] = 0;
+      uint8_t* to = lost.data();
       for (int64_t t = 0; t < columns; ++t) {
         const float at = x[row * columns + t], a = weight[row * columns + t];
-        int32_t* to = lost.data() + t * (S / 2);
         switch (w[t]) {
           case 0: continue;
           case 1: trellis_step<2>(cost.data(), next.data(), to, values, at, a, S >> 1); break;
@@ -1118,6 +1120,7 @@ void trellis(const float* x, const uint8_t* width, const float* weight, const fl
           case 5: trellis_step<32>(cost.data(), next.data(), to, values, at, a, S >> 5); break;
           default: trellis_step<64>(cost.data(), next.data(), to, values, at, a, S >> 6);
         }
+        to += S >> w[t];
         cost.swap(next);
       }
       // back from the cheapest end
@@ -1125,8 +1128,9 @@ void trellis(const float* x, const uint8_t* width, const float* weight, const fl
       for (int64_t t = columns; t-- > 0;) {
         states[row * columns + t] = int16_t(state);
         if (!w[t]) continue;
+        to -= S >> w[t];
         const int64_t low = state >> w[t];
-        state = int64_t(lost[t * (S / 2) + low]) << (bits - w[t]) | low;
+        state = int64_t(to[low]) << (bits - w[t]) | low;
       }
     }
   });
