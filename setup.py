@@ -54,9 +54,10 @@ setup(
     install_requires=["torch>=2.10", "safetensors", "transformers>=5", "numpy", "tqdm", "PyYAML"],
     extras_require={
         "train": TRAIN,
-        "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", *TRAIN],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "gguf", *TRAIN],
         "plots": ["matplotlib"],
         "gguf": ["gguf", "accelerate"],
+        "peers": ["gguf", "hqq"],
     },
     entry_points={"console_scripts": ["globe=globe:main"]},
     **extension(),

@@ -1807,6 +1807,67 @@ def test_a_quality_benchmark_cut_short_goes_on_and_takes_rows_of_older_versions(
     assert "expected what bench.py wrote" in refused(*argv, "--resume", capsys=capsys, program=bench,
                                                      late=True)
 
+def test_codes_store_what_they_say_and_a_metric_of_their_own_makes_them_better_in_it():
+    W, x = torch.randn(2, 16, 96, generator=gen(0)), torch.randn(400, 96, generator=gen(1))
+    H = torch.stack([x.T @ x for x in (x * torch.linspace(0.1, 3, 96), x)])
+    errors = []
+    for bits, metric in itertools.product((3, 2), (H, H.mean(0)[None], None)):
+        got, stored = bench.gptq(W, metric, bits, 32)
+        assert stored * 8 == W.numel() * (bits + (16 + bits) / 32)
+        errors.append(float(((got - W) @ H * (got - W)).sum()))
+    assert errors == sorted(errors)
+    assert bench.hqq_size(2.1, 256) == (2, 256) and bench.hqq_size(0.7, 256) is None
+
+def test_low_bit_peers_take_their_bytes_and_say_what_they_want(small, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "checkpoint_of", lambda preset, args: Checkpoint(small))
+    monkeypatch.setattr(globe, "builtin_text", library)
+    monkeypatch.setenv("LLAMA_CPP", ".")
+    argv = "quality --preset tiny --windows 2 --bits 6 --peers low-bit --png q.png --set".split()
+    assert bench.main([*argv, *CODED]) == 0 and Path("q.png").is_file()
+    out, err = capsys.readouterr()
+    assert err.count("rows of gguf: experts of 16 x 32 do not fit") == 1
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert {row["variant"] for row in rows} >= {*bench.LOW_BIT, "rtn+refit", "gptq-row+refit", "globe"}
+    assert all(0 < row["kl"] < 1 and row["bits"] <= 6 and row["coded"] == "gate+up" for row in rows)
+
+# in place of llama.cpp's programs: every tensor in float32, and no type IQ9
+LLAMA = {"build/bin/llama-imatrix": "#!/bin/sh", "conversion/base.py": "class TextModel: _set_vocab_gpt2 = 1",
+         "build/bin/llama-quantize": """#!/bin/sh
+case "$*" in *IQ9*) echo "no such type IQ9" >&2; exit 3;; esac
+while [ $# -gt 4 ]; do shift; done; cp "$1" "$2" """, "convert_hf_to_gguf.py": """
+import sys, gguf, transformers
+def main():
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2MOE, 2)
+    writer = gguf.GGUFWriter(sys.argv[3], "qwen2moe")
+    for name, t in transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).state_dict().items():
+        parts = {name: t} if t.ndim < 3 else {f"{name}.weight": t}
+        if "gate_up" in name:
+            parts = {name.replace("gate_up", f) + ".weight": W for f, W in zip(("gate", "up"), t.chunk(2, 1))}
+        for key, part in parts.items():
+            writer.add_tensor(names.get_name(key, (".weight", ".bias")), part.contiguous().numpy())
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+"""}
+
+def test_llama_cpps_tensors_go_to_where_they_came_from_and_its_failures_are_one_line(monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    wide = saved("qwen2_moe", Path("wide"), **ARCHITECTURES["qwen2_moe"] | dict(
+        hidden_size=256, moe_intermediate_size=256))
+    for name, source in LLAMA.items():
+        (path := Path("llama", name)).parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+        path.chmod(0o755)
+    monkeypatch.setenv("LLAMA_CPP", "llama")
+    monkeypatch.setattr(bench, "checkpoint_of", lambda preset, args: Checkpoint(wide))
+    monkeypatch.setattr(globe, "builtin_text", library)
+    monkeypatch.setattr(bench.Quality, "fitted", lambda *args: None)
+    argv = "quality --preset mid --windows 1 --bits 2 --bytes 1e6 --set calib.tokens=999 --peers".split()
+    rows = answer(*argv, "gguf:F32", "gguf:F32:F16:F32", capsys=capsys, program=bench)["rows"]
+    assert {row["coded"] for row in rows} == {"gate+up", "file"}
+    assert all(abs(row["kl"]) < 1e-4 > abs(row["delta_nats"]) and 31.9 < row["bits"] < 40 for row in rows)
+    for name, why in (("llama-quantize", "exit code 3: no such type IQ9"), ("llama", "found none")):
+        with pytest.raises(UserError, match=f"{name}.*{why}"):
+            bench.LlamaCpp(None, None, None).run(f"build/bin/{name}", "IQ9")
+
 def test_the_builtin_task_has_right_answers_and_a_model_that_knows_them_scores_one(small):
     items = bench.builtin_choices(40)
     assert len({c for c, _, _ in items}) == 40 and {right for _, _, right in items} == {0, 1, 2, 3}
