@@ -3566,6 +3566,9 @@ class CodedFamily:
         return {"code": "trellis", "columns": self.columns, "layers": layers}
 
 
+REST_BITS = {torch.int8: 8, torch.uint8: 4}  # of codes in groups
+
+
 @dataclass
 class Factors:
     """What a fit leaves: factors per family, which experts they stand for, and where they came from."""
@@ -3603,13 +3606,13 @@ class Factors:
         stored, dense = self.sizes()
         for codes, scale in self.rest.values():
             stored += (codes.nbytes + scale.nbytes) / 2
-            dense += codes.numel() * (1 if codes.dtype == torch.int8 else 2)
+            dense += codes.numel() * 8 // REST_BITS[codes.dtype]
         return (total - dense + stored) / total
 
     def meta(self) -> dict:
         """The JSON that describes the tensors: what is needed to build modules before any of them is read."""
         families = {name: f.meta(name) for name, f in self.families.items()}
-        rest = {name: 8 if codes.dtype == torch.int8 else 4 for name, (codes, _) in self.rest.items()}
+        rest = {name: REST_BITS[codes.dtype] for name, (codes, _) in self.rest.items()}
         version = FORMAT_VERSION if self.coded() or rest else 1
         return {"format_version": version, "globe_version": __version__, "model_type": self.model_type,
                 "fingerprint": self.fingerprint, "dims": dataclasses.asdict(self.dims), "families": families,
@@ -4756,8 +4759,10 @@ class CodedSize(NamedTuple):
     others: int    # bytes of all else: dense families, routers, norms, names
 
     def bytes(self, bits: float, rest_bits: int, itemsize: int) -> float:
-        rest = itemsize if rest_bits == 16 else (rest_bits + 16 / 64) / 8
-        return self.others + self.experts * bits / 8 + self.rest * rest
+        each = itemsize
+        if rest_bits < 16:
+            each = (rest_bits + 16 / 64) / 8
+        return self.others + self.experts * bits / 8 + self.rest * each
 
 
 def coded_size(cfg: Config, ckpt: Checkpoint) -> CodedSize:
@@ -5804,7 +5809,7 @@ def take_tensor(path: Path, tensors: dict, name: str, shape: tuple) -> Tensor:
 # (codes, scale) of a layer outside the experts, whatever its shape: it must fit the model's
 def take_rest(path: Path, tensors: dict, name: str, bits: int) -> tuple:
     codes = tensors.get(f"rest.{name}", torch.empty(0))
-    kind = torch.int8 if bits == 8 else torch.uint8
+    kind = {8: torch.int8, 4: torch.uint8}[bits]
     expect(codes.ndim == 2 and codes.dtype == kind, f"{path}: rest.{name}: expected {kind} (rows, bytes), "
            f"found {codes.dtype} {tuple(codes.shape)}".replace("torch.", ""))
     shapes = group_shapes(f"rest.{name}", len(codes), codes.shape[1] * 8 // bits, bits)
@@ -6141,8 +6146,8 @@ def export_globe(ckpt: Checkpoint, factors: Factors, to: Path, composed: bool = 
 
 @torch.no_grad()
 def rest_metrics(walk: LayerWalk, windows: Tensor, names: Iterable, progress: Callable) -> Iterator[tuple]:
-    """(module, H (columns, columns) second moment of its inputs) of the dense model's linear layers `names`, in
-    the order of the model, on windows (N, T)."""
+    """(module, H (columns, columns), the second moment of its inputs) of the dense model's linear layers
+    `names`, in the order of the model, on windows (N, T)."""
     found = {}
 
     def note(name: str, module: nn.Module, args: tuple, y: Tensor) -> None:
@@ -6185,14 +6190,16 @@ def code_rest(ckpt: Checkpoint, factors: Factors, cfg: Config, bits: int, window
         U = None
         if H is not None:
             U = feedback(H + (CODE_RIDGE * H.diagonal().mean() + 1e-20) * torch.eye(len(H), device=device))
-        coded = code_groups(W, bits if W.shape[1] % 2 == 0 else 8, U)
+        coded = code_groups(W, max(bits, 8 * (W.shape[1] % 2)), U)  # two codes are a byte
         rest[name] = tuple(t.cpu() for t in coded)
 
     if windows is not None and bits < 8:
         some, walk = refine_walk(ckpt, windows, cfg, device)
         for name, H in rest_metrics(walk, some, {*matrices, "lm_head"}, progress):
             # embeddings that are the head too go by its inputs
-            put(name if name in matrices else twin["lm_head.weight"].removesuffix(".weight"), H)
+            if name not in matrices:
+                name = twin["lm_head.weight"].removesuffix(".weight")
+            put(name, H)
     for name in matrices.keys() - rest.keys():
         put(name, None)
     for l, down in list(factors.down.items()):
@@ -6884,8 +6891,7 @@ def dry_run(plan: FitPlan) -> dict:
               "flops_per_pass": total["flops"]}
     gib = [value / 2 ** 30 for value in result.values()]
     say("model {:.3g} -> {:.3g} GiB; memory of the fit about {:.3g} GiB, disk about {:.3g} GiB".format(*gib))
-    steps = "" if plan.bits else f", {plan.cfg.fit.steps} steps"
-    say(f"{total['flops']:.3g} operations a pass{steps}")
+    say(f"{total['flops']:.3g} operations a pass" + f", {plan.cfg.fit.steps} steps" * (not plan.bits))
     return {"dry_run": True, "families": list(families_of(plan.cfg.model)),
             "r": {"+".join(job): r for job, (_, r) in plan.shapes.items()},
             "ratio": total["stored"] / total["dense"], "bits": 16 * total["stored"] / total["dense"],
@@ -7125,7 +7131,7 @@ def code_run(plan: FitPlan, moments: dict, log: Log, stop: threading.Event) -> t
     bank.basis=auto is measured: a rotation's errors are smaller in the metric, yet a model may lose more."""
     expect(ranks()[1] == 1, "bank.bits: expected one process, found torchrun")
     cfg = plan.cfg
-    windows = moments["windows"][0] if "windows" in moments else None
+    windows = moments.get("windows", {0: None})[0]
     metrics = {}
     for family in families_of(cfg.model)[:2] if moments else ():
         metrics[family] = metric_of(moments, family, plan.keys, cfg.fit.ridge, plan.device)
@@ -7237,7 +7243,7 @@ def fit_run(plan: FitPlan, out: Path, resume: bool) -> dict:
         factors = load_factors(scratch)
         refine_run(plan, factors, moments["windows"][0], out, down)
     if plan.rest_bits < 16:
-        some = moments["windows"][0] if "windows" in moments else None
+        some = moments.get("windows", {0: None})[0]
         code_rest(plan.ckpt, factors, cfg, plan.rest_bits, some, plan.device, bar("rest"))
     save_factors(factors, out / "factors.safetensors")
 

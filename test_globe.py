@@ -1734,7 +1734,8 @@ def test_the_checkpoints_of_decode_are_one_model_in_three_layouts_with_the_wante
         monkeypatch.setattr(bench, name, value)
     dense, fused, export = Path("dense"), Path("fused"), Path("export")
     fractions = torch.linspace(3, 1, 12).double() / 24
-    cfg = load_config(str(HERE / "configs" / "qwen15_16bit.yaml"), ["bank.m=5", "bank.r=24", "sparsity.support=3"])
+    cfg = load_config(str(HERE / "configs" / "qwen15_16bit.yaml"),
+                      ["bank.m=5", "bank.r=24", "sparsity.support=3"])
     for to, layout in ((dense, "published"), (fused, "fused"), (export, "globe")):
         bench.write_qwen15(to, layout, fractions, 2, 300, cfg)
     ids = bench.as_words("heldout", 2000, 300)
@@ -3000,7 +3001,7 @@ def test_two_ranks_fit_what_one_process_fits_and_a_killed_rank_ends_the_job_resu
 
 # ======== House rules =============================================================================
 # lines, KB: DESIGN.md, section 2, in the end; but globe.py (5,450, 274), where readability won
-BUDGETS = {"globe.py": (7570, 370), "its loader": (1350, 75), "train.py": (2300, 131),
+BUDGETS = {"globe.py": (7640, 374), "its loader": (1350, 75), "train.py": (2300, 131),
            "bench.py": (1900, 109),
            "test_globe.py": (3600, 224), "README.md": (250, 18.5)}
 
