@@ -946,7 +946,6 @@ class GlobeExperts(nn.Module):
         most = max(min(about["m"], experts * about["s"]) for about in self.families.values())
         if len(x) * (most - self.top_k) > 2 * FLOPS_PER_NUMBER * experts:
             return None
-
         read = []
         for f in FAMILIES:
             if f in self.families:
