@@ -6499,6 +6499,11 @@ def model_card(ckpt: Checkpoint, factors: Factors, form: str, base: str, stored:
         note = DENSE_NOTE
         remote = ""
 
+    refined = "; down is dense, refitted to them" * bool(factors.down)
+    if factors.rest:
+        bits = factors.meta()["rest"].values()
+        refined += f"; attention, shared experts, embeddings and head are in {min(bits)} bits"
+
     # the settings that differ from the defaults make the fit again
     licence = licence_of(ckpt.dir / "README.md")
     settings = [f"model.path={base}", *settings_of(factors.config, dataclasses.asdict(Config()))]
@@ -6507,7 +6512,7 @@ def model_card(ckpt: Checkpoint, factors: Factors, form: str, base: str, stored:
         base_line=f"base_model: {base}" if "/" in base else f"# base model: {base}",
         families=" and ".join(factors.families).capitalize(),
         what=CODES.format(bits=16 * factors.ratio()) if factors.coded() else MIXTURES,
-        refined="; down is dense, refitted to them" if factors.down else "",
+        refined=refined,
         sizes=text_table(("family", "banks", "bases", "rows r", "median support", "phi"), sizes),
         dense=ckpt.bytes, saved=1 - stored / ckpt.bytes, ratio=factors.ratio(),
         model_ratio=factors.model_ratio(ckpt.num_parameters()), settings=" ".join(settings),
@@ -7458,6 +7463,8 @@ def cmd_info(args: argparse.Namespace) -> dict:
         out |= {k: meta.get(k) for k in ("model_type", "globe_version", "fingerprint")} | meta["dims"]
         for family, about in meta["families"].items():
             out[family] = ", ".join(f"{k} {v}" for k, v in about.items() if k not in ("group", "layers"))
+        if rest := meta.get("rest"):
+            out["rest"] = f"{len(rest)} layers in {min(rest.values())} bits"
     say(text_table(("", args.directory), [(key, one_line(value)) for key, value in out.items()]))
     return out
 
