@@ -5433,7 +5433,8 @@ def share_bits(spectra: dict, bits: float) -> dict:
 
 # 256 log2 of scales, as they are stored, and what that stands for
 def log_scale(scale: Tensor) -> tuple:
-    stored = (256 * scale.clamp_min(1e-30).log2()).ceil().clamp(-2 ** 15, 2 ** 15 - 1).to(torch.int16)
+    # a scale that has been through this comes out as it was
+    stored = (256 * scale.clamp_min(1e-30).log2() - 0.001).ceil().clamp(-2 ** 15, 2 ** 15 - 1).to(torch.int16)
     return stored, (stored.float() / 256).exp2()
 
 
@@ -6212,7 +6213,13 @@ def code_rest(ckpt: Checkpoint, factors: Factors, cfg: Config, bits: int, window
 def put_rest(model: nn.Module, factors: Factors, below: str) -> None:
     for name, codes in factors.rest.items():
         if name.startswith(below) and (below or not name.startswith("model.layers.")):
-            model.get_parameter(f"{name}.weight").data.copy_(decode_groups(*codes))
+            # a tensor of its own: the old one may be the file's
+            old = model.get_parameter(f"{name}.weight")
+            new = nn.Parameter(decode_groups(*codes).to(old), requires_grad=old.requires_grad)
+            for module in model.modules():
+                # a head may share it
+                if getattr(module, "weight", None) is old:
+                    module.weight = new
 
 
 # Composed bases in place of the bank and the mixtures, in place

@@ -91,6 +91,7 @@ class HealConfig:
     logits_weight: float | None = None  # w; default: 1 where the stack is the model, else 0
     bank: str = "auto"                  # train | freeze | auto: where the stack has all its layers
     norms: bool = True                  # train the weights of the layers' norms too
+    down: bool = True                   # and the refined down projections that the factors hold
     save_every: int = 50
     grad_checkpoint: bool = False       # activations computed again on the way back
 
@@ -432,11 +433,27 @@ class TinyTrainer(Trainer):
 
 
 # ---- 5. heal: a stack's factors as trainable tensors over the stock model ------------------------
+# the tensor that a factors' value stands for: itself, or of (codes, scale) a basis
+def plain(value: Tensor | tuple) -> Tensor:
+    return globe.decode_groups(*value) if isinstance(value, tuple) else value
+
+
+# what stands for a trained tensor w in the factors, in the form of the value before
+def stored(w: Tensor, before: Tensor | tuple) -> Tensor | tuple:
+    if isinstance(before, tuple):
+        return globe.code_groups(w)
+    if not before.is_floating_point():
+        w = w.round()
+    return w.to(before.dtype, copy=True)
+
+
 class Student:
     """The factors of the layers `span` as trainable float32 tensors, over the stock model's matrices.
 
     write() puts W^ of every fitted expert in the dense one's place; backward() turns the gradients in these
-    places into those of the student's tensors. The model is the stock one: every architecture serves."""
+    places into those of the student's tensors. The model is the stock one: every architecture serves.
+    Packed codes stay; their scales by class and block are trained, in 256 log2, and their bases. Each weight
+    in codes takes 4 bytes for its value, unpacked once, and 12 more in one family of one layer at a time."""
 
     def __init__(self, model: nn.Module, factors: Factors, span: range, device, cfg: HealConfig):
         modules = globe.experts_modules(model)
@@ -446,20 +463,26 @@ class Student:
         self.layers = [l for l in modules if l in span and l in factors.experts]
         # down projections as they were refined
         globe.put_dense(model, factors, self.layers)
+        for l in span:
+            globe.put_rest(model, factors, f"model.layers.{l}.")
         # {(layer, family): [(the model's parameter, expert)]}, the dense experts' places
         self.places = {}
         # {name: (container in the factors, key in that, what it holds)} of what is trained; other banks
         self.slots = {}
         self.frozen = {}
-        for l, family in [(l, family) for l in self.layers for family in factors.families]:
-            self.places[l, family] = []
-            for e in factors.experts[l]:
+        self.values = {}
+        for l, family in [(l, family) for l in self.layers for family in globe.FAMILIES]:
+            experts = []
+            if family in factors.families:
+                self.add_family(l, family, cfg.bank, device)
+                experts += factors.experts[l]
+            # those that were refined stand dense
+            if family == "down" and cfg.down and l in factors.down:
+                self.slots[f"layers.{l}.down"] = (factors.down, l, factors.down[l])
+                experts += factors.refined(l)
+            for e in experts:
                 weight = globe.parameter_of(modules[l], family, e, factors.dims)
-                self.places[l, family].append((weight.requires_grad_(), e))
-            f = factors.families[family]
-            self.add_bank(f.owner or family, f.group[l], cfg.bank, device)
-            self.slots[f"layers.{l}.{family}.A"] = (f.A, l, f.A[l])
-            self.slots[f"layers.{l}.{family}.val"] = (f.val, l, f.val[l])
+                self.places.setdefault((l, family), []).append((weight.requires_grad_(), e))
         # {name: the model's parameter}; norms that were never trained begin as the dense model's
         self.norms = {}
         for name, w in model.named_parameters():
@@ -471,24 +494,72 @@ class Student:
                     self.norms[f"norm.{name}"] = w.requires_grad_()
                     self.slots[f"norm.{name}"] = (factors.norms, name, value)
         self.params = {}
-        for key, (_, _, t) in self.slots.items():
-            self.params[key] = nn.Parameter(t.to(device, torch.float32, copy=True))
+        for key, (_, _, value) in self.slots.items():
+            self.params[key] = nn.Parameter(plain(value).to(device, torch.float32, copy=True))
 
-    # a bank is trained where all its layers are in the stack
-    def add_bank(self, family: str, group: int, mode: str, device: torch.device) -> None:
+    # layer l of a fitted family
+    def add_family(self, l: int, family: str, mode: str, device: torch.device) -> None:
         f = self.factors.families[family]
-        inside = all(l in self.span for l in f.group if f.group[l] == group)
+        if isinstance(f, globe.CodedFamily):
+            self.add_codes(l, f, mode, device)
+            return
+        owner = f.owner or family
+        layers = [other for other, group in f.group.items() if group == f.group[l]]
+        self.add_bank(f"bank.{owner}.{f.group[l]}", f.bank, f.group[l], layers, mode, device)
+        self.slots[f"layers.{l}.{family}.A"] = (f.A, l, f.A[l])
+        self.slots[f"layers.{l}.{family}.val"] = (f.val, l, f.val[l])
+
+    # container[at], a bank or basis of those layers: trained where all of them are in the stack
+    def add_bank(self, key: str, container, at, layers: list, mode: str, device: torch.device) -> None:
+        inside = all(l in self.span for l in layers)
         expect(inside or mode != "train", "heal.bank: train needs all layers of a bank in one stack, found "
                f"{self.span[0]}..{self.span[-1]} of more; raise heal.stack, or take auto or freeze")
-        key = f"bank.{family}.{group}"
         if inside and mode != "freeze":
-            self.slots[key] = (f.bank, group, f.bank[group])
+            self.slots[key] = (container, at, container[at])
         else:
-            self.frozen[key] = f.bank[group].to(device, torch.float32)
+            self.frozen[key] = plain(container[at]).to(device, torch.float32)
 
-    # W^ (E_l, p, d) float32 of a layer's fitted experts, differentiable in params
+    # the same of a family in codes
+    def add_codes(self, l: int, f: globe.CodedFamily, mode: str, device: torch.device) -> None:
+        of = f.of[l]
+        if of:
+            # of a file each family has its own dict
+            f.bases = self.factors.families[of.rpartition("_")[0]].bases
+            layers = [other for other, name in f.of.items() if name == of]
+            self.add_bank(f"basis.{of}", f.bases, of, layers, mode, device)
+        t = f.layers[l]
+        self.slots[f"layers.{l}.{f.name}.column"] = (t, "column", t["column"])
+        # codes without scales, all columns in their order, are the values
+        experts, p = t["kind"].shape
+        columns = globe.CODE_BLOCK * t["width"].shape[1]
+        bare = t | {"row": torch.full_like(t["row"], 128), "column": torch.zeros_like(t["column"]),
+                    "order": torch.arange(columns).expand(experts, columns)}
+        values = globe.decode(bare, (), columns, range(experts)).unflatten(2, (-1, globe.CODE_BLOCK))
+        row = (t["row"].float() - 128) / 8
+        self.values[l, f.name] = values.to(device), t["kind"].long().to(device), row.to(device)
+
+    # W^ (E_l, p, d) float32 of a layer's experts in codes, differentiable in params
+    def decoded(self, l: int, f: globe.CodedFamily, params: dict) -> Tensor:
+        values, kind, row = self.values[l, f.name]
+        scale = params[f"layers.{l}.{f.name}.column"][kind] / 256 + row[:, :, None]  # (E_l, p, B)
+        A = (values * scale.exp2()[..., None]).flatten(2)
+        if f.of[l]:
+            X = (self.frozen | params)[f"basis.{f.of[l]}"]
+            return A[:, :, :len(X)] @ X
+        order = f.layers[l]["order"].long().to(A.device)
+        places = order[:, None].expand(-1, A.shape[1], -1)
+        W = A.new_zeros(*A.shape[:2], f.columns).scatter(2, places, A[:, :, :order.shape[1]])
+        return W.mT if f.name == "down" else W
+
+    # W^ (E_l, p, d) float32 of a layer's places of a family, differentiable in params
     def weights(self, l: int, family: str, params: dict) -> Tensor:
+        dense = params.get(f"layers.{l}.{family}")  # (n, d, p) of downs alone
+        if family not in self.factors.families:
+            return dense.mT
         f = self.factors.families[family]
+        if isinstance(f, globe.CodedFamily):
+            W = self.decoded(l, f, params)
+            return W if dense is None else torch.cat([W, dense.mT])
         bank = (self.frozen | params)[f"bank.{f.owner or family}.{f.group[l]}"]
         mixtures = params[f"layers.{l}.{family}.val"]
         X = globe.compose(bank, f.idx[l].to(bank.device), mixtures, f.activation)  # (E_l, r, d)
@@ -514,10 +585,10 @@ class Student:
 
     # put trained tensors into the factors, in their dtypes, and into the model what these then hold
     def store(self, tensors: dict) -> None:
-        for key, (container, at, t) in self.slots.items():
+        for key, (container, at, value) in self.slots.items():
             if key in tensors:
-                t = container[at] = tensors[key].to(t.dtype, copy=True).cpu()
-            self.params[key].data.copy_(t)
+                value = container[at] = stored(tensors[key].cpu(), value)
+            self.params[key].data.copy_(plain(value))
         self.write(self.params)
 
 
@@ -571,8 +642,12 @@ class StackTrainer(Trainer):
         # Muon for adapters and bases, AdamW for the rest; a step is lr times the tensor's own size
         groups = []
         for key, w in self.params.items():
-            parts = int(w.ndim > 1 and not key.endswith("val"))
+            kind = key.rpartition(".")[2]
+            parts = int(w.ndim > 1 and kind not in ("val", "column"))
             peak = self.cfg.heal.lr * (float(w.detach().square().mean().sqrt()) or 1.0)
+            # a scale's logarithm moves by its relative step
+            if kind == "column":
+                peak = self.cfg.heal.lr * 256 / math.log(2)
             # Muon multiplies a step by 0.2
             peak /= 0.2 if parts else 1
             groups.append({"params": [w], "parts": parts, "weight_decay": 0.0, "peak": peak})
@@ -702,6 +777,10 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: TrainConfig, 
         final = states("final").copy_(x)
         walk.fill(range(layers))
         walk.advance(range(layers), final)
+    # embeddings and head in codes: the student's own inputs; the head is then the teacher's too
+    if factors.rest:
+        globe.put_rest(walk.model, factors, "")
+        walk.embed(windows[order], x)
 
     for i in range(0, layers, size):
         span = range(i, min(i + size, layers))
@@ -777,7 +856,6 @@ def open_heal(args: argparse.Namespace, out: Path) -> tuple:
         run, _, factors, ckpt, device, _ = globe.open_run(args)
     expect(out.resolve() not in (run.resolve(), *run.resolve().parents),
            f"--out {out}: expected another directory than --factors, and none that holds it")
-    expect(not factors.coded(), f"{run}: expected 16-bit factors, found packed codes, which are not trained")
     cfg = checked(globe.run_config(out if resumed else run, args, kind=TrainConfig))
     dtype = globe.with_gradients(globe.as_dtype(args.dtype or cfg.calib.dtype) or ckpt.dtype)
     dtype = globe.compute_dtype(dtype, device)
@@ -793,6 +871,10 @@ def open_heal(args: argparse.Namespace, out: Path) -> tuple:
 def check_state(state: Path, cfg: TrainConfig, ckpt: Checkpoint, factors: Factors) -> None:
     h = hashlib.sha256()
     for f in factors.families.values():
+        if isinstance(f, globe.CodedFamily):
+            for t in f.tensors().values():
+                h.update(t.numpy().tobytes())
+            continue
         for l, val in f.val.items():
             h.update(val.numpy().tobytes() + f.A[l][0].float().numpy().tobytes())
     about = {"checkpoint": ckpt.state_of(), "factors": h.hexdigest()[:16], "seed": cfg.fit.seed}
