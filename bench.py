@@ -458,9 +458,8 @@ class LlamaCpp:
     # (the model in 16 bits, with a head of its own, which its qwen2moe wants; the importance matrix)
     @cached_property
     def source(self) -> tuple:
-        model = untied(globe.load_dense(self.ckpt.dir, CPU, None))
         tokenizer = globe.load_tokenizer(self.ckpt.dir)
-        for part in (model, tokenizer):
+        for part in (untied(globe.load_dense(self.ckpt.dir, CPU, None)), tokenizer):
             part.save_pretrained(self.folder / "untied")
         source = self.folder / "source.gguf"
         self.run("convert_hf_to_gguf.py", self.folder / "untied", "--outfile", source, "--outtype", "bf16",
@@ -482,9 +481,10 @@ class LlamaCpp:
         types = []
         for family, kind in zip(globe.FAMILIES, experts[:1] + experts):
             types += ["--tensor-type", f"ffn_{family}_exps={kind.lower()}"]
-        out = self.folder / "quantized.gguf"
-        self.run("build/bin/llama-quantize", "--imatrix", importance, *types, source, out, rest,
-                 torch.get_num_threads())
+        out = self.folder / f"{mix.replace(':', '-')}.gguf"
+        if not out.is_file():
+            self.run("build/bin/llama-quantize", "--imatrix", importance, *types, source, out, rest,
+                     torch.get_num_threads())
         found = {}
         for t in gguf.GGUFReader(out).tensors:
             values = gguf.dequantize(t.data, t.tensor_type)
