@@ -56,6 +56,7 @@ HERE = Path(globe.__file__).resolve().parent
 CONFIGS = HERE / "configs"
 CPU = torch.device("cpu")
 PAIR = ("gate", "up")  # the families that every peer compresses
+CACHED = globe.CacheConfig(mode="all")
 
 
 # ---- 1. Helpers: rows, tables, timing ------------------------------------------------------------
@@ -458,9 +459,8 @@ class LlamaCpp:
     # (the model in 16 bits, with a head of its own, which its qwen2moe wants; the importance matrix)
     @cached_property
     def source(self) -> tuple:
-        model = untied(globe.load_dense(self.ckpt.dir, CPU, None))
         tokenizer = globe.load_tokenizer(self.ckpt.dir)
-        for part in (model, tokenizer):
+        for part in (untied(globe.load_dense(self.ckpt.dir, CPU, None)), tokenizer):
             part.save_pretrained(self.folder / "untied")
         source = self.folder / "source.gguf"
         self.run("convert_hf_to_gguf.py", self.folder / "untied", "--outfile", source, "--outtype", "bf16",
@@ -482,9 +482,10 @@ class LlamaCpp:
         types = []
         for family, kind in zip(globe.FAMILIES, experts[:1] + experts):
             types += ["--tensor-type", f"ffn_{family}_exps={kind.lower()}"]
-        out = self.folder / "quantized.gguf"
-        self.run("build/bin/llama-quantize", "--imatrix", importance, *types, source, out, rest,
-                 torch.get_num_threads())
+        out = self.folder / f"{mix.replace(':', '-')}.gguf"
+        if not out.is_file():
+            self.run("build/bin/llama-quantize", "--imatrix", importance, *types, source, out, rest,
+                     torch.get_num_threads())
         found = {}
         for t in gguf.GGUFReader(out).tensors:
             values = gguf.dequantize(t.data, t.tensor_type)
@@ -713,7 +714,7 @@ class Quality:
     # one method at one size; of several ways that it may be done in, the one that loses least
     def measure(self, asked: float | None, variant: str, coded: str) -> None:
         assert self.calibrated  # writes the moments; their time is nobody's own
-        if variant == "globe":
+        if variant in ("globe", "globe+heal"):
             self.fitted(asked, variant, coded, "--config", self.config, *self.args.set, "calib.save=null",
                         f"calib.load={self.scratch}/moments.safetensors")
         elif variant == "mobe":  # its own form, r fitted to the size instead of r = p; data-free
@@ -750,8 +751,7 @@ class Quality:
                 if refit:  # our own refinement of down
                     self.cfg.fit.refine = 0
                     globe.refine(self.ckpt, factors, windows, self.cfg, self.args.device)
-                cache = globe.CacheConfig(mode="all")
-                yield globe.assemble(self.ckpt, factors, self.args.device, self.dtype, cache), ratio, about
+                yield globe.assemble(self.ckpt, factors, self.args.device, self.dtype, CACHED), ratio, about
         else:  # all experts, or the whole file, in types of llama.cpp's
             model = self.load()
             tensors, size = self.llama.tensors(name.removeprefix("gguf:"))
@@ -806,7 +806,7 @@ class Quality:
         experts = {l: list(range(D.experts)) for l in D.layers}
         return globe.Factors(families, experts, D, self.ckpt.config["model_type"], self.ckpt.fingerprint())
 
-    # GloBE, or MoBE by GloBE's fit; with --heal healed too
+    # GloBE, or MoBE by GloBE's fit; globe+heal: rows of both
     def fitted(self, asked: float, variant: str, coded: str, *settings: object) -> None:
         device = ("--device", self.args.device)
         size = (f"bank.ratio={asked}", "bank.r=null")
@@ -816,8 +816,8 @@ class Quality:
             size = (f"bank.bits={16 * asked}",)
         fit = run_globe("fit", *settings, "--out", self.scratch / f"{variant}-{asked}", *device,
                         f"model.path={self.ckpt.dir}", *size)
-        self.add_run(asked, variant, coded, fit, fit["factors"], fit["seconds"])
-        if self.args.heal and variant == "globe":
+        self.add_run(asked, variant.removesuffix("+heal"), coded, fit, fit["factors"], fit["seconds"])
+        if variant == "globe+heal":
             # in a process of its own; the JSON is the last line of stdout
             command = [sys.executable, HERE / "train.py", "heal", "--factors", fit["factors"], *device,
                        "--out", self.scratch / f"heal-{asked}", f"calib.text={self.cfg.calib.text}",
@@ -826,17 +826,15 @@ class Quality:
             expect(done.returncode == 0, f"train.py heal: expected exit code 0, found {done.returncode}")
             healed = json.loads(done.stdout.splitlines()[-1])
             seconds = fit["seconds"] + healed["seconds"]
-            self.add_run(asked, "globe+heal", coded, fit, healed["factors"], seconds)
+            self.add_run(asked, variant, coded, fit, healed["factors"], seconds)
 
     # factors that come from this fit; the file is what an export writes
     def add_run(self, asked: float, variant: str, coded: str, fit: dict, path: str, seconds: float) -> None:
         factors = globe.load_factors(path)
         errors = {family: e["all"] for family, e in globe.reconstruction(self.ckpt, factors).items()}
-        cache = globe.CacheConfig(mode="all")
-        model = globe.assemble(self.ckpt, factors, self.args.device, self.dtype, cache)
-        scores = self.scores(model)
-        export = self.scratch / "export"
-        size = run_globe("export", "--factors", path, "--to", export, "--overwrite", "--no-check")["bytes"]
+        scores = self.scores(globe.assemble(self.ckpt, factors, self.args.device, self.dtype, CACHED))
+        size = run_globe("export", "--factors", path, "--to", self.scratch / "export", "--overwrite",
+                         "--no-check")["bytes"]
         ratio = factors.ratio()
         if coded == "file":
             ratio = size / (2 * self.ckpt.num_parameters())
@@ -881,8 +879,9 @@ class Quality:
                 todo += itertools.product(coded, [variant], ["gate+up"])
             else:
                 todo += itertools.product(args.ratio, [variant], ["gate+up"])
-        todo += itertools.product([*args.ratio, *coded], ["globe"], [ours])
-        return [*todo, *itertools.product(args.bytes, ["globe"], ["file"])]
+        name = "globe" + "+heal" * args.heal  # a row of each
+        todo += itertools.product([*args.ratio, *coded], [name], [ours])
+        return [*todo, *itertools.product(args.bytes, [name], ["file"])]
 
 
 # Nats lost by GloBE and its peers at the same stored sizes, calibration and texts
