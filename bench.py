@@ -944,7 +944,7 @@ def plot_quality(rows: list, path: Path) -> None:
                 side = -1 if "mixes" in peer else 1
                 for row in mine if "refit" not in peer else ():
                     types = row["variant"].partition(":")[2]
-                    ax.annotate(types, (row[key] / unit, row["delta_nats"]), (1, 5 * side), fontsize=7,
+                    ax.annotate(types, (row[key] / unit, row["delta_nats"]), (3, 7 * side), fontsize=7,
                                 rotation=65 * side, textcoords="offset points", rotation_mode="anchor",
                                 va="center")
             # below the smallest standard error linear, so that 0 has a place
