@@ -2853,9 +2853,8 @@ def tie(model: nn.Module, ckpt: Checkpoint) -> None:
             "values: they are kept apart, as from_pretrained does")
 
 
-def rest_matrices(ckpt: Checkpoint, cfg: ModelConfig) -> dict:
-    """{module: (rows, columns)} of all linear layers and embeddings but routers and fitted experts."""
-    model = empty_model(ckpt.config, ckpt.dtype, ckpt.dir)
+def rest_matrices(model: nn.Module, ckpt: Checkpoint, cfg: ModelConfig) -> dict:
+    """{module: (rows, columns)} of its linear layers and embeddings but routers and fitted experts."""
     found = {}
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
@@ -4758,19 +4757,18 @@ class CodedSize(NamedTuple):
     others: int    # bytes of all else: dense families, routers, norms, names
 
     def bytes(self, bits: float, rest_bits: int, itemsize: int) -> float:
-        each = itemsize
-        if rest_bits < 16:
-            each = (rest_bits + 16 / 64) / 8
+        each = itemsize if rest_bits == 16 else (rest_bits + 16 / 64) / 8
         return self.others + self.experts * bits / 8 + self.rest * each
 
 
 def coded_size(cfg: Config, ckpt: Checkpoint) -> CodedSize:
     """CodedSize of model.families of the selected experts."""
+    model = empty_model(ckpt.config, ckpt.dtype, ckpt.dir)
     families = families_of(cfg.model)
     experts = len(families) * len(select_experts(ckpt.dims, cfg.model)) * ckpt.dims.p * ckpt.dims.d
-    matrices = rest_matrices(ckpt, cfg.model)
+    matrices = rest_matrices(model, ckpt, cfg.model)
     rest = sum(map(math.prod, matrices.values()))
-    tensors = len(empty_model(ckpt.config, ckpt.dtype, ckpt.dir).state_dict()) + len(matrices)
+    tensors = len(model.state_dict()) + len(matrices)
     names = HEADER_BYTES * (tensors + 6 * len(families) * len(ckpt.dims.layers))
     others = (ckpt.num_parameters() - experts - rest) * ckpt.dtype.itemsize + names
     return CodedSize(experts, rest, others)
@@ -5246,6 +5244,8 @@ CLASSES = 16
 CODE_RIDGE = 0.01
 # Of the calibration text, by which bank.basis=auto chooses.
 AUTO_WINDOWS = 16
+# Rows by which a layer's axes are found, over hidden_size.
+AXES_ROWS = 32
 # Columns whose errors go into each other at once, and into all behind them by one product.
 COLUMNS_AT_ONCE = 64
 
@@ -5291,9 +5291,10 @@ def trellis_torch(x: Tensor, width: Tensor, weight: Tensor, values: Tensor, star
 
 # bytes of the states (T,) of one stream, the first value's bits highest; width (T,)
 def packed(states: Tensor, width: Tensor) -> bytes:
-    place = torch.arange(max(WIDTHS) - 1, -1, -1, device=states.device)
-    bits = states[:, None] >> place & 1
-    return np.packbits(bits[place < width[:, None]].to("cpu", torch.uint8).numpy()).tobytes()
+    # a value's own bits to the front of a byte
+    front = (states << (8 - width.short())).to("cpu", torch.uint8)
+    bits = np.unpackbits(front.numpy()).reshape(-1, 8)
+    return np.packbits(bits[np.arange(8) < width.cpu().numpy()[:, None]]).tobytes()
 
 
 # (n, p, columns) -> (n, p, B, CODE_BLOCK), the last block filled up with zeros
@@ -5319,14 +5320,19 @@ def feedback(H: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(L, eye.expand_as(L), upper=True).float()
 
 
-def orthonormal(W: Tensor, weights: Tensor, L: Tensor) -> Coordinates:
-    """In a layer's own basis, by rising energy of the rows of W L (n, p, d), weighted by weights (n, p)."""
-    rows = W @ L
-    # eigenvectors of the rows' weighted second moment, the largest last
-    flat = rows.flatten(0, 1)
-    Q = torch.linalg.eigh(((flat * weights.reshape(-1, 1)).T @ flat).double())[1].float()
+def principal_axes(W: Tensor, weights: Tensor, L: Tensor) -> Tensor:
+    """(d, d) axes of the rows of W L (n, p, d), weighted by weights (n, p), by rising energy."""
+    # of so many rows every n-th tells as much
+    some = slice(None, None, max(1, weights.numel() // (AXES_ROWS * len(L))))
+    rows = W.flatten(0, 1)[some] @ L
+    moment = (rows * weights.reshape(-1, 1)[some]).T @ rows
+    return torch.linalg.eigh(moment.double())[1].float()
+
+
+def orthonormal(W: Tensor, weights: Tensor, L: Tensor, Q: Tensor) -> Coordinates:
+    """In a layer's own basis Q^T L^-1, with Q (d, d) orthogonal."""
     X = torch.linalg.solve_triangular(L, Q.T, upper=False, left=False)
-    return Coordinates("orthonormal", rows @ Q, weights, X, None, None)
+    return Coordinates("orthonormal", W @ (L @ Q), weights, X, None, None)
 
 
 def rotated(W: Tensor, weights: Tensor, L: Tensor, R: Tensor) -> Coordinates:
@@ -5513,21 +5519,23 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
         stop = min(start + COLUMNS_AT_ONCE, c.y.shape[2])
         errors = torch.zeros(n, stop - start, p, device=y.device)
         for j in range(start, stop):
-            b = j // CODE_BLOCK
-            bits = narrow[:, b][of]
             # a class' scale in a block: by its energy at its turn and by the width
             if j % CODE_BLOCK == 0:
+                b = j // CODE_BLOCK
+                bits = narrow[:, b][of]
                 block = y[:, j:j + CODE_BLOCK].square().mean(1) / row_scale.square()
                 energy = belongs @ block.flatten()  # (K,)
                 column[:, b], size = log_scale(energy.sqrt() * code_scale[width[:, b]])
                 scale = size[of] * row_scale
-            error = y[:, j].clone()
-            if bits.any():
                 weight = c.weights * scale.square()
                 weight /= weight.amax(1, keepdim=True).clamp_min(1e-38)
+                decoded_scale = scale * (bits > 0)
+                coded = bits.any()
+            error = y[:, j].clone()
+            if coded:
                 states[:, j] = trellis_encode(y[:, j] / scale, bits, weight, state)
                 state = states[:, j, -1].long()
-                error -= values[states[:, j].long()] * scale * (bits > 0)
+                error -= values[states[:, j].int()] * decoded_scale
             y[:, j] -= error
             if c.U is None:
                 continue
@@ -5577,6 +5585,7 @@ class CodeData:
         self.right = next(iter(metrics.values()))["right"] if metrics else {}
         self.device = device
         self.basis = basis
+        self.axes = {}  # {(job, l): (d, d)}, an eigendecomposition each
         if basis == "rotation":
             # eigenvectors of the mean moment of all layers' inputs
             C = sum(L.double() @ L.double().T for L in map(self.right.__getitem__, experts))
@@ -5594,7 +5603,9 @@ class CodeData:
         weights = torch.stack(weights)
         L = self.right[l] if self.right else torch.eye(W.shape[2], device=W.device)
         if self.basis == "orthonormal":
-            return orthonormal(W, weights, L)
+            if (job, l) not in self.axes:
+                self.axes[job, l] = principal_axes(W, weights, L)
+            return orthonormal(W, weights, L, self.axes[job, l])
         if self.basis == "rotation":
             return rotated(W, weights, L, self.R)
         return in_order(W, weights, (L @ L.T)[None])
@@ -6171,39 +6182,45 @@ def rest_metrics(walk: LayerWalk, windows: Tensor, names: Iterable, progress: Ca
         yield from found.items()
 
 
+# a matrix outside the experts; of the shared expert's downs those that were refined
+def rest_weight(ckpt: Checkpoint, factors: Factors, name: str, twin: dict) -> Tensor:
+    layer = re.search(r"layers\.(\d+)\..*shared_experts?\.down_proj$", name)
+    # one that is no row of slices was not refined
+    if layer and ckpt.dims.shared and int(layer[1]) in factors.down:
+        return torch.cat([*factors.down[int(layer[1])][-ckpt.dims.shared:]], 1)
+    weight = f"{name}.weight"
+    return ckpt.tensor(ckpt.stored_name(weight) or ckpt.stored_name(twin.get(weight, weight)))
+
+
 def code_rest(ckpt: Checkpoint, factors: Factors, cfg: Config, bits: int, windows: Tensor | None,
               device: torch.device, progress: Callable) -> None:
     """factors.rest: linear layers and embeddings outside the experts in codes of 8 or 4 bits, refined downs
     of the shared expert among them; errors by the inputs on windows (N, T), if there are any."""
-    D = ckpt.dims
     model = empty_model(ckpt.config, ckpt.dtype, ckpt.dir)
     twin = twins(model)
-    matrices = rest_matrices(ckpt, cfg.model)
-    rest = {}
+    matrices = rest_matrices(model, ckpt, cfg.model)
+    metrics = ()
+    if windows is not None and bits < 8:
+        some, walk = refine_walk(ckpt, windows, cfg, device)
+        metrics = rest_metrics(walk, some, {*matrices, "lm_head"}, progress)
 
-    def put(name: str, H: Tensor | None) -> None:
-        weight = f"{name}.weight"
-        W = ckpt.tensor(ckpt.stored_name(weight) or ckpt.stored_name(twin.get(weight, weight))).to(device)
-        layer = re.search(r"layers\.(\d+)\.", name)
-        if re.search(r"\.shared_experts?\.down_proj$", name) and int(layer[1]) in factors.down:
-            W = torch.cat([*factors.down[int(layer[1])][-D.shared:]], 1).to(device)
+    rest = {}
+    for name, H in itertools.chain(metrics, zip(matrices, itertools.repeat(None))):
+        # embeddings that are the head too go by its inputs
+        if name not in matrices:
+            name = twin[f"{name}.weight"].removesuffix(".weight")
+        if name in rest:
+            continue
+        W = rest_weight(ckpt, factors, name, twin).to(device)
         U = None
         if H is not None:
             U = feedback(H + (CODE_RIDGE * H.diagonal().mean() + 1e-20) * torch.eye(len(H), device=device))
         coded = code_groups(W, max(bits, 8 * (W.shape[1] % 2)), U)  # two codes are a byte
         rest[name] = tuple(t.cpu() for t in coded)
 
-    if windows is not None and bits < 8:
-        some, walk = refine_walk(ckpt, windows, cfg, device)
-        for name, H in rest_metrics(walk, some, {*matrices, "lm_head"}, progress):
-            # embeddings that are the head too go by its inputs
-            if name not in matrices:
-                name = twin["lm_head.weight"].removesuffix(".weight")
-            put(name, H)
-    for name in matrices.keys() - rest.keys():
-        put(name, None)
+    # the shared expert's downs are in there
     for l, down in list(factors.down.items()):
-        factors.down[l] = down[:len(down) - D.shared]
+        factors.down[l] = down[:len(down) - ckpt.dims.shared]
         if not len(factors.down[l]):
             del factors.down[l]
     factors.rest = dict(sorted(rest.items()))
