@@ -738,8 +738,7 @@ class Quality:
         name, _, refit = variant.partition("+")
         if name in MATRIX_PEERS:
             model = self.load()
-            with globe.threads_for(D.p, D.d):
-                ratio, errors = put_peer(model, name, asked, factors, self.args)
+            ratio, errors = put_peer(model, name, asked, factors, self.args)
             yield model, ratio, {"rel_frob": errors, "scope": MATRIX_PEERS[name][2]}
         elif name == "reap":
             model = self.load()
@@ -888,8 +887,9 @@ class Quality:
 def bench_quality(preset: str, args: Namespace) -> list:
     with tempfile.TemporaryDirectory() as scratch:
         job = Quality(preset, args, Path(scratch))
-        for key in job.plan():
-            if not all((*key, text) in job.rows for text in job.windows):
+        todo = [key for key in job.plan() if not all((*key, text) in job.rows for text in job.windows)]
+        with globe.threads_for(job.ckpt.dims.p, job.ckpt.dims.d):
+            for key in todo:
                 job.measure(*key)
                 if args.json:  # what is measured so far
                     part = json.dumps({"rows": list(job.rows.values())})
