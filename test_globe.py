@@ -2862,7 +2862,7 @@ def test_coded_factors_go_wherever_factors_go(coded, small, words, capsys):
     ["bank.basis=rotation", "model.families=all", "rest.bits=4", "bank.bits=8"]))
 def test_healing_trains_scales_and_bases_of_codes_that_stay(more, small, words, capsys):
     answer("fit", "--out", "r", f"model.path={small}", *CODED, *more, capsys=capsys)
-    ckpt, settings = Checkpoint(small), ("heal.stack=1", "heal.steps=20", "heal.lr=0.002")
+    ckpt, settings = Checkpoint(small), ("heal.stack=1", "heal.steps=20", "heal.lr=0.01")
     whole, parts = globe.load_factors("r"), globe.load_factors("r")
     rows, _ = healed(ckpt, whole, Path("whole"), *settings)
     assert all(row["after"] < row["before"] for row in rows)

@@ -583,6 +583,13 @@ class Student:
             self.params[key].grad = w.grad.float()
         self.model.zero_grad()
 
+    # trained tensors as the factors will hold them
+    def rounded(self, tensors: dict) -> dict:
+        out = {}
+        for key, (_, _, value) in self.slots.items():
+            out[key] = plain(stored(tensors[key].cpu(), value)).to(self.params[key])
+        return out
+
     # put trained tensors into the factors, in their dtypes, and into the model what these then hold
     def store(self, tensors: dict) -> None:
         for key, (container, at, value) in self.slots.items():
@@ -675,10 +682,10 @@ class StackTrainer(Trainer):
             loss = loss + self.weight * divergence(y, t, self.walk.logits)
         return loss
 
-    # mean loss on the held-out windows with the running mean in place
+    # mean loss on the held-out windows with the running mean in place, as it will be stored
     @torch.no_grad()
     def held_out(self) -> float:
-        self.student.write(self.mean)
+        self.student.write(self.student.rounded(self.mean))
         total = torch.zeros(1, dtype=torch.float64)
         for part in torch.arange(self.held)[self.rank::self.world].split(self.cfg.calib.batch):
             # with few windows, some ranks have none
