@@ -1070,28 +1070,48 @@ INLINE vf shuffled(vf v, vi at) {
 #endif
 }
 
+// Where `lost` has what belongs to the state `low`: of up to 16 states, four vectors' are the bytes of one.
+INLINE int64_t lost_place(int64_t low, int64_t K) {
+  constexpr int64_t n = VB / 4;
+  if (K > 16) return low;
+  return low / (4 * n) * (4 * n) + low % n * 4 + low / n % 4;
+}
+
 template <int K> void trellis_step(const float* cost, float* next, uint8_t* lost, const float* values, float x, float weight, int64_t m) {
   constexpr int64_t n = VB / 4;
+  constexpr int64_t Q = K > 16 ? 1 : 4;
   typedef uint8_t bytes __attribute__((vector_size(VB / 4)));
   vi spread[K];  // lane i of part j of a vector that comes K times over
   for (int j = 0; j < K; ++j)
     for (int i = 0; i < n; ++i) spread[j][i] = (j * n + i) / K;
-  for (int64_t low = 0; low < m; low += n) {
-    // of the K states that differ in their top bits alone the cheapest
-    vf least = *(const vf_mem*)(cost + low);
-    vi which = {};
-    for (int j = 1; j < K; ++j) {
-      const vf c = *(const vf_mem*)(cost + j * m + low);
-      const vi less = c < least;
-      which = less ? vi{} + j : which;
-      least = less ? c : least;
+  // weight (x - v)^2 as a square
+  const float root = std::sqrt(weight);
+  const vf xs = splat(root * x), ws = splat(root);
+  for (int64_t first = 0; first < m; first += Q * n) {
+    vi all = {};
+    for (int64_t q = 0; q < Q; ++q) {
+      const int64_t low = first + q * n;
+      // of the K states that differ in their top bits alone the cheapest
+      vf least = *(const vf_mem*)(cost + low);
+      vi which = {};
+      for (int j = 1; j < K; ++j) {
+        const vf c = *(const vf_mem*)(cost + j * m + low);
+        const vi less = c < least;
+        which = less ? vi{} + (j << 8 * q) : which;
+        least = less ? c : least;
+      }
+      all |= which;
+      // goes on to K states each
+      for (int j = 0; j < K; ++j) {
+        const vf d = xs - ws * *(const vf_mem*)(values + low * K + j * n);
+        *(vf_mem*)(next + low * K + j * n) = shuffled(least, spread[j]) + d * d;
+      }
     }
-    const bytes narrow = __builtin_convertvector(which, bytes);
-    std::memcpy(lost + low, &narrow, sizeof narrow);
-    // goes on to K states each
-    for (int j = 0; j < K; ++j) {
-      const vf d = x - *(const vf_mem*)(values + low * K + j * n);
-      *(vf_mem*)(next + low * K + j * n) = shuffled(least, spread[j]) + d * d * weight;
+    if (Q == 4) {
+      std::memcpy(lost + first, &all, sizeof all);
+    } else {
+      const bytes narrow = __builtin_convertvector(all, bytes);
+      std::memcpy(lost + first, &narrow, sizeof narrow);
     }
   }
 }
@@ -1130,7 +1150,7 @@ void trellis(const float* x, const uint8_t* width, const float* weight, const fl
         if (!w[t]) continue;
         to -= S >> w[t];
         const int64_t low = state >> w[t];
-        state = int64_t(to[low]) << (bits - w[t]) | low;
+        state = int64_t(to[lost_place(low, 1 << w[t])]) << (bits - w[t]) | low;
       }
     }
   });
