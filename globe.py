@@ -5511,6 +5511,7 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
     row_scale = ((row.float() - 128) / 8).exp2()  # (n, p)
 
     column = torch.zeros_like(width, dtype=torch.int16)
+    coded = (narrow > 0).any(0)
     states = torch.zeros(n, columns, p, dtype=torch.int16, device=y.device)
     state = torch.zeros(n, dtype=torch.long, device=y.device)
     belongs = F.one_hot(of.flatten(), len(width)).float().T  # (K, n p)
@@ -5530,9 +5531,8 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
                 weight = c.weights * scale.square()
                 weight /= weight.amax(1, keepdim=True).clamp_min(1e-38)
                 decoded_scale = scale * (bits > 0)
-                coded = bits.any()
             error = y[:, j].clone()
-            if coded:
+            if coded[b]:
                 states[:, j] = trellis_encode(y[:, j] / scale, bits, weight, state)
                 state = states[:, j, -1].long()
                 error -= values[states[:, j].int()] * decoded_scale
@@ -5546,8 +5546,10 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
         if c.U is not None:
             y[:, stop:c.y.shape[2]] -= c.U[:, start:stop, stop:].mT @ errors
 
-    widths = narrow.T.repeat_interleave(CODE_BLOCK, 0)[:, of].transpose(0, 1)  # (n, columns, p)
-    codes = [packed(states[i].flatten(), widths[i].flatten()) for i in range(n)]
+    # of blocks without any bits there is nothing to pack
+    widths = narrow[:, coded].T.repeat_interleave(CODE_BLOCK, 0)
+    states = states[:, coded.repeat_interleave(CODE_BLOCK)]
+    codes = [packed(states[i].flatten(), widths[:, of[i]].flatten()) for i in range(n)]
     tensors = {"kind": s.kind.to(torch.uint8), "row": row, "width": narrow, "column": column}
     return tensors, codes, y[:, :c.y.shape[2]].transpose(1, 2)
 
@@ -5563,7 +5565,7 @@ def stored_columns(c: Coordinates, width: Tensor) -> Tensor:
 def coded_layer(c: Coordinates, tensors: dict, codes: list, part: slice) -> dict:
     columns = stored_columns(c, tensors["width"])
     blocks = columns[::CODE_BLOCK]
-    layer = {"codes": torch.tensor(bytearray(b"".join(codes[part])), dtype=torch.uint8)}
+    layer = {"codes": torch.from_numpy(np.frombuffer(b"".join(codes[part]), np.uint8).copy())}
     for key in ("kind", "row"):
         layer[key] = tensors[key][part].cpu()
     for key in ("width", "column"):
