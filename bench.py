@@ -657,9 +657,10 @@ class Quality:
             size: int | None = None, **more) -> None:
         D = self.ckpt.dims
         if size is None:
-            families = 3 if coded == "experts" else 2
-            covered = families * len(D.layers) * D.experts * D.p * D.d * self.ckpt.dtype.itemsize
-            size = round(self.ckpt.bytes - (1 - ratio) * covered)
+            numbers = (3 if coded == "experts" else 2) * len(D.layers) * D.experts * D.p * D.d
+            dense = self.ckpt.dtype.itemsize
+            each = 2 if re.match("rtn|gptq|hqq|gguf", variant) else dense  # the ratio of codes is to 16 bits
+            size = round(self.ckpt.bytes - numbers * (dense - ratio * each))
         for text, found in scores.items():
             # paired over the windows
             each = found[:, 0] - self.dense[text][:, 0]

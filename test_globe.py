@@ -1830,6 +1830,13 @@ def test_low_bit_peers_take_their_bytes_and_say_what_they_want(small, monkeypatc
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert {row["variant"] for row in rows} >= {*bench.LOW_BIT, "rtn+refit", "gptq-row+refit", "globe"}
     assert all(0 < row["kl"] < 1 and row["bits"] <= 6 and row["coded"] == "gate+up" for row in rows)
+    ckpt = Checkpoint(small)
+    D = ckpt.dims
+    numbers = 2 * len(D.layers) * D.experts * D.p * D.d
+    for row in rows:
+        if row["variant"] != "globe":  # whatever the checkpoint's own type
+            size = ckpt.bytes - numbers * (ckpt.dtype.itemsize - row["bits"] / 8)
+            assert row["bytes"] == pytest.approx(size, abs=1)
 
 # in place of llama.cpp's programs: every tensor in float32, and no type IQ9
 LLAMA = {"build/bin/llama-imatrix": "#!/bin/sh", "conversion/base.py": "class TextModel: _set_vocab_gpt2 = 1",
