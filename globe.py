@@ -3271,7 +3271,7 @@ def calibrate(ckpt: Checkpoint, cfg: Config, device: torch.device, scratch: Path
 
     Files under `scratch` hold MEANS where they would take more than a quarter of the free memory.
     """
-    means = cfg.calib.means and not in_codes(cfg)  # codes go by the inputs' moments alone
+    means = cfg.calib.means
     if cfg.calib.load:
         moments = load_moments(Path(cfg.calib.load), ckpt)
         return {kind: layers for kind, layers in moments.items() if means or kind not in MEANS}
@@ -5310,6 +5310,7 @@ class Coordinates(NamedTuple):
     X: Tensor | None      # (c, d), of the identity none
     order: Tensor | None  # (n, c), of the identity
     U: Tensor | None      # (1 or n, c, c) upper factor of H^-1 = U^T U, H being errors' metric; None: H is I
+    V: Tensor | None = None  # (n, c, p) U u of each row's own mean input u, which makes its metric H + u u^T
 
 
 def feedback(H: Tensor) -> Tensor:
@@ -5495,7 +5496,10 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
     """({kind of tensor: tensor}, [each matrix' codes], what is decoded (n, p, c)) at widths (K, B).
 
     Columns are coded one after the other, each with what those before it lost (GPTQ). Within one, rows share
-    a stream: the path through the trellis weighs their errors, and so gives bits to rows that need them."""
+    a stream: the path through the trellis weighs their errors, and so gives bits to rows that need them.
+
+    Errors f = e U^-1 cost |f|^2 + (f V)^2. Where f V has come to `missed`, the columns that are left would best
+    miss their own values by -missed V / (1 + |V|^2), of their V alone: each aims there."""
     of = s.kind.long()  # (n, p)
     narrow = width.to(torch.uint8)
     y = blocks_of(c.y).flatten(2).transpose(1, 2).contiguous()  # (n, columns, p)
@@ -5516,6 +5520,8 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
     state = torch.zeros(n, dtype=torch.long, device=y.device)
     belongs = F.one_hot(of.flatten(), len(width)).float().T  # (K, n p)
     belongs /= belongs.sum(1, keepdim=True).clamp_min(1)
+    missed = torch.zeros(n, p, device=y.device)
+    left = 1 if c.V is None else 1 + c.V.square().sum(1)  # (n, p)
     for start in range(0, c.y.shape[2], COLUMNS_AT_ONCE):
         stop = min(start + COLUMNS_AT_ONCE, c.y.shape[2])
         errors = torch.zeros(n, stop - start, p, device=y.device)
@@ -5532,15 +5538,27 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
                 weight /= weight.amax(1, keepdim=True).clamp_min(1e-38)
                 decoded_scale = scale * (bits > 0)
             error = y[:, j].clone()
+            target = y[:, j]
+            loss = weight
+            if c.V is not None:
+                v = c.V[:, j]
+                aim = missed * v / left
+                target = target - (aim if c.U is None else aim * c.U[:, j, j, None])
+                behind = (left - v.square()).clamp_min(1)
+                loss = weight * left / behind
+                left = behind
             if coded[b]:
-                states[:, j] = trellis_encode(y[:, j] / scale, bits, weight, state)
+                states[:, j] = trellis_encode(target / scale, bits, loss, state)
                 state = states[:, j, -1].long()
                 error -= values[states[:, j].int()] * decoded_scale
             y[:, j] -= error
+            if c.U is not None:
+                error /= c.U[:, j, j, None]
+            if c.V is not None:
+                missed -= v * error
             if c.U is None:
                 continue
             # the columns behind make up for it: at once within these, then all others
-            error /= c.U[:, j, j, None]
             errors[:, j - start] = error
             y[:, j + 1:stop] -= c.U[:, j, j + 1:stop, None] * error[:, None]
         if c.U is not None:
@@ -5585,6 +5603,7 @@ class CodeData:
         self.read = read
         self.left = {family: metric["left"] for family, metric in metrics.items()}
         self.right = next(iter(metrics.values()))["right"] if metrics else {}
+        self.means = {family: metric["means"] for family, metric in metrics.items() if metric.get("means")}
         self.device = device
         self.basis = basis
         self.axes = {}  # {(job, l): (d, d)}, an eigendecomposition each
@@ -5612,6 +5631,18 @@ class CodeData:
             return rotated(W, weights, L, self.R)
         return in_order(W, weights, (L @ L.T)[None])
 
+    def mean_inputs(self, job: tuple, l: int, c: Coordinates) -> Tensor | None:
+        """Coordinates.V of what coordinates() gave."""
+        if not self.means:
+            return None
+        n, p, columns = c.y.shape
+        V = c.y.new_empty(n, columns, p)
+        for i, (family, e) in enumerate(itertools.product(job, self.experts[l])):
+            u = self.means[family](l, e).to(V).T  # (d, p)
+            u = c.X @ u if c.order is None else u[c.order[i]]
+            V[i] = u if c.U is None else c.U[i % len(c.U)] @ u
+        return V
+
 
 def code_families(job: tuple, data: CodeData, widths: dict,
                   progress: Callable = lambda it: it) -> Iterator[dict]:
@@ -5622,6 +5653,7 @@ def code_families(job: tuple, data: CodeData, widths: dict,
     layers = {family: {} for family in job}
     for step, (l, experts) in enumerate(progress(data.experts.items()), 1):
         c = data.coordinates(job, l)
+        c = c._replace(V=data.mean_inputs(job, l, c))
         tensors, codes, _ = code(c, spectrum(c), widths[l])
         n = len(experts)
         for i, family in enumerate(job):
