@@ -18,14 +18,17 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import dataclasses
 import functools
 import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -420,16 +423,8 @@ class TinyTrainer(Trainer):
         size = len(self.tokenizer.decode(windows.flatten()).encode())
         bits = loss / math.log(2) * windows.numel() / size
         result = {"bits_per_byte": bits, "steps": self.steps, "seconds": round(self.seconds, 1)}
-        # train.json comes last: what looks whole is whole
         self.model.set_experts_implementation("grouped_mm")
-        part = self.to / ".saving"
-        shutil.rmtree(part, ignore_errors=True)
-        with globe.written(part) as tmp:
-            self.model.save_pretrained(tmp)
-            self.tokenizer.save_pretrained(tmp)
-        for file in part.iterdir():
-            file.replace(self.to / file.name)
-        part.rmdir()
+        save_model(self.model, self.tokenizer, self.to)
         globe.write_text(self.to / "train.json", json.dumps(result))
         shutil.rmtree(self.to / "state", ignore_errors=True)
         return result
@@ -817,16 +812,16 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: TrainConfig, 
         student = trainer = None
 
 
-# ---- 7. Routed depth: the model --------------------------------------------------------------------
+# ---- 7. Routed depth -----------------------------------------------------------------------------
 CARRIED = ("# ---- a routed model's directory carries the lines from here ----", "# ---- to here ----")
 # ---- a routed model's directory carries the lines from here ----
 # Routed depth: decoder layers of the Qwen2 family that run on some of their tokens; the others pass by.
-#     d, T, B   hidden_size, tokens of a sequence, sequences;  k = capacity * T tokens run in a routed layer
-#     u         what a block adds to its input, the residual;  u' its prediction by a small network
+#     B, T, d   sequences, tokens of each, hidden_size;  k = capacity * T tokens are run on
+#     u, u'     the residual that a block adds to its input, and its prediction by a small network
 #     mod       every second block, by a linear router (Mixture-of-Depths, arXiv:2404.02258)
 #     sdt       pairs: a whole block whose surprise routes the next one (Subjective Depth, arXiv:2511.21408)
 #     stt       every second block, by the surprise of its own residual (Subjective Timescale, the same)
-# Training takes the top-k of the sequence, inference what a causal router decides token by token. Selected
+# Training takes the top-k of a sequence, inference what a causal router decides token by token. Selected
 # tokens attend to selected ones only, at their own rotary positions.
 import math
 
@@ -834,75 +829,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2Config, Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2RMSNorm)
-
-
-# the name of a cache among a layer's arguments, and its name in earlier versions of transformers
-CACHE = ("cache", "past_key_values")
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2DecoderLayer, Qwen2ForCausalLM
 
 
 class RoutedConfig(Qwen2Config):
-    """A Qwen2Config with `route`, a mapping: variant and the keys of train.py's RouteConfig."""
+    """A Qwen2Config with `route`, a mapping: variant, and the keys of train.py's RouteConfig."""
     model_type = "globe_routed"
 
 
 class ExecutedTokens(DynamicLayer):
-    """Keys and values of the tokens that a routed layer has run on, and what its router keeps of all tokens.
+    """Keys and values of the tokens that a routed layer ran on, and what it keeps of all tokens.
 
-    kept: last (B, 1, d), the layer's last input; energy (B, n, 2), D_st of the last tokens and whether they
-    are tokens; valid (B, n), which of the keys are: sequences of a batch run on unequal numbers of tokens."""
+    kept: last (B, d), the layer's last input; energy (B, n, 2), D_st of the last tokens and whether these are
+    tokens; valid (B, n), whether a key is one: sequences of a batch run on unequal numbers of tokens."""
     is_croppable = False
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.kept = {}
 
-    def reset(self):
-        super().reset()
-        self.kept = {}
-
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
-        self.kept = {name: t[beam_idx.to(t.device)] for name, t in self.kept.items()}
+        self.kept = {name: t[beam_idx] for name, t in self.kept.items()}
 
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self.kept = {name: t[indices] for name, t in self.kept.items()}
+    def crop(self, *args):
+        raise ValueError("routed depth: its cache only grows and is reordered (no assisted generation)")
 
-    def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats)
-        self.kept = {name: t.repeat_interleave(repeats, 0) for name, t in self.kept.items()}
-
-    def crop(self, tokens_to_remove):
-        raise ValueError("routed depth: tokens cannot be taken back from its cache (no assisted generation)")
+    reset = batch_select_indices = batch_repeat_interleave = crop
 
 
 def executed_tokens(cache, layer: int) -> ExecutedTokens:
-    """The layer's part of a DynamicCache, put in place on first use; a fresh one where there is no cache."""
+    """A layer's part of a DynamicCache, put in place on first use; a fresh one where there is no cache."""
     if cache is None:
         return ExecutedTokens()
-    # a cache made without a config grows as it is used
-    while len(cache.layers) <= layer and getattr(cache, "layer_class_to_replicate", None):
-        cache.layers.append(cache.layer_class_to_replicate())
+    # a cache that was made without a config grows as it is used
+    while len(cache.layers) <= layer:
+        cache.layers.append(DynamicLayer())
     place = cache.layers[layer]
     if type(place) is DynamicLayer and place.get_seq_length() == 0:
         place = ExecutedTokens()
         cache.layers[layer] = place
-    if not isinstance(place, ExecutedTokens):
-        raise ValueError(f"routed depth: expected a dynamic cache, found {type(place).__name__}")
+    if type(place) is not ExecutedTokens:
+        raise ValueError(f"routed depth: expected an empty dynamic cache, found {type(place).__name__}")
     return place
 
 
-def real_tokens(mask: Tensor | None, T: int) -> Tensor | None:
-    """(B, T), which of the last T tokens are no padding, by the mask that decoder layers get; None: all."""
+def real_tokens(mask: Tensor | None, x: Tensor) -> Tensor:
+    """(B, T) bool, which tokens x (B, T, d) are no padding, by the mask that decoder layers get."""
+    T = x.shape[1]
     if mask is None:
-        return None
-    # of flash attention; else (B, 1, T, n), where a token may attend to itself
-    if mask.ndim == 2:
-        return mask[:, -T:].bool()
-    own = mask[:, 0].diagonal(mask.shape[-1] - T, 1, 2)
-    return own if own.dtype == torch.bool else own >= 0
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    # flash attention gets (B, n), the others (B, 1, T, n): a token that is one may attend to itself
+    own = mask[:, -T:] if mask.ndim == 2 else mask[:, 0].diagonal(mask.shape[-1] - T, 1, 2)
+    return own == 0 if own.is_floating_point() else own.bool()
 
 
 def take(t: Tensor, index: Tensor) -> Tensor:
@@ -910,28 +889,20 @@ def take(t: Tensor, index: Tensor) -> Tensor:
     return t.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, t.shape[-1]))
 
 
-def unit(x: Tensor) -> Tensor:
-    # root mean square 1, token by token: routers see directions
-    return F.rms_norm(x, x.shape[-1:])
+def shifted(x: Tensor) -> Tensor:
+    # (B, T, d): every token's predecessor; zeros before the first
+    return F.pad(x, (0, 0, 1, 0))[:, :-1]
 
 
-def noise(position: Tensor, layer: int) -> Tensor:
-    """In [0, 1), by position and layer alone: a random choice that is the same with and without a cache."""
-    h = (position * 2654435761 + layer * 40503 + 12345) % 2 ** 32
-    h = (h ^ (h >> 15)) * 2246822519 % 2 ** 32
-    return (h ^ (h >> 13)).float() / 2 ** 32
-
-
-# ---- surprise ----
 def moving_average(static: Tensor, real: Tensor, window: int) -> Tensor:
-    """Causal mean of D_st (B, T) over the last `window` tokens, the token itself included; real (B, T)."""
+    """Mean of D_st (B, T) over a token and those before it, `window` in all; real (B, T): 0 for padding."""
     both = F.pad(torch.stack([static * real, real]), (window - 1, 0))
     sums, counts = F.avg_pool1d(both, window, 1)
     return sums / counts.clamp_min(0.5 / window)
 
 
 def change_error(u: Tensor, predicted: Tensor) -> Tensor:
-    """D_ch (..., d) -> (...): |u - u'|^2 / d; with a log variance behind u', 2 KL(N(u, 1) || N(u', s^2)) / d."""
+    """D_ch (..., d) -> (...): |u - u'|^2 / d; where log s^2 follows u', 2 KL(N(u, 1) || N(u', s^2)) / d."""
     if predicted.shape == u.shape:
         return (u - predicted).square().mean(-1)
     mean, log_variance = predicted.chunk(2, -1)
@@ -939,157 +910,125 @@ def change_error(u: Tensor, predicted: Tensor) -> Tensor:
 
 
 class Surprise(nn.Module):
-    """The gate G of arXiv:2511.21408, of how much a block changed a token.
+    """The gate G of arXiv:2511.21408, of how a block changed a token.
 
-    D_st = |u|^2 / d: error of "nothing changes";  D_ch = |u - u'|^2 / d: error of the predicted change
-    CE = D_st - (D_ch - log o): expected change;  CU = D_st - m * causal moving average of D_st: unexpected
-    G = S_CE + S_CU - S_CE S_CU with S = sigmoid(beta .): the union; route.gate = ce: S_CE alone."""
+    D_st = |u|^2 / d, the error of "no change";  D_ch = |u - u'|^2 / d, that of the predicted change
+    CE = D_st - (D_ch - log o), expected change;  CU = D_st - m * moving average of D_st, unexpected change
+    G = S_CE + S_CU - S_CE S_CU with S = sigmoid(beta .), the union; with route.gate = ce, S_CE alone."""
 
     def __init__(self, route: dict):
         super().__init__()
         self.route = route
-        learn = bool(route["learn"])
-        self.log_o = nn.Parameter(torch.zeros(()), requires_grad=learn)
-        self.m = nn.Parameter(torch.ones(()), requires_grad=learn and route["gate"] == "union")
-        self.register_buffer("beta", torch.ones(()))
+        self.log_o = nn.Parameter(torch.zeros(()), requires_grad=route["learn"])
+        self.m = nn.Parameter(torch.zeros(()), requires_grad=route["learn"] and route["gate"] == "union")
 
-    def start(self) -> None:
-        # loaded values stay as they are: transformers guards torch's own initialisers
-        nn.init.constant_(self.log_o, math.log(self.route["o"]))
-        nn.init.constant_(self.m, self.route["m"])
-        nn.init.constant_(self.beta, self.route["beta_end"])
-
-    def forward(self, static: Tensor, change: Tensor, average: Tensor) -> tuple:
-        """D_st, D_ch and the average of D_st, (B, T) each -> (score, G, S_CE, S_CU), (B, T) each."""
-        expected = self.beta * (static - (change - self.log_o))
-        unexpected = self.beta * (static - self.m * average.detach())
+    def forward(self, static: Tensor, change: Tensor, average: Tensor, beta: float) -> tuple:
+        """D_st, D_ch and the average of D_st, (B, T) each -> (score to rank by, G, S_CE, S_CU)."""
+        expected = beta * (static - (change - self.log_o))
+        unexpected = beta * (static - self.m * average.detach())
         s_ce = expected.sigmoid()
         s_cu = unexpected.sigmoid()
         if self.route["gate"] == "ce":
             return expected, s_ce, s_ce, s_cu
-        # -log(1 - G) ranks tokens whose G is 1 in float32
+        # -log(1 - G) also ranks tokens whose G is 1 in float32
         score = F.softplus(expected) + F.softplus(unexpected)
         return score, s_ce + s_cu - s_ce * s_cu, s_ce, s_cu
 
 
 class Predictor(nn.Module):
-    """A small SwiGLU network: u' (B, T, d) of a state (B, T, d), with a log variance behind it on request."""
-
-    def __init__(self, config, variance: bool):
-        super().__init__()
-        d = config.hidden_size
-        width = max(8, round(config.route["width"] * d))
-        self.norm = Qwen2RMSNorm(d, eps=config.rms_norm_eps)
-        self.gate = nn.Linear(d, width, bias=False)
-        self.up = nn.Linear(d, width, bias=False)
-        self.down = nn.Linear(width, 2 * d if variance else d, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class CausalRouter(nn.Module):
-    """Logits (B, T) of being in the top-k, from a token's hidden state and that of the token before it."""
+    """A small SwiGLU network, (B, T, d) -> u' (B, T, d), and log s^2 behind it where route.change = kl."""
 
     def __init__(self, config):
         super().__init__()
         d = config.hidden_size
         width = max(8, round(config.route["width"] * d))
-        self.hidden = nn.Linear(2 * d, width)
-        self.out = nn.Linear(width, 1)
+        self.gate = nn.Linear(d, width, bias=False)
+        self.up = nn.Linear(d, width, bias=False)
+        self.down = nn.Linear(width, 2 * d if config.route["change"] == "kl" else d, bias=False)
 
-    def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        both = torch.cat([unit(x), unit(before)], -1)
-        return self.out(F.silu(self.hidden(both))).squeeze(-1)
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.rms_norm(x, x.shape[-1:])
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-# ---- layers ----
 class RoutedLayer(Qwen2DecoderLayer):
-    """A decoder layer that runs on some tokens; a variant says how these are scored and updates weighed.
+    """A decoder layer that runs on some tokens. Variants judge() them: scores, weights of updates, (B, T).
 
-    Tokens are the top-k of the sequence in training and where by_topk is set, else those that the causal
-    router decides for. A pass in training leaves `losses` and `stats`, {name: scalar}; one at inference
-    `chosen` (B, T)."""
+    In training, and where by_topk is set, it runs on the top-k of the sequence, else where the causal router
+    decides so. Training leaves `losses` and `stats`, {name: scalar}; inference leaves `chosen` (B, T)."""
     by_topk = False
-    chosen = None
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
+        self.layer = layer_idx
         self.route = config.route
+        self.beta = config.route["beta"]
         self.losses = {}
         self.stats = {}
-        if not self.route["random"]:
-            self.causal_router = CausalRouter(config)
+        d = config.hidden_size
+        self.causal_router = nn.Sequential(nn.Linear(2 * d, d // 4), nn.SiLU(), nn.Linear(d // 4, 1))
+        # a random choice needs none
+        self.causal_router.requires_grad_(not self.route["random"])
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        real = real_tokens(attention_mask, hidden_states.shape[1])
+        x = hidden_states
+        real = real_tokens(attention_mask, x)
         if not (self.training or self.by_topk):
-            return self.forward_causal(hidden_states, real, kwargs)
-        if real is not None and not real.all():
+            return self.run_causal(x, real, kwargs)
+        if attention_mask is not None and not real.all():
             raise ValueError("routed depth: expected training sequences without padding")
-        # a sequence's top-k are known at its end: no cache
-        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE}
-        return self.forward_topk(hidden_states, attention_mask, kwargs)
-
-    def forward_topk(self, x: Tensor, mask: Tensor | None, kwargs: dict) -> Tensor:
-        score, weight = self.judge(x, mask, kwargs)
-        ranking = torch.rand_like(score) if self.route["random"] else score
+        # which tokens are the top-k is known at the sequence's end: no cache, under its new and its old name
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")}
+        score, weight = self.judge(x, attention_mask, kwargs)
         k = max(1, round(self.route["capacity"] * x.shape[1]))
+        ranking = torch.rand_like(score) if self.route["random"] else score
         index = ranking.topk(k, dim=1).indices.sort(dim=1).values
         if self.training and not self.route["random"]:
-            chosen = torch.zeros_like(score).scatter(1, index, 1.0)
-            self.learn(x.detach(), score, chosen)
+            self.learn(x.detach(), score, torch.zeros_like(score).scatter(1, index, 1.0))
         return self.execute(x, index, weight.gather(1, index), kwargs)
 
+    def foresee(self, x: Tensor, before: Tensor) -> Tensor:
+        """Logits (B, T) of being in the top-k, from a token's hidden state and its predecessor's."""
+        both = torch.cat([x, before], -1)
+        return self.causal_router(F.rms_norm(both, both.shape[-1:])).squeeze(-1)
+
     def learn(self, x: Tensor, score: Tensor, chosen: Tensor) -> None:
-        # the causal router imitates the top-k, and changes nothing of what it sees
-        logits = self.causal_router(x, F.pad(x, (0, 0, 1, 0))[:, :-1])
+        """The causal router imitates the top-k, chosen (B, T), and changes nothing of what it sees."""
+        logits = self.foresee(x, shifted(x))
         self.losses["causal"] = F.binary_cross_entropy_with_logits(logits, chosen)
-        runs = logits.detach() > self.threshold()
+        runs = logits.detach().sigmoid() > self.route["threshold"]
         self.stats["executed"] = runs.float().mean()
         self.stats["accuracy"] = (runs == chosen.bool()).float().mean()
 
-    def threshold(self) -> float:
-        # of logits, for the probability in the config
-        p = self.route["threshold"]
-        return math.log(p / (1 - p))
-
-    def forward_causal(self, x: Tensor, real: Tensor | None, kwargs: dict) -> Tensor:
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        state = executed_tokens(cache, self.self_attn.layer_idx)
-        logits = self.decide(x, real, state, kwargs)
-        chosen = logits > self.threshold()
-        if real is not None:
-            chosen = chosen & real
-        self.chosen = chosen
-        self.observe(x, real, state)
-        most = int(chosen.sum(1).max())
+    def run_causal(self, x: Tensor, real: Tensor, kwargs: dict) -> Tensor:
+        state = executed_tokens(kwargs.get("cache", kwargs.get("past_key_values")), self.layer)
+        chance = self.decide(x, real, state, kwargs["position_ids"])
+        self.chosen = (chance > self.route["threshold"]) & real
+        most = int(self.chosen.sum(1).max())
         if most == 0:
             return x
-        # the chosen ones of each sequence in their order, then others up to the most that a sequence has
-        index = chosen.logical_not().byte().argsort(dim=1, stable=True)[:, :most]
-        valid = chosen.gather(1, index) if len(x) > 1 else None
-        weight = self.weigh(x, index, logits.gather(1, index), state)
-        return self.execute(x, index, weight, kwargs, state, valid)
+        # a sequence's chosen tokens in their order, then others, up to the most that a sequence has
+        index = self.chosen.logical_not().byte().argsort(dim=1, stable=True)[:, :most]
+        valid = self.chosen.gather(1, index)
+        weight = self.weigh(x, chance, state).gather(1, index) * valid
+        return self.execute(x, index, weight, kwargs, state, valid if len(x) > 1 else None)
 
-    def decide(self, x: Tensor, real: Tensor | None, state: ExecutedTokens, kwargs: dict) -> Tensor:
-        """Logits (B, T) of running on a token, by what is known at that token."""
+    def decide(self, x: Tensor, real: Tensor, state: ExecutedTokens, position: Tensor) -> Tensor:
+        """Chances (B, T) of being in the top-k, by what is known at each token."""
         if self.route["random"]:
-            return 1e4 * (self.route["capacity"] - noise(kwargs["position_ids"], self.self_attn.layer_idx)
-                          ).expand(x.shape[:2])
-        if real is not None:
-            x = x.masked_fill(~real[..., None], 0)
-        before = state.kept.get("last", torch.zeros_like(x[:, :1]))
-        state.kept["last"] = x[:, -1:].clone()
-        return self.causal_router(x, torch.cat([before, x[:, :-1]], 1))
+            # noise in [0, 1) by position and layer alone: the same with a cache and without
+            noise = ((position * 12.9898 + self.layer * 78.233).sin() * 43758.5453).remainder(1)
+            return (noise < self.route["capacity"]).float().expand(x.shape[:2])
+        x = x * real[..., None]
+        before = shifted(x)
+        if "last" in state.kept:
+            before[:, 0] = state.kept["last"]
+        state.kept["last"] = x[:, -1]
+        return self.foresee(x, before).sigmoid()
 
-    def observe(self, x: Tensor, real: Tensor | None, state: ExecutedTokens) -> None:
-        """Take note of all tokens, those that the layer does not run on too."""
-
-    def weigh(self, x: Tensor, index: Tensor, logits: Tensor, state: ExecutedTokens) -> Tensor:
-        """What the updates of tokens index (B, k) are multiplied by at inference, (B, k)."""
-        return logits.sigmoid() if self.route["scale"] == "router" else torch.ones_like(logits)
+    def weigh(self, x: Tensor, chance: Tensor, state: ExecutedTokens) -> Tensor:
+        # what updates are multiplied by at inference, (B, T)
+        return chance
 
     def execute(self, x: Tensor, index: Tensor, weight: Tensor, kwargs: dict,
                 state: ExecutedTokens | None = None, valid: Tensor | None = None) -> Tensor:
@@ -1097,25 +1036,20 @@ class RoutedLayer(Qwen2DecoderLayer):
         inside = take(x, index)
         more = dict(kwargs, position_ids=None, attention_mask=self.key_mask(inside, state, valid))
         more["position_embeddings"] = tuple(take(t, index) for t in kwargs["position_embeddings"])
-        outside = super().forward(inside, **more)
-        update = (outside - inside) * weight[..., None]
-        if valid is not None:
-            update = update.masked_fill(~valid[..., None], 0)
+        update = (super().forward(inside, **more) - inside) * weight[..., None]
         return x.scatter_add(1, index[..., None].expand_as(update), update.to(x.dtype))
 
     def key_mask(self, x: Tensor, state: ExecutedTokens | None, valid: Tensor | None) -> Tensor | None:
         """The mask with which tokens x (B, k, d) attend to those executed before them, and to each other."""
-        B, k, _ = x.shape
+        k = x.shape[1]
         n = k + (state.get_seq_length() if state else 0)
         if valid is not None:
             valid = torch.cat([state.kept.get("valid", valid[:, :0]), valid], 1)
             state.kept["valid"] = valid
         way = self.self_attn.config._attn_implementation
-        if "flash" in way:
+        # flash attention, and scaled_dot_product_attention without padding, mask the future themselves
+        if "flash" in way or way == "sdpa" and valid is None and k in (1, n):
             return valid
-        # scaled_dot_product_attention masks the future itself
-        if way == "sdpa" and valid is None and k in (1, n):
-            return None
         allowed = torch.ones(1, k, n, dtype=torch.bool, device=x.device).tril(n - k)
         if valid is not None:
             allowed = allowed & valid[:, None]
@@ -1124,40 +1058,40 @@ class RoutedLayer(Qwen2DecoderLayer):
 
 
 class MoDLayer(RoutedLayer):
-    """Tokens by a linear router r(x): out = x + r(x) * u for the top-k, x for the others (eq. 1 of 2404.02258)."""
+    """By a linear router r: x + r(x) u for the top-k, x for the others (equation 1 of arXiv:2404.02258)."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.router = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def judge(self, x: Tensor, mask: Tensor | None, kwargs: dict) -> tuple:
-        r = self.router(unit(x)).squeeze(-1)
+    def judge(self, x: Tensor, *_) -> tuple:
+        r = self.router(F.rms_norm(x, x.shape[-1:])).squeeze(-1)
         return r, r
 
     def learn(self, x: Tensor, score: Tensor, chosen: Tensor) -> None:
         super().learn(x, score, chosen)
-        # the sign of the router says who is in the top-k, and its size stays small
+        # the router's sign comes to say who is in the top-k, and its size stays small
         self.losses["mod"] = F.binary_cross_entropy_with_logits(score, chosen)
         self.losses["z"] = score.square().mean()
 
-    def weigh(self, x: Tensor, index: Tensor, logits: Tensor, state: ExecutedTokens) -> Tensor:
-        return self.judge(take(x, index), None, {})[0]
+    def weigh(self, x: Tensor, *_) -> Tensor:
+        return self.judge(x)[0]
 
 
 class SurpriseLayer(RoutedLayer):
-    """What sdt and stt share: a network that predicts residuals, and the gate of its errors."""
+    """By the surprise of residuals, which a predictor foresees from earlier states."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.predictor = Predictor(config, self.route["change"] == "kl")
+        self.predictor = Predictor(config)
         self.surprise = Surprise(self.route)
 
-    def gate(self, u: Tensor, state: Tensor) -> tuple:
-        """Residuals u (B, T, d), and the states that they are predicted from -> score, G, (B, T) each."""
-        change = change_error(u, self.predictor(state))
+    def gate(self, u: Tensor, before: Tensor) -> tuple:
+        """Residuals u and the states that they are foreseen from, (B, T, d) each -> (score, G)."""
+        change = change_error(u, self.predictor(before))
         static = u.square().mean(-1)
         average = moving_average(static, torch.ones_like(static), self.route["window"])
-        score, G, s_ce, s_cu = self.surprise(static, change, average)
+        score, G, s_ce, s_cu = self.surprise(static, change, average, self.beta)
         if self.training:
             self.losses["prior"] = change.mean()
             means = {"gate": G, "s_ce": s_ce, "s_cu": s_cu}
@@ -1165,108 +1099,80 @@ class SurpriseLayer(RoutedLayer):
         return score, G
 
 
-class DecisionLayer(Qwen2DecoderLayer):
-    """A whole block, which remembers its input for the Dynamic layer behind it."""
-    seen = None
-
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        self.seen = hidden_states.detach()
-        return super().forward(hidden_states, *args, **kwargs)
-
-
 class DynamicDepthLayer(SurpriseLayer):
-    """Behind a Decision layer whose residual, and a prior's prediction of it, say which tokens go on."""
+    """The Dynamic layer of sdt, by the residual of the Decision layer before it, a whole block."""
 
-    def __init__(self, config, layer_idx: int, decision: DecisionLayer):
+    def __init__(self, config, layer_idx: int, decision: Qwen2DecoderLayer):
         super().__init__(config, layer_idx)
-        # not a child of this one
-        self.decision = (decision,)
+        decision.register_forward_pre_hook(self.remember)
 
-    def judge(self, x: Tensor, mask: Tensor | None, kwargs: dict) -> tuple:
-        before = self.decision[0].seen
-        return self.gate((x.detach() - before).float(), before)
+    def remember(self, decision: nn.Module, inputs: tuple) -> None:
+        self.seen = inputs[0].detach()
 
-    def observe(self, x: Tensor, real: Tensor | None, state: ExecutedTokens) -> None:
-        if self.route["scale"] != "gate":
-            return
-        static = (x - self.decision[0].seen).float().square().mean(-1)
-        real = torch.ones_like(static) if real is None else real.to(static.dtype)
-        energy = torch.stack([static, real], -1)
-        if "energy" in state.kept:
-            energy = torch.cat([state.kept["energy"], energy], 1)
-        state.static = static
-        state.average = moving_average(*energy.unbind(-1), self.route["window"])[:, -x.shape[1]:]
+    def judge(self, x: Tensor, *_) -> tuple:
+        return self.gate((x.detach() - self.seen).float(), self.seen)
+
+    def decide(self, x: Tensor, real: Tensor, state: ExecutedTokens, position: Tensor) -> Tensor:
+        # the moving average is of all tokens, those that this layer does not run on too
+        static = (x - self.seen).float().square().mean(-1)
+        energy = torch.stack([static, real.float()], -1)
+        energy = torch.cat([state.kept.get("energy", energy[:, :0]), energy], 1)
         state.kept["energy"] = energy[:, -self.route["window"]:]
+        self.energy = energy
+        return super().decide(x, real, state, position)
 
-    def weigh(self, x: Tensor, index: Tensor, logits: Tensor, state: ExecutedTokens) -> Tensor:
-        if self.route["scale"] != "gate":
-            return super().weigh(x, index, logits, state)
-        before = take(self.decision[0].seen, index)
-        change = change_error((take(x, index) - before).float(), self.predictor(before))
-        return self.surprise(state.static.gather(1, index), change, state.average.gather(1, index))[1]
+    def weigh(self, x: Tensor, chance: Tensor, state: ExecutedTokens) -> Tensor:
+        average = moving_average(*self.energy.unbind(-1), self.route["window"])
+        change = change_error((x - self.seen).float(), self.predictor(self.seen))
+        T = x.shape[1]
+        return self.surprise(self.energy[:, -T:, 0], change, average[:, -T:], self.beta)[1]
 
 
 class TransitionLayer(SurpriseLayer):
-    """A block whose residual is predicted from the previous token's state behind it (stt).
+    """stt: by the block's own residual, foreseen from the previous token's state behind the block.
 
-    In training the block runs on all tokens for those states and residuals, without gradients, and then on
-    the k for the result."""
+    In training the block runs on all tokens for these, without gradients, then on the k for the result."""
 
     def judge(self, x: Tensor, mask: Tensor | None, kwargs: dict) -> tuple:
         with torch.no_grad():
             after = Qwen2DecoderLayer.forward(self, x, attention_mask=mask, **kwargs)
-        before = F.pad(after, (0, 0, 1, 0))[:, :-1]
-        return self.gate((after - x.detach()).float(), before)
-
-
-# ---- the model ----
-def make_layers(config) -> dict:
-    """{place: routed layer}, and Decision layers in the places before them; an odd last layer stays plain."""
-    layers = {}
-    for i in range(1, config.num_hidden_layers, 2):
-        variant = config.route["variant"]
-        if variant == "sdt":
-            layers[i - 1] = DecisionLayer(config, i - 1)
-            layers[i] = DynamicDepthLayer(config, i, layers[i - 1])
-        else:
-            layers[i] = {"mod": MoDLayer, "stt": TransitionLayer}[variant](config, i)
-    return layers
+        return self.gate((after - x.detach()).float(), shifted(after))
 
 
 class RoutedForCausalLM(Qwen2ForCausalLM):
-    """Qwen2ForCausalLM with routed layers. The loss in training holds the auxiliary ones, by their weights in
-    config.route; `losses` has each by itself (nats, or mean squared error)."""
+    """Qwen2ForCausalLM with routed layers; an odd last layer stays plain. In training the loss holds the
+    auxiliary ones, by the weights in config.route; `losses` has each by itself."""
     config_class = RoutedConfig
     # whether a layer runs is decided token by token
     _can_compile_fullgraph = False
-    # networks that LoRA trains whole
-    networks = ("causal_router", "router", "predictor", "surprise")
 
     def __init__(self, config):
         super().__init__(config)
-        for i, layer in make_layers(config).items():
-            self.model.layers[i] = layer
+        layers = self.model.layers
+        for i in range(1, len(layers), 2):
+            if config.route["variant"] == "sdt":
+                layers[i] = DynamicDepthLayer(config, i, layers[i - 1])
+            else:
+                layers[i] = {"mod": MoDLayer, "stt": TransitionLayer}[config.route["variant"]](config, i)
         self.losses = {}
         self.post_init()
 
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, Surprise):
-            module.start()
-
-    def routed(self) -> dict:
-        return {i: m for i, m in enumerate(self.model.layers) if isinstance(m, RoutedLayer)}
+            # transformers keeps torch's initialisers off values that it has loaded
+            nn.init.constant_(module.log_o, math.log(module.route["o"]))
+            nn.init.constant_(module.m, module.route["m"])
 
     def forward(self, *args, labels=None, **kwargs):
         out = super().forward(*args, labels=labels, **kwargs)
         if labels is None or not self.training:
             return out
         self.losses = {"lm": out.loss}
-        layers = self.routed().values()
-        for name in {name for layer in layers for name in layer.losses}:
-            mean = torch.stack([layer.losses[name] for layer in layers]).mean()
-            self.losses[name] = mean
-            out.loss = out.loss + self.config.route[f"{name}_weight"] * mean
+        routed = self.model.layers[1::2]
+        for name in routed[0].losses:
+            self.losses[name] = torch.stack([layer.losses[name] for layer in routed]).mean()
+            out.loss = out.loss + self.config.route[f"{name}_weight"] * self.losses[name]
         return out
 # ---- to here ----
 
@@ -1276,7 +1182,7 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
 class LMModelConfig:
     """A new model of one of the sizes, or a Qwen2 or Llama model to go on with."""
     variant: str = "standard"           # standard | mod | sdt (or dtf) | stt (or tdtf)
-    path: str | None = None             # directory or hub id; default: a new model that reads bytes
+    path: str | None = None             # directory or hub id; default: a new model, which reads bytes
     revision: str | None = None
     size: str = "3M"                    # of a new model: one of sizes
     sizes: dict = field(default_factory=dict)  # name: keys of transformers' Qwen2Config
@@ -1287,45 +1193,44 @@ class LMModelConfig:
 
 @dataclass
 class DataConfig:
-    """Text to train on. A source: a utf-8 file, a directory, hf:DATASET:CONFIG:SPLIT or builtin."""
+    """Text. A source: a utf-8 file, a directory of text files, hf:DATASET:CONFIG:SPLIT or builtin."""
     mix: dict = field(default_factory=dict)  # source: its weight; default: builtin alone
     length: int = 256                   # tokens of a sequence
     held_out: float = 0.05              # of a source, its end, for validation; builtin has files for that
-    eval_tokens: int = 65536
+    eval_tokens: int = 32768
 
 
 @dataclass
 class LoopConfig:
-    steps: int = 400
-    batch: int = 8                      # sequences of a step, over all processes
+    steps: int = 800
+    batch: int = 4                      # sequences of a step, over all processes
     accumulate: int = 1                 # passes that make a step
-    optimizer: str = "muon"             # muon (AdamW for all but matrices of blocks) | adamw
-    lr: float = 5e-3                    # at its peak
-    warmup: int = 40
+    optimizer: str = "muon"             # muon (AdamW for all but the blocks' matrices) | adamw
+    lr: float = 5e-3                    # at its peak; a cosine leads down to a tenth
+    warmup: int = 20
     weight_decay: float = 0.1
     clip: float = 1.0
-    eval_every: int = 100               # steps between looks at the held-out text; 0: at the end only
+    eval_every: int = 200               # steps between looks at the held-out text; 0: at the end only
     save_every: int = 200
     seed: int = 0
 
 
 @dataclass
 class RouteConfig:
-    """Routed depth; the letters are those of Surprise and RoutedLayer."""
-    capacity: float = 0.5               # share of the tokens that a routed layer runs on
+    """Routed depth; the letters are those of RoutedLayer and Surprise."""
+    capacity: float = 0.5               # share of a sequence's tokens that a routed layer runs on
+    threshold: float = 0.5              # of the causal router's chances, at inference
     random: bool = False                # a random choice of as many tokens, to compare with
-    threshold: float = 0.5              # of the causal router's probability
-    scale: str = "gate"                 # of updates at inference, sdt and stt: gate | router | one
     gate: str = "union"                 # union | ce
     change: str = "mse"                 # mse | kl: the predictor gives a variance too
-    width: float = 0.25                 # of predictor and causal router, relative to hidden_size
+    width: float = 0.125                # of the predictor, relative to hidden_size
     window: int = 100                   # tokens of the moving average
     o: float = 1.0
     m: float = 1.0
     learn: bool = True                  # o and m
     beta_start: float = 0.1
-    beta_end: float = 100.0
-    causal_weight: float = 1.0          # of the losses
+    beta: float = 100.0                 # at the end, and at inference
+    causal_weight: float = 1.0          # weights of the losses
     prior_weight: float = 0.1
     mod_weight: float = 0.01
     z_weight: float = 1e-4
@@ -1336,8 +1241,6 @@ class LoraConfig:
     r: int = 0                          # 0: all weights are trained
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: list = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
-                                                   "up_proj", "down_proj"])
 
 
 @dataclass
@@ -1356,129 +1259,132 @@ LM_CHOICES = {
     "model.variant": ("standard", "mod", "sdt", "stt"),
     "model.attention": ("sdpa", "eager", "flash_attention_2"),
     "train.optimizer": ("muon", "adamw"),
-    "route.scale": ("gate", "router", "one"),
     "route.gate": ("union", "ce"),
     "route.change": ("mse", "kl"),
     "log.to": ("none", "trackio", "wandb"),
 }
 LM_POSITIVE = ("model.layers", "data.eval_tokens", "train.steps", "train.batch", "train.accumulate", "train.lr",
-               "train.clip", "route.width", "route.window", "route.o", "route.beta_start", "route.beta_end",
-               "lora.alpha")
+               "train.clip", "route.width", "route.window", "route.o", "route.beta", "lora.alpha")
 LM_NON_NEGATIVE = ("train.warmup", "train.weight_decay", "train.eval_every", "train.save_every", "train.seed",
-                   "route.m", "route.causal_weight", "route.prior_weight", "route.mod_weight", "route.z_weight",
-                   "lora.r")
+                   "route.m", "route.beta_start", "route.causal_weight", "route.prior_weight",
+                   "route.mod_weight", "route.z_weight", "lora.r")
 LM_FRACTIONS = ("data.held_out", "route.capacity", "route.threshold", "lora.dropout")
 
 
 def lm_config(path: str | None, overrides: Sequence[str]) -> LMConfig:
-    """configs/train.yaml < the file at path < overrides; UserError for what no training could use."""
+    """configs/train.yaml < the file at path < overrides; UserError for values that no training could use."""
     base = functools.partial(globe.load_config, str(LM_FILE), (), kind=LMConfig)
     cfg = globe.load_config(path, overrides, kind=base)
     cfg.model.variant = OLD_NAMES.get(cfg.model.variant, cfg.model.variant)
     globe.check_ranges(cfg, LM_CHOICES, LM_POSITIVE, LM_NON_NEGATIVE, LM_FRACTIONS)
     sizes = cfg.model.sizes
     weights = list(cfg.data.mix.values())
+    inside = "more than 0 and less than 1"
     for fine, key, wanted, found in (
         (cfg.model.path or cfg.model.size in sizes, "model.size", " or ".join(sizes), cfg.model.size),
         (all(type(w) in (int, float) and w > 0 for w in weights), "data.mix", "weights above 0", weights),
         (cfg.data.length >= 2, "data.length", "2 or more", cfg.data.length),
-        (0 < cfg.route.threshold < 1, "route.threshold", "more than 0 and less than 1", cfg.route.threshold),
-        (0 < cfg.route.capacity < 1, "route.capacity", "more than 0 and less than 1", cfg.route.capacity),
-        (cfg.train.batch % cfg.train.accumulate == 0, "train.batch",
-         f"a multiple of train.accumulate = {cfg.train.accumulate}", cfg.train.batch),
+        (0 < cfg.route.threshold < 1, "route.threshold", inside, cfg.route.threshold),
+        (0 < cfg.route.capacity < 1, "route.capacity", inside, cfg.route.capacity),
+        (cfg.data.held_out < 1, "data.held_out", "less than 1", cfg.data.held_out),
     ):
         expect(fine, f"{key}: expected {wanted}, found {found!r}")
     return cfg
 
 
-# a model that routes: the config's own keys, and those of a Qwen2 or Llama model's that say its shape
+# the config of a model that routes: a Qwen2 or Llama model's keys, and route
 def routed_config(cfg: LMConfig, base: dict):
-    kept = {key: value for key, value in base.items() if key not in ("model_type", "architectures", "auto_map")}
     expect(not base.get("use_sliding_window"), "model.variant: expected a model without sliding windows")
-    route = {"variant": cfg.model.variant} | dataclasses.asdict(cfg.route)
-    return RoutedConfig(**kept, route=route)
+    about = ("model_type", "architectures", "auto_map")
+    kept = {key: value for key, value in base.items() if key not in about}
+    return RoutedConfig(**kept | {"route": {"variant": cfg.model.variant} | dataclasses.asdict(cfg.route)})
+
+
+# (tokenizer, model) of a size, that reads bytes
+def new_model(cfg: LMConfig) -> tuple:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    tokenizer = byte_tokenizer()
+    size = dict(cfg.model.sizes[cfg.model.size])
+    if cfg.model.layers:
+        size["num_hidden_layers"] = cfg.model.layers
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    with globe.expecting(f"model.sizes: {cfg.model.size}: expected keys of Qwen2Config and their values"):
+        config = Qwen2Config(**size, **ends, vocab_size=len(tokenizer))
+        kind = Qwen2ForCausalLM
+        if cfg.model.variant != "standard":
+            kind = RoutedForCausalLM
+            config = routed_config(cfg, config.to_dict())
+        return tokenizer, kind._from_config(config, attn_implementation=cfg.model.attention)
 
 
 def language_model(cfg: LMConfig) -> tuple:
     """(tokenizer, model) in float32: a new model, or one of the Qwen2 or Llama family to go on with.
 
     A routed model takes over all weights of a standard one; Llama has no biases, which begin as zeros."""
-    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
-    way = {"attn_implementation": cfg.model.attention}
+    from transformers import AutoModelForCausalLM
     if cfg.model.path is None:
-        tokenizer = byte_tokenizer()
-        size = cfg.model.sizes[cfg.model.size]
-        layers = {"num_hidden_layers": cfg.model.layers} if cfg.model.layers else {}
-        with globe.expecting(f"model.sizes: {cfg.model.size}: expected keys of Qwen2Config"):
-            config = Qwen2Config(**size | layers, vocab_size=len(tokenizer), bos_token_id=None,
-                                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-            if cfg.model.variant == "standard":
-                return tokenizer, Qwen2ForCausalLM._from_config(config, **way)
-            return tokenizer, RoutedForCausalLM._from_config(routed_config(cfg, config.to_dict()), **way)
+        return new_model(cfg)
     path = globe.resolve_model(cfg.model.path, cfg.model.revision)
     base = globe.read_json(path / "config.json")
-    kind = base.get("model_type")
-    expect(kind in ("qwen2", "llama", RoutedConfig.model_type) and not base.get("attention_bias"),
-           f"model.path {cfg.model.path}: expected model_type qwen2 or llama, found {kind!r}")
+    found = base.get("model_type")
+    expect(found in ("qwen2", "llama", RoutedConfig.model_type) and not base.get("attention_bias"),
+           f"model.path {cfg.model.path}: expected model_type qwen2 or llama, found {found!r}")
     kind = AutoModelForCausalLM
+    way = {"attn_implementation": cfg.model.attention, "dtype": torch.float32}
     if cfg.model.variant != "standard":
         kind = RoutedForCausalLM
         way["config"] = routed_config(cfg, base)
     with globe.expecting(f"{path}: expected a model that loads"):
-        model, info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **way)
-    # what a standard model has not, a routed one begins with
-    missing = [name for name in info["missing_keys"] if not re.search("_proj.bias|router|predictor|surprise", name)]
-    globe.refuse_missing(sorted(missing), path)
+        model, info = kind.from_pretrained(path, output_loading_info=True, **way)
+    # what a standard model does not have begins afresh
+    new = re.compile("router|predictor|surprise|_proj.bias")
+    globe.refuse_missing([name for name in sorted(info["missing_keys"]) if not new.search(name)], path)
     return globe.load_tokenizer(path), model
 
 
 class Mixture(NamedTuple):
-    """Token ids of several sources, one of which a sequence comes from by its weight; held-out windows."""
+    """Token ids (N,) of each source, the sources' weights, and held-out windows (n, length) of all."""
     ids: list
     weights: Tensor
     windows: Tensor
 
     def batch(self, count: int, length: int, seed: int) -> Tensor:
-        """(count, length) token ids from places that depend on the seed alone."""
+        """(count, length) token ids of sources drawn by weight, from random places, by the seed alone."""
         g = torch.Generator().manual_seed(seed)
-        sources = torch.multinomial(self.weights, count, replacement=True, generator=g).tolist()
-        places = torch.rand(count, generator=g, dtype=torch.float64).tolist()
         rows = []
-        for source, place in zip(sources, places):
+        for source in torch.multinomial(self.weights, count, replacement=True, generator=g).tolist():
             ids = self.ids[source]
-            start = int(place * (len(ids) - length + 1))
+            start = int(torch.randint(len(ids) - length + 1, (), generator=g))
             rows.append(ids[start:start + length])
         return torch.stack(rows)
 
 
 def read_mixture(cfg: DataConfig, tokenizer) -> Mixture:
-    """The sources of data.mix as token ids; of each the end is held out, in proportion to its weight."""
+    """The sources of data.mix; of each its end is held out, in proportion to its weight."""
     mix = cfg.mix or {"builtin": 1.0}
-    weights = torch.tensor(list(mix.values()), dtype=torch.float64)
     ids = []
     windows = []
-    for source, weight in zip(mix, (weights / weights.sum()).tolist()):
+    for source, weight in mix.items():
         text = globe.read_text(source, "train")
         cut = len(text) if source == "builtin" else int(len(text) * (1 - cfg.held_out))
-        held = text[cut:] or globe.builtin_text("heldout")
         encoded = tokenizer(text[:cut], add_special_tokens=False, verbose=False)["input_ids"]
-        ids.append(torch.tensor(encoded))
         expect(len(encoded) >= cfg.length, f"data.mix: {source}: expected at least data.length = "
                f"{cfg.length} tokens, found {len(encoded)}")
-        tokens = max(cfg.length, int(weight * cfg.eval_tokens))
+        ids.append(torch.tensor(encoded))
+        tokens = int(cfg.eval_tokens * weight / sum(mix.values()))
+        held = text[cut:] or globe.builtin_text("heldout")
         windows.append(globe.token_windows(tokenizer, held, tokens, cfg.length))
-    length = min(part.shape[1] for part in windows)
-    return Mixture(ids, weights, torch.cat([part[:, :length] for part in windows]))
+    shortest = min(part.shape[1] for part in windows)
+    weights = torch.tensor(list(mix.values()), dtype=torch.float64)
+    return Mixture(ids, weights, torch.cat([part[:, :shortest] for part in windows]))
 
 
 # ---- 9. train: the loop, what is measured, what is saved -----------------------------------------
-# what the device is quick at: half precision, scaled where float16 is all it has
-def precision(device: torch.device, name: str | None) -> str:
-    halves = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
-    if name:
-        return halves[globe.as_dtype(name)]
-    if device.type != "cuda":
-        return "no"
+def precision(device: torch.device, dtype: str | None) -> str:
+    """What accelerate computes in: the dtype asked for, else what the device is quick at."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+    if dtype or device.type != "cuda":
+        return names[globe.as_dtype(dtype or "float32")]
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
@@ -1488,24 +1394,27 @@ def routed_layers(model: nn.Module) -> list:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, windows: Tensor, batch: int, topk: bool = False) -> tuple:
-    """(nats per token, share of tokens that routed layers ran on) of windows (N, T), by the causal router or
-    by the top-k of each window."""
-    layers = routed_layers(model)
+    """(nats per token, share of the tokens that routed layers ran on) on windows (N, T) of token ids, routed
+    by the causal router or by the top-k of each window."""
+    layers = routed_layers(model.eval())
     device = next(model.parameters()).device
-    model.eval()
     total = torch.zeros(2, dtype=torch.float64)
     for layer in layers:
         layer.by_topk = topk
-    for part in windows.split(batch):
-        part = part.to(device)
+    for part in windows.to(device).split(batch):
         logits = model(part, use_cache=False).logits[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())
-        ran = [layer.chosen.float().mean() for layer in layers if not topk]
-        total += len(part) * torch.tensor([float(loss), float(sum(ran)) / max(1, len(ran))])
+        ran = sum(float(layer.chosen.float().mean()) for layer in layers if not topk)
+        total += len(part) * torch.tensor([float(loss), ran / max(1, len(layers))])
     for layer in layers:
         layer.by_topk = False
     loss, ran = (total / len(windows)).tolist()
     return loss, ran
+
+
+# as far as a float goes
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
 
 
 class LMTrainer(Trainer):
@@ -1518,45 +1427,34 @@ class LMTrainer(Trainer):
     scaling = None  # the loss scale's state, in float16
 
     def __init__(self, cfg: LMConfig, to: Path, device: torch.device, dtype: str | None = None):
-        with globe.expecting("train: expected accelerate (pip install accelerate)", ImportError):
+        with globe.expecting("train: expected the package accelerate (pip install accelerate)", ImportError):
             from accelerate import Accelerator
         self.cfg = cfg
         self.to = to
-        self.device = device
         self.state = to / "state" / "train.safetensors"
         self.steps = cfg.train.steps
         self.rank, self.world = ranks()
-        # what a resumed run must share: all but where its rows go, and how often it saves
-        self.settings = dataclasses.asdict(cfg)
-        del self.settings["log"]
-        self.settings["train"].pop("save_every")
+        # what a resumed run shares: all but where its rows go, and how often it saves
+        self.settings = {name: section for name, section in dataclasses.asdict(cfg).items() if name != "log"}
+        del self.settings["train"]["save_every"]
         passes = self.world * cfg.train.accumulate
         expect(cfg.train.batch % passes == 0, f"train.batch: expected a multiple of {passes}, processes times "
                f"train.accumulate, found {cfg.train.batch}")
+        log = cfg.log.to
+        expect(log == "none" or importlib.util.find_spec(log), f"log.to={log}: expected the package (pip install {log})")
+        # transformers draws weights from the global generator
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.train.seed)
             self.tokenizer, self.model = language_model(cfg)
             self.data = read_mixture(cfg.data, self.tokenizer)
             if cfg.lora.r:
-                self.add_lora()
-        to.mkdir(parents=True, exist_ok=True)
+                self.model = with_lora(self.model, cfg.lora)
         self.accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision=precision(device, dtype),
-            gradient_accumulation_steps=cfg.train.accumulate, log_with=self.tracker())
+            cpu=device.type == "cpu", mixed_precision=precision(device, dtype), log_with=None if log == "none" else log,
+            gradient_accumulation_steps=cfg.train.accumulate)
         self.resume()
-
-    # LoRA on the matrices of the blocks; what routes is trained whole
-    def add_lora(self) -> None:
-        cfg = self.cfg.lora
-        with globe.expecting("lora.r: expected peft (pip install peft)", ImportError):
-            from peft import LoraConfig as PeftConfig, get_peft_model
-        whole = None
-        if routed_layers(self.model):
-            own = {name for layer in routed_layers(self.model) for name, _ in layer.named_children()}
-            whole = sorted(own & set(self.model.networks))
-        self.model = get_peft_model(self.model, PeftConfig(
-            r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=cfg.targets,
-            modules_to_save=whole, task_type="CAUSAL_LM"))
+        with globe.first_rank_first():
+            self.open_log()
 
     @torch.enable_grad()
     def start(self) -> None:
@@ -1564,134 +1462,144 @@ class LMTrainer(Trainer):
         if self.cfg.model.checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.to(self.accelerator.device)
-        trained = {name: w for name, w in self.model.named_parameters() if w.requires_grad}
-        self.kept = {"now": trained}
+        self.kept = {"now": {name: w for name, w in self.model.named_parameters() if w.requires_grad}}
         groups = []
-        for name, w in trained.items():
+        for name, w in self.kept["now"].items():
             # Muon for attention and FFN matrices, AdamW for the rest, no decay for vectors
-            muon = cfg.optimizer == "muon" and "_proj.weight" in name
+            muon = cfg.optimizer == "muon" and name.endswith("_proj.weight")
             decay = cfg.weight_decay * (w.ndim > 1)
             groups.append({"params": [w], "parts": int(muon), "weight_decay": decay, "peak": cfg.lr})
         self.optimizer = Muon(groups, betas=(0.9, 0.95))
         self.net, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
-        if self.accelerator.scaler and self.scaling:
+        if self.scaling:
             self.accelerator.scaler.load_state_dict(self.scaling)
 
-    def tracker(self) -> str | None:
-        """log.to where it is installed."""
-        to = self.cfg.log.to
-        if to == "none":
-            return None
-        expect(importlib.util.find_spec(to), f"log.to={to}: expected the package (pip install {to})")
-        return to
-
-    def one_step(self) -> dict:
-        """Train one step; its row: losses in nats (loss_prior a squared error), learning rate, tokens/s."""
-        begin = time.perf_counter()
-        cfg = self.cfg.train
-        self.schedule(self.step, cfg.warmup)
-        # the gate hardens along a cosine
-        route = self.cfg.route
-        rise = 0.5 * (1 - math.cos(math.pi * self.step / self.steps))
-        for layer in routed_layers(self.model):
-            if isinstance(layer, SurpriseLayer):
-                layer.surprise.beta.fill_(route.beta_start + (route.beta_end - route.beta_start) * rise)
-        # data, dropout and random routes depend on (seed, step) alone: a resumed run repeats them
-        seed = cfg.seed * 1_000_003 + self.step
-        torch.manual_seed(seed * 1009 + self.rank)
-        x = self.data.batch(cfg.batch, self.cfg.data.length, seed)[self.rank::self.world]
-        self.net.train()
-        total = collections.Counter()
-        for part in x.to(self.accelerator.device).chunk(cfg.accumulate):
-            with self.accelerator.accumulate(self.net):
-                loss = self.net(input_ids=part, labels=part, use_cache=False).loss
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.kept["now"].values(), cfg.clip)
-                self.stepper.step()
-                self.stepper.zero_grad()
-            for name, value in losses_of(self.model, loss).items():
-                total[name] += float(value.detach()) / cfg.accumulate / self.world
-        names = sorted(total)
-        sums = torch.tensor([total[name] for name in names], dtype=torch.float64)
-        globe.all_sum(sums)
-        mean = dict(zip(names, sums.tolist()))
-        if not math.isfinite(mean["lm"]):
-            raise globe.Diverged(f"the training loss is {mean['lm']}; lower train.lr (now {cfg.lr})")
-        if self.accelerator.scaler:
-            self.scaling = self.accelerator.scaler.state_dict()
-        self.step += 1
-        seconds = time.perf_counter() - begin
-        self.seconds += seconds
-        row = {"family": "train", "step": self.step, "loss_train": mean.pop("lm")}
-        row |= {"ppl_train": math.exp(min(row["loss_train"], 700)), **{f"loss_{n}": v for n, v in mean.items()}}
-        row |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
-                "tokens_s": round(cfg.batch * self.cfg.data.length / seconds, 1)}
-        return row | self.router_stats() | self.look()
-
-    # of each routed layer, what its last training pass left
-    def router_stats(self) -> dict:
-        stats = {}
-        for layer in routed_layers(self.model):
-            for name, value in layer.stats.items():
-                stats[f"layer_{layer.self_attn.layer_idx}_{name}"] = round(float(value), 4)
-        return stats
-
-    # loss and perplexity on held-out text, where that is due
-    def look(self) -> dict:
-        every = self.cfg.train.eval_every
-        due = self.step == self.steps or every and self.step % every == 0
-        if self.rank or not due:
-            return {}
-        loss, ran = evaluate(self.model, self.data.windows, self.cfg.train.batch)
-        row = {"loss_val": loss, "ppl_val": math.exp(min(loss, 700))}
-        if routed_layers(self.model):
-            loss, _ = evaluate(self.model, self.data.windows, self.cfg.train.batch, topk=True)
-            row |= {"ppl_val_topk": math.exp(min(loss, 700)), "executed": ran}
-        return row
+    # rows of steps that come again are cut off; the tracker gets the settings
+    def open_log(self) -> None:
+        if self.rank == 0:
+            rows = [row for row in globe.read_rows(self.to / "log.jsonl") if row["step"] <= self.step]
+            globe.write_text(self.to / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        log = self.cfg.log
+        about = {"name": log.run_name or self.to.name, "entity": log.entity}
+        # nothing leaves the machine unless WANDB_MODE asks for it
+        if log.to == "wandb":
+            about |= {"mode": os.environ.get("WANDB_MODE", "offline"), "tags": log.tags}
+        about = {key: value for key, value in about.items() if value is not None}
+        with globe.expecting(f"log.to={log.to}: expected the service to start"):
+            self.accelerator.init_trackers(log.project, self.settings, {log.to: about})
 
     # a row into log.jsonl and to the tracker
     def log(self, row: dict) -> None:
         if self.rank == 0:
             with open(self.to / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
-        self.accelerator.log({k: v for k, v in row.items() if k not in ("family", "step")}, row["step"])
+        self.accelerator.log(row, row["step"])
 
-    # the last look's figures; the model as a directory that transformers loads
+    # forward and backward of one pass, x (b, T) token ids; {name: loss}
+    def one_pass(self, x: Tensor) -> dict:
+        loss = self.net(input_ids=x, labels=x, use_cache=False).loss
+        self.accelerator.backward(loss)
+        parts = getattr(self.model, "losses", None) or {"lm": loss}
+        return {name: float(value.detach()) for name, value in parts.items()}
+
+    def one_step(self) -> dict:
+        """Train one step; its row: losses (lm in nats, loss_train; prior a squared error), rate, tokens/s."""
+        begin = time.perf_counter()
+        cfg = self.cfg.train
+        route = self.cfg.route
+        self.schedule(self.step, cfg.warmup)
+        # beta rises along a cosine: the gate, at first nearly the same for all tokens, hardens
+        risen = 0.5 * (1 - math.cos(math.pi * self.step / self.steps))
+        for layer in routed_layers(self.model):
+            layer.beta = route.beta_start + (route.beta - route.beta_start) * risen
+        # data, dropout and random choices depend on (seed, step) alone: a resumed run repeats them
+        seed = cfg.seed * 1_000_003 + self.step
+        torch.manual_seed(seed * 1009 + self.rank)
+        x = self.data.batch(cfg.batch, self.cfg.data.length, seed)[self.rank::self.world]
+        self.net.train()
+        total = collections.Counter()
+        for part in x.to(self.accelerator.device).chunk(cfg.accumulate):
+            # gradients come together in the last pass, where the optimiser steps
+            with self.accelerator.accumulate(self.net):
+                total.update(self.one_pass(part))
+                norm = self.accelerator.clip_grad_norm_(self.kept["now"].values(), cfg.clip)
+                self.stepper.step()
+                self.stepper.zero_grad()
+        sums = torch.tensor([total[name] for name in sorted(total)], dtype=torch.float64)
+        globe.all_sum(sums)
+        losses = dict(zip(sorted(total), (sums / (cfg.accumulate * self.world)).tolist()))
+        lm = losses.pop("lm")
+        if not math.isfinite(lm):
+            raise globe.Diverged(f"the training loss is {lm}; lower train.lr (now {cfg.lr})")
+        if self.accelerator.scaler:
+            self.scaling = self.accelerator.scaler.state_dict()
+        self.step += 1
+        seconds = time.perf_counter() - begin
+        self.seconds += seconds
+        row = {"step": self.step, "loss_train": lm, "ppl_train": perplexity(lm)}
+        row |= {f"loss_{name}": value for name, value in losses.items()}
+        row |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
+                "tokens_s": cfg.batch * self.cfg.data.length / seconds}
+        for layer in routed_layers(self.model):
+            row |= {f"layer_{layer.layer}_{name}": float(value) for name, value in layer.stats.items()}
+        every = cfg.eval_every
+        if self.rank == 0 and (self.step == self.steps or every and self.step % every == 0):
+            row |= self.look()
+        return row
+
+    # loss and perplexity on held-out text, by the causal router and by top-k
+    def look(self) -> dict:
+        windows = self.data.windows
+        loss, executed = evaluate(self.model, windows, self.cfg.train.batch)
+        row = {"loss_val": loss, "ppl_val": perplexity(loss)}
+        if routed_layers(self.model):
+            loss, _ = evaluate(self.model, windows, self.cfg.train.batch, topk=True)
+            row |= {"ppl_val_topk": perplexity(loss), "executed": executed}
+        return row
+
+    # the model as a directory that transformers loads; returns what train.json holds
     def finish(self, tasks: Callable) -> dict:
-        self.step = self.steps
-        result = self.look() | {"steps": self.steps, "seconds": round(self.seconds, 1)}
+        self.accelerator.end_training()
+        model = self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
         if self.cfg.lora.r:
-            self.model = self.model.merge_and_unload()
-        result |= {"parameters": self.model.num_parameters(), "tasks": tasks(self.model.eval())}
-        save_model(self.model, self.tokenizer, self.to)
-        # it comes last: what looks whole is whole
+            model = model.merge_and_unload()
+        result = {"steps": self.steps, "seconds": round(self.seconds, 1), "parameters": model.num_parameters()}
+        result |= self.look() | {"tasks": tasks(model.eval())}
+        save_model(model, self.tokenizer, self.to)
+        # train.json comes last: what looks whole is whole
         globe.write_text(self.to / "train.json", json.dumps(result))
         shutil.rmtree(self.to / "state", ignore_errors=True)
         return result
 
 
-# {name: scalar} of the parts of a training loss
-def losses_of(model: nn.Module, loss: Tensor) -> dict:
-    parts = getattr(model, "losses", None)
-    return parts or {"lm": loss}
+# LoRA on the matrices of attention and FFN; what routes is trained whole
+def with_lora(model: nn.Module, cfg: LoraConfig) -> nn.Module:
+    with globe.expecting("lora.r: expected the package peft (pip install peft)", ImportError):
+        import peft
+    own = {name for layer in routed_layers(model) for name, _ in layer.named_children()}
+    whole = sorted(own & {"causal_router", "router", "predictor", "surprise"})
+    targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    return peft.get_peft_model(model, peft.LoraConfig(
+        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=targets,
+        modules_to_save=whole or None, task_type="CAUSAL_LM"))
 
 
 def carried() -> str:
     """The lines of this file that a routed model's directory carries, byte for byte."""
     source = Path(__file__).read_bytes().decode()
-    begin, end = source.index(f"\n{CARRIED[0]}\n") + 1, source.index(f"\n{CARRIED[1]}\n")
-    return source[begin:end] + f"\n{CARRIED[1]}\n"
+    begin = source.index(f"\n{CARRIED[0]}\n") + 1
+    end = source.index(f"\n{CARRIED[1]}\n") + len(CARRIED[1]) + 2
+    return source[begin:end]
 
 
 def save_model(model: nn.Module, tokenizer, to: Path) -> None:
-    """Write model and tokenizer into `to`, file by file; with a routed model, the code that loads it."""
+    """Write model and tokenizer into `to`, and beside a routed model the code that loads it."""
     part = to / ".saving"
     shutil.rmtree(part, ignore_errors=True)
     with globe.written(part) as tmp:
         if routed_layers(model):
-            model.config.auto_map = {"AutoConfig": "routed.RoutedConfig",
-                                     "AutoModelForCausalLM": "routed.RoutedForCausalLM"}
+            names = {"AutoConfig": "RoutedConfig", "AutoModelForCausalLM": "RoutedForCausalLM"}
+            model.config.auto_map = {auto: f"routed.{name}" for auto, name in names.items()}
             tmp.mkdir()
             (tmp / "routed.py").write_bytes(carried().encode())
         model.save_pretrained(tmp)
@@ -1701,7 +1609,138 @@ def save_model(model: nn.Module, tokenizer, to: Path) -> None:
     part.rmdir()
 
 
-# ---- 10. Command line -----------------------------------------------------------------------------
+# ---- 10. train --compare: the variants beside standard models ------------------------------------
+ROWS = ("standard", "standard-fewer", "mod", "mod-random", "sdt", "sdt-random", "stt", "stt-random")
+
+
+def compared(cfg: LMConfig) -> dict:
+    """{(row, seed): config}: two seeds of each variant, one of its twin with random routes; standard models of
+    full depth, and of as many layers as a routed one runs on a token."""
+    jobs = {}
+    size = cfg.model.sizes[cfg.model.size]
+    layers = cfg.model.layers or size["num_hidden_layers"]
+    for row in ROWS:
+        variant, _, kind = row.partition("-")
+        for seed in range(cfg.train.seed, cfg.train.seed + 2 - (kind == "random")):
+            job = copy.deepcopy(cfg)
+            job.model.variant = variant
+            job.model.layers = layers
+            if kind == "fewer":
+                job.model.layers -= round(layers // 2 * (1 - cfg.route.capacity))
+            job.route.random = kind == "random"
+            job.train.seed = seed
+            jobs[row, seed] = job
+    return jobs
+
+
+def run_jobs(jobs: dict, to: Path, device: torch.device) -> None:
+    """Train what is not yet finished below `to`, a process for each core, or one at a time on an accelerator."""
+    waiting = []
+    for (row, seed), cfg in jobs.items():
+        place = to / f"{row}-{seed}"
+        config = place.with_suffix(".yaml")
+        globe.write_text(config, yaml.safe_dump(dataclasses.asdict(cfg)))
+        if not (place / "train.json").is_file():
+            waiting.append([sys.executable, __file__, "train", "--resume", "--to", str(place), "--config",
+                            str(config), "--device", str(device)])
+    at_once = os.cpu_count() if device.type == "cpu" else 1
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = []
+    with globe.held_interrupt() as stop, tqdm(None, "compare", len(waiting), leave=False) as line:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(subprocess.Popen(waiting.pop(0), env=alone, stdout=subprocess.DEVNULL,
+                                                stderr=subprocess.DEVNULL))
+            # a signal that only this process got is passed on: the others save their states
+            if stop.wait(0.2):
+                waiting.clear()
+                for child in running:
+                    child.terminate()
+            for child in [child for child in running if child.poll() is not None]:
+                running.remove(child)
+                line.update()
+                if child.returncode and not stop.is_set():
+                    stop.set()
+                    raise globe.Lost(f"{' '.join(child.args)}: ended with exit code {child.returncode}")
+        if stop.is_set():
+            raise KeyboardInterrupt("the same command goes on")
+
+
+def generated(model: nn.Module, ids: Tensor, count: int) -> Tensor:
+    """(1, T) token ids -> (1, T + count), greedy, with the cache."""
+    return model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=count, max_new_tokens=count,
+                          do_sample=False)
+
+
+@torch.no_grad()
+def recomputed(model: nn.Module, ids: Tensor, count: int) -> Tensor:
+    """The same without a cache, every token from a pass over all before it."""
+    for _ in range(count):
+        logits = model(ids, use_cache=False).logits[:, -1:]
+        ids = torch.cat([ids, logits.argmax(-1)], 1)
+    return ids
+
+
+def flops(model: nn.Module, ids: Tensor) -> tuple:
+    """Floating-point operations per token of ids (1, T), at inference and in training, of all products."""
+    from torch.utils.flop_counter import FlopCounterMode
+    # of the CPU's fused attention the counter knows nothing
+    model.set_attn_implementation("eager")
+    counts = []
+    for mode in (model.eval, model.train):
+        with FlopCounterMode(display=False) as counter:
+            loss = mode()(ids, labels=ids, use_cache=False).loss
+            if model.training:
+                loss.backward()
+        counts.append(counter.get_total_flops() / ids.numel())
+    model.set_attn_implementation("sdpa")
+    model.eval().zero_grad()
+    return tuple(counts)
+
+
+def cmd_compare(cfg: LMConfig, args: argparse.Namespace) -> dict:
+    """One row for each of ROWS: perplexities and shares are means over the seeds, the rest the first one's."""
+    device = globe.pick_device(args.device)
+    jobs = compared(cfg)
+    key = hashlib.sha256(json.dumps(dataclasses.asdict(cfg), sort_keys=True).encode()).hexdigest()
+    to = Path(args.to or globe.user_cache() / f"compare-{key[:8]}")
+    run_jobs(jobs, to, device)
+    text = globe.builtin_text("heldout")
+    rows = []
+    models = []
+    for row in ROWS:
+        results = [globe.read_json(to / f"{name}-{seed}" / "train.json") for name, seed in jobs if name == row]
+        path = to / f"{row}-{cfg.train.seed}"
+        kind = Qwen2ForCausalLM if row.startswith("standard") else RoutedForCausalLM
+        model = kind.from_pretrained(path).to(device).eval()
+        ids = globe.token_windows(byte_tokenizer(), text, 256, 256).to(device)
+        mean = {key: sum(r.get(key, r["ppl_val"]) for r in results) / len(results)
+                for key in ("ppl_val", "ppl_val_topk")}
+        inference, training = flops(model, ids)
+        prompt = ids[:, :32]
+        rows.append({"variant": row, "ppl": mean["ppl_val"], "ppl_topk": mean["ppl_val_topk"],
+                     "executed": sum(r.get("executed", 1.0) for r in results) / len(results),
+                     "flops_per_token": inference, "flops_train": training,
+                     "same_tokens": torch.equal(generated(model, prompt, 64), recomputed(model, prompt, 64))})
+        models.append(model)
+    # in turns, so that a busy machine is as busy for all
+    times = [[] for _ in models]
+    for _ in range(7):
+        for model, seconds in zip(models, times):
+            begin = time.perf_counter()
+            generated(model, prompt, 64)
+            globe.synchronize(device)
+            seconds.append(time.perf_counter() - begin)
+    for row, seconds in zip(rows, times):
+        row["tokens_s"] = 64 / sorted(seconds)[len(seconds) // 2]
+    header = list(rows[0])
+    say(globe.text_table(header, [[row[name] for name in header] for row in rows]))
+    if args.json:
+        globe.write_text(Path(args.json), json.dumps({"rows": rows}))
+    return {"rows": rows}
+
+
+# ---- 11. Command line -----------------------------------------------------------------------------
 def cmd_tiny(args: argparse.Namespace) -> dict:
     """Train the default model; without --to once, into the user's cache."""
     cfg = globe.load_config(args.config, args.overrides, kind=TrainConfig)
@@ -1826,37 +1865,35 @@ def cmd_train(args: argparse.Namespace) -> dict:
         settings = dataclasses.asdict(cfg)
         print(yaml.safe_dump(settings, sort_keys=False), end="")
         return settings
+    if args.compare:
+        return cmd_compare(cfg, args)
     expect(args.to, "--to: expected a directory, found none")
     device = globe.pick_device(args.device)
-    with globe.joined_ranks(device):
-        return train_model(cfg, Path(args.to), device, args)
-
-
-def train_model(cfg: LMConfig, to: Path, device: torch.device, args: argparse.Namespace) -> dict:
-    """Train into the directory `to`, or go on there where args.resume is set; what its train.json holds."""
+    to = Path(args.to)
     finished = to / "train.json"
-    begun = finished.is_file() or (to / "state" / "train.safetensors").is_file()
-    begun = globe.first_rank_says(args.resume and begun)
-    with globe.first_rank_first():
-        if not (begun or ranks()[0]):
-            globe.fresh(to, args.overwrite, Path(cfg.model.path) if cfg.model.path else None, clear=True)
-    if begun and finished.is_file():
-        return {"path": str(to)} | globe.read_json(finished)
-    with globe.discarded_on_error(to):
-        trainer = LMTrainer(cfg, to, device, args.dtype)
-        tasks = globe.task_runner(args.tasks or (), trainer.tokenizer)
-        threads = globe.threads_for(trainer.model.config.intermediate_size, trainer.model.config.hidden_size)
-        # Ctrl-C waits for a step's end
-        with globe.held_interrupt() as stop, threads:
-            steps = trainer.run(cfg.train.save_every, lambda: globe.any_rank(stop.is_set()))
-            line = tqdm(steps, "train", trainer.steps, leave=False, delay=1, initial=trainer.step,
-                        disable=ranks()[0] > 0)
-            for row in line:
-                line.set_postfix_str(f"loss {row['loss_train']:.3f}", False)
-                trainer.log(row)
-        if ranks()[0]:
-            return {}
-        result = trainer.finish(tasks)
+    with globe.joined_ranks(device):
+        begun = args.resume and (finished.is_file() or (to / "state" / "train.safetensors").is_file())
+        if globe.first_rank_says(begun) and finished.is_file():
+            return {"path": str(to)} | globe.read_json(finished)
+        with globe.first_rank_first():
+            if not (begun or ranks()[0]):
+                globe.fresh(to, args.overwrite, cfg.model.path and Path(cfg.model.path), clear=True)
+                to.mkdir(parents=True, exist_ok=True)
+        with globe.discarded_on_error(to):
+            trainer = LMTrainer(cfg, to, device, args.dtype)
+            tasks = globe.task_runner(args.tasks or (), trainer.tokenizer)
+            shape = trainer.model.config
+            # Ctrl-C waits for a step's end
+            with globe.held_interrupt() as stop, globe.threads_for(shape.intermediate_size, shape.hidden_size):
+                steps = trainer.run(cfg.train.save_every, lambda: globe.any_rank(stop.is_set()))
+                line = tqdm(steps, "train", trainer.steps, leave=False, delay=1, initial=trainer.step,
+                            disable=ranks()[0] > 0)
+                for row in line:
+                    line.set_postfix_str(f"loss {row['loss_train']:.3f}", False)
+                    trainer.log(row)
+            if ranks()[0]:
+                return {}
+            result = trainer.finish(tasks)
     if args.push_to_hub:
         globe.push(to, args.push_to_hub, private=True)
     return {"path": str(to)} | result
@@ -1886,7 +1923,9 @@ SHARED = {"overrides": ANY, "--config": ANY, "--device": ANY, "--resume": ANY, "
 OPTIONS = [(SHARED.get(option, ""), option, *about) for _, option, *about in globe.OPTIONS]
 OPTIONS += [
     (ANY, "--dtype", {}, "float32, bfloat16 or float16; default: tiny.autocast, calib.dtype, the device's best"),
-    ("tiny train", "--to", globe.DIRECTORY, "where to; default of tiny and --compare: the user's cache"),
+    ("tiny train", "--to", globe.DIRECTORY, "where to; default of tiny and of --compare: the user's cache"),
+    ("train", "--compare", globe.FLAG, "train all variants and standard models; one table"),
+    ("train", "--json", {"metavar": "FILE"}, "the table of --compare"),
     ("heal", "--out", globe.DIRECTORY | {"required": True}, "the healed run's directory"),
 ]
 
