@@ -22,18 +22,15 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +136,7 @@ def checked(cfg: TrainConfig) -> TrainConfig:
 
 
 # ---- 2. The dense start, and the MoE model upcycled from it --------------------------------------
+@functools.cache
 def byte_tokenizer():
     """A tokenizer whose ids 0..255 are the bytes of the UTF-8 text; 256 ends a text, 257 pads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -840,8 +838,8 @@ class RoutedConfig(Qwen2Config):
 class ExecutedTokens(DynamicLayer):
     """Keys and values of the tokens that a routed layer ran on, and what it keeps of all tokens.
 
-    kept: last (B, d), the layer's last input; energy (B, n, 2), D_st of the last tokens and whether these are
-    tokens; valid (B, n), whether a key is one: sequences of a batch run on unequal numbers of tokens."""
+    kept: last (B, d), the layer's last input; valid (B, n), which keys are tokens: sequences of a batch run
+    on unequal numbers of them."""
     is_croppable = False
 
     def __init__(self, **kwargs):
@@ -894,11 +892,10 @@ def shifted(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 1, 0))[:, :-1]
 
 
-def moving_average(static: Tensor, real: Tensor, window: int) -> Tensor:
-    """Mean of D_st (B, T) over a token and those before it, `window` in all; real (B, T): 0 for padding."""
-    both = F.pad(torch.stack([static * real, real]), (window - 1, 0))
-    sums, counts = F.avg_pool1d(both, window, 1)
-    return sums / counts.clamp_min(0.5 / window)
+def moving_average(static: Tensor, window: int) -> Tensor:
+    """Mean of D_st (B, T) over each token and those before it, `window` in all."""
+    sums = window * F.avg_pool1d(F.pad(static, (window - 1, 0))[:, None], window, 1)[:, 0]
+    return sums / torch.arange(1, static.shape[1] + 1, device=static.device).clamp_max(window)
 
 
 def change_error(u: Tensor, predicted: Tensor) -> Tensor:
@@ -1010,7 +1007,7 @@ class RoutedLayer(Qwen2DecoderLayer):
         # a sequence's chosen tokens in their order, then others, up to the most that a sequence has
         index = self.chosen.logical_not().byte().argsort(dim=1, stable=True)[:, :most]
         valid = self.chosen.gather(1, index)
-        weight = self.weigh(x, chance, state).gather(1, index) * valid
+        weight = self.weigh(x, chance).gather(1, index) * valid
         return self.execute(x, index, weight, kwargs, state, valid if len(x) > 1 else None)
 
     def decide(self, x: Tensor, real: Tensor, state: ExecutedTokens, position: Tensor) -> Tensor:
@@ -1026,7 +1023,7 @@ class RoutedLayer(Qwen2DecoderLayer):
         state.kept["last"] = x[:, -1]
         return self.foresee(x, before).sigmoid()
 
-    def weigh(self, x: Tensor, chance: Tensor, state: ExecutedTokens) -> Tensor:
+    def weigh(self, x: Tensor, chance: Tensor) -> Tensor:
         # what updates are multiplied by at inference, (B, T)
         return chance
 
@@ -1074,7 +1071,7 @@ class MoDLayer(RoutedLayer):
         self.losses["mod"] = F.binary_cross_entropy_with_logits(score, chosen)
         self.losses["z"] = score.square().mean()
 
-    def weigh(self, x: Tensor, *_) -> Tensor:
+    def weigh(self, x: Tensor, chance: Tensor) -> Tensor:
         return self.judge(x)[0]
 
 
@@ -1090,7 +1087,7 @@ class SurpriseLayer(RoutedLayer):
         """Residuals u and the states that they are foreseen from, (B, T, d) each -> (score, G)."""
         change = change_error(u, self.predictor(before))
         static = u.square().mean(-1)
-        average = moving_average(static, torch.ones_like(static), self.route["window"])
+        average = moving_average(static, self.route["window"])
         score, G, s_ce, s_cu = self.surprise(static, change, average, self.beta)
         if self.training:
             self.losses["prior"] = change.mean()
@@ -1111,21 +1108,6 @@ class DynamicDepthLayer(SurpriseLayer):
 
     def judge(self, x: Tensor, *_) -> tuple:
         return self.gate((x.detach() - self.seen).float(), self.seen)
-
-    def decide(self, x: Tensor, real: Tensor, state: ExecutedTokens, position: Tensor) -> Tensor:
-        # the moving average is of all tokens, those that this layer does not run on too
-        static = (x - self.seen).float().square().mean(-1)
-        energy = torch.stack([static, real.float()], -1)
-        energy = torch.cat([state.kept.get("energy", energy[:, :0]), energy], 1)
-        state.kept["energy"] = energy[:, -self.route["window"]:]
-        self.energy = energy
-        return super().decide(x, real, state, position)
-
-    def weigh(self, x: Tensor, chance: Tensor, state: ExecutedTokens) -> Tensor:
-        average = moving_average(*self.energy.unbind(-1), self.route["window"])
-        change = change_error((x - self.seen).float(), self.predictor(self.seen))
-        T = x.shape[1]
-        return self.surprise(self.energy[:, -T:, 0], change, average[:, -T:], self.beta)[1]
 
 
 class TransitionLayer(SurpriseLayer):
@@ -1177,82 +1159,7 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
 # ---- to here ----
 
 
-# ---- 8. train: settings, data, and where a model comes from --------------------------------------
-@dataclass
-class LMModelConfig:
-    """A new model of one of the sizes, or a Qwen2 or Llama model to go on with."""
-    variant: str = "standard"           # standard | mod | sdt (or dtf) | stt (or tdtf)
-    path: str | None = None             # directory or hub id; default: a new model, which reads bytes
-    revision: str | None = None
-    size: str = "3M"                    # of a new model: one of sizes
-    sizes: dict = field(default_factory=dict)  # name: keys of transformers' Qwen2Config
-    layers: int | None = None           # of a new model; default: the size's
-    attention: str = "sdpa"             # sdpa | eager | flash_attention_2, where it is installed
-    checkpointing: bool = False         # activations computed again on the way back
-
-
-@dataclass
-class DataConfig:
-    """Text. A source: a utf-8 file, a directory of text files, hf:DATASET:CONFIG:SPLIT or builtin."""
-    mix: dict = field(default_factory=dict)  # source: its weight; default: builtin alone
-    length: int = 256                   # tokens of a sequence
-    held_out: float = 0.05              # of a source, its end, for validation; builtin has files for that
-    eval_tokens: int = 32768
-
-
-@dataclass
-class LoopConfig:
-    steps: int = 800
-    batch: int = 4                      # sequences of a step, over all processes
-    accumulate: int = 1                 # passes that make a step
-    optimizer: str = "muon"             # muon (AdamW for all but the blocks' matrices) | adamw
-    lr: float = 5e-3                    # at its peak; a cosine leads down to a tenth
-    warmup: int = 20
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    eval_every: int = 200               # steps between looks at the held-out text; 0: at the end only
-    save_every: int = 200
-    seed: int = 0
-
-
-@dataclass
-class RouteConfig:
-    """Routed depth; the letters are those of RoutedLayer and Surprise."""
-    capacity: float = 0.5               # share of a sequence's tokens that a routed layer runs on
-    threshold: float = 0.5              # of the causal router's chances, at inference
-    random: bool = False                # a random choice of as many tokens, to compare with
-    gate: str = "union"                 # union | ce
-    change: str = "mse"                 # mse | kl: the predictor gives a variance too
-    width: float = 0.125                # of the predictor, relative to hidden_size
-    window: int = 100                   # tokens of the moving average
-    o: float = 1.0
-    m: float = 1.0
-    learn: bool = True                  # o and m
-    beta_start: float = 0.1
-    beta: float = 100.0                 # at the end, and at inference
-    causal_weight: float = 1.0          # weights of the losses
-    prior_weight: float = 0.1
-    mod_weight: float = 0.01
-    z_weight: float = 1e-4
-
-
-@dataclass
-class LoraConfig:
-    r: int = 0                          # 0: all weights are trained
-    alpha: float = 16.0
-    dropout: float = 0.0
-
-
-@dataclass
-class LMConfig:
-    model: LMModelConfig = field(default_factory=LMModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: LoopConfig = field(default_factory=LoopConfig)
-    route: RouteConfig = field(default_factory=RouteConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    log: globe.LogConfig = field(default_factory=globe.LogConfig)
-
-
+# ---- 8. train: settings, models, data ------------------------------------------------------------
 LM_FILE = Path(__file__).resolve().parent / "configs" / "train.yaml"
 OLD_NAMES = {"dtf": "sdt", "tdtf": "stt"}
 LM_CHOICES = {
@@ -1263,128 +1170,122 @@ LM_CHOICES = {
     "route.change": ("mse", "kl"),
     "log.to": ("none", "trackio", "wandb"),
 }
-LM_POSITIVE = ("model.layers", "data.eval_tokens", "train.steps", "train.batch", "train.accumulate", "train.lr",
-               "train.clip", "route.width", "route.window", "route.o", "route.beta", "lora.alpha")
-LM_NON_NEGATIVE = ("train.warmup", "train.weight_decay", "train.eval_every", "train.save_every", "train.seed",
-                   "route.m", "route.beta_start", "route.causal_weight", "route.prior_weight",
-                   "route.mod_weight", "route.z_weight", "lora.r")
-LM_FRACTIONS = ("data.held_out", "route.capacity", "route.threshold", "lora.dropout")
+LM_POSITIVE = ("data.length", "data.eval_tokens", "train.steps", "train.batch", "train.accumulate",
+               "train.lr", "train.clip", "route.width", "route.window", "route.o", "lora.alpha")
 
 
-def lm_config(path: str | None, overrides: Sequence[str]) -> LMConfig:
-    """configs/train.yaml < the file at path < overrides; UserError for values that no training could use."""
-    base = functools.partial(globe.load_config, str(LM_FILE), (), kind=LMConfig)
-    cfg = globe.load_config(path, overrides, kind=base)
+def config_class(file: Path) -> type:
+    """A dataclass with a YAML file's sections, whose keys, types and defaults are the file's; and log."""
+    sections = [("log", globe.LogConfig, field(default_factory=globe.LogConfig))]
+    for name, keys in globe.read_yaml(file.read_text(encoding="utf-8"), str(file)).items():
+        fields = []
+        for key, value in keys.items():
+            kind = "str | None" if value is None else type(value).__name__
+            fields.append((key, kind, field(default_factory=functools.partial(copy.copy, value))))
+        section = dataclasses.make_dataclass(name, fields)
+        sections.append((name, section, field(default_factory=section)))
+    return dataclasses.make_dataclass("LMConfig", sections)
+
+
+def lm_config(path: str | None, overrides: Sequence[str]):
+    """configs/train.yaml < the file at path < overrides; UserError where no training could use them."""
+    cfg = globe.load_config(path, overrides, kind=config_class(LM_FILE))
     cfg.model.variant = OLD_NAMES.get(cfg.model.variant, cfg.model.variant)
-    globe.check_ranges(cfg, LM_CHOICES, LM_POSITIVE, LM_NON_NEGATIVE, LM_FRACTIONS)
-    sizes = cfg.model.sizes
+    numbers = [f"{name}.{key}" for name, section in dataclasses.asdict(cfg).items()
+               for key, value in section.items() if type(value) in (int, float)]
+    globe.check_ranges(cfg, LM_CHOICES, LM_POSITIVE, numbers, ("lora.dropout",))
+    route = cfg.route
     weights = list(cfg.data.mix.values())
     inside = "more than 0 and less than 1"
     for fine, key, wanted, found in (
-        (cfg.model.path or cfg.model.size in sizes, "model.size", " or ".join(sizes), cfg.model.size),
+        (cfg.model.path or cfg.model.size in cfg.model.sizes, "model.size", " or ".join(cfg.model.sizes),
+         cfg.model.size),
         (all(type(w) in (int, float) and w > 0 for w in weights), "data.mix", "weights above 0", weights),
-        (cfg.data.length >= 2, "data.length", "2 or more", cfg.data.length),
-        (0 < cfg.route.threshold < 1, "route.threshold", inside, cfg.route.threshold),
-        (0 < cfg.route.capacity < 1, "route.capacity", inside, cfg.route.capacity),
-        (cfg.data.held_out < 1, "data.held_out", "less than 1", cfg.data.held_out),
+        (0 < cfg.data.held_out < 1, "data.held_out", inside, cfg.data.held_out),
+        (0 < route.capacity < 1, "route.capacity", inside, route.capacity),
+        (0 < route.threshold < 1, "route.threshold", inside, route.threshold),
     ):
         expect(fine, f"{key}: expected {wanted}, found {found!r}")
     return cfg
 
 
-# the config of a model that routes: a Qwen2 or Llama model's keys, and route
-def routed_config(cfg: LMConfig, base: dict):
-    expect(not base.get("use_sliding_window"), "model.variant: expected a model without sliding windows")
+# (class, config) of a model with cfg's variant and a Qwen2 or Llama model's config.json
+def routed(cfg, base: dict, standard: type) -> tuple:
+    if cfg.model.variant == "standard":
+        return standard, None
+    expect(not base.get("use_sliding_window"), "model.path: expected no sliding windows with routed depth")
     about = ("model_type", "architectures", "auto_map")
     kept = {key: value for key, value in base.items() if key not in about}
-    return RoutedConfig(**kept | {"route": {"variant": cfg.model.variant} | dataclasses.asdict(cfg.route)})
+    route = {"variant": cfg.model.variant} | dataclasses.asdict(cfg.route)
+    return RoutedForCausalLM, RoutedConfig(**kept | {"route": route})
 
 
-# (tokenizer, model) of a size, that reads bytes
-def new_model(cfg: LMConfig) -> tuple:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    tokenizer = byte_tokenizer()
-    size = dict(cfg.model.sizes[cfg.model.size])
-    if cfg.model.layers:
-        size["num_hidden_layers"] = cfg.model.layers
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    with globe.expecting(f"model.sizes: {cfg.model.size}: expected keys of Qwen2Config and their values"):
-        config = Qwen2Config(**size, **ends, vocab_size=len(tokenizer))
-        kind = Qwen2ForCausalLM
-        if cfg.model.variant != "standard":
-            kind = RoutedForCausalLM
-            config = routed_config(cfg, config.to_dict())
-        return tokenizer, kind._from_config(config, attn_implementation=cfg.model.attention)
-
-
-def language_model(cfg: LMConfig) -> tuple:
-    """(tokenizer, model) in float32: a new model, or one of the Qwen2 or Llama family to go on with.
+def language_model(cfg) -> tuple:
+    """(tokenizer, model) in float32: a new model that reads bytes, or one of the Qwen2 or Llama family.
 
     A routed model takes over all weights of a standard one; Llama has no biases, which begin as zeros."""
     from transformers import AutoModelForCausalLM
-    if cfg.model.path is None:
-        return new_model(cfg)
+    way = {"attn_implementation": cfg.model.attention, "dtype": torch.float32}
+    if not cfg.model.path:
+        tokenizer = byte_tokenizer()
+        size = dict(cfg.model.sizes[cfg.model.size])
+        size["num_hidden_layers"] = cfg.model.layers or size.get("num_hidden_layers")
+        with globe.expecting(f"model.size={cfg.model.size}: expected keys of Qwen2Config and their values"):
+            base = Qwen2Config(**size, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+                               pad_token_id=tokenizer.pad_token_id)
+            kind, config = routed(cfg, base.to_dict(), Qwen2ForCausalLM)
+            return tokenizer, kind._from_config(config or base, **way)
     path = globe.resolve_model(cfg.model.path, cfg.model.revision)
     base = globe.read_json(path / "config.json")
     found = base.get("model_type")
     expect(found in ("qwen2", "llama", RoutedConfig.model_type) and not base.get("attention_bias"),
            f"model.path {cfg.model.path}: expected model_type qwen2 or llama, found {found!r}")
-    kind = AutoModelForCausalLM
-    way = {"attn_implementation": cfg.model.attention, "dtype": torch.float32}
-    if cfg.model.variant != "standard":
-        kind = RoutedForCausalLM
-        way["config"] = routed_config(cfg, base)
+    kind, config = routed(cfg, base, AutoModelForCausalLM)
     with globe.expecting(f"{path}: expected a model that loads"):
-        model, info = kind.from_pretrained(path, output_loading_info=True, **way)
+        model, info = kind.from_pretrained(path, config=config, output_loading_info=True, **way)
     # what a standard model does not have begins afresh
     new = re.compile("router|predictor|surprise|_proj.bias")
     globe.refuse_missing([name for name in sorted(info["missing_keys"]) if not new.search(name)], path)
     return globe.load_tokenizer(path), model
 
 
-class Mixture(NamedTuple):
-    """Token ids (N,) of each source, the sources' weights, and held-out windows (n, length) of all."""
-    ids: list
-    weights: Tensor
-    windows: Tensor
+@functools.lru_cache(1)
+def read_sources(mix: tuple, length: int, held_out: float, eval_tokens: int, tokenizer) -> tuple:
+    """(token ids (N,) of each source, held-out windows (n, length) of all); mix: (source, weight) of each.
 
-    def batch(self, count: int, length: int, seed: int) -> Tensor:
-        """(count, length) token ids of sources drawn by weight, from random places, by the seed alone."""
-        g = torch.Generator().manual_seed(seed)
-        rows = []
-        for source in torch.multinomial(self.weights, count, replacement=True, generator=g).tolist():
-            ids = self.ids[source]
-            start = int(torch.randint(len(ids) - length + 1, (), generator=g))
-            rows.append(ids[start:start + length])
-        return torch.stack(rows)
-
-
-def read_mixture(cfg: DataConfig, tokenizer) -> Mixture:
-    """The sources of data.mix; of each its end is held out, in proportion to its weight."""
-    mix = cfg.mix or {"builtin": 1.0}
+    Of a source its end is held out, of builtin other files; windows are shared out by weight."""
     ids = []
     windows = []
-    for source, weight in mix.items():
+    for source, weight in mix:
         text = globe.read_text(source, "train")
-        cut = len(text) if source == "builtin" else int(len(text) * (1 - cfg.held_out))
-        encoded = tokenizer(text[:cut], add_special_tokens=False, verbose=False)["input_ids"]
-        expect(len(encoded) >= cfg.length, f"data.mix: {source}: expected at least data.length = "
-               f"{cfg.length} tokens, found {len(encoded)}")
-        ids.append(torch.tensor(encoded))
-        tokens = int(cfg.eval_tokens * weight / sum(mix.values()))
+        cut = len(text) if source == "builtin" else int(len(text) * (1 - held_out))
+        ids.append(torch.tensor(tokenizer(text[:cut], add_special_tokens=False, verbose=False)["input_ids"]))
         held = text[cut:] or globe.builtin_text("heldout")
-        windows.append(globe.token_windows(tokenizer, held, tokens, cfg.length))
-    shortest = min(part.shape[1] for part in windows)
-    weights = torch.tensor(list(mix.values()), dtype=torch.float64)
-    return Mixture(ids, weights, torch.cat([part[:, :shortest] for part in windows]))
+        tokens = int(eval_tokens * weight / sum(weight for _, weight in mix))
+        windows.append(globe.token_windows(tokenizer, held, tokens, length))
+        least = min(len(ids[-1]), windows[-1].shape[1])
+        expect(least == length, f"data.mix: {source}: expected data.length = {length} tokens or more, "
+               f"to train on and held out, found {least}")
+    return ids, torch.cat(windows)
+
+
+def draw(sources: list, mix: tuple, count: int, length: int, seed: int) -> Tensor:
+    """(count, length) token ids, of sources drawn by their weights, from random places, by the seed alone."""
+    g = torch.Generator().manual_seed(seed)
+    weights = torch.tensor([float(weight) for _, weight in mix])
+    rows = []
+    for i in torch.multinomial(weights, count, replacement=True, generator=g).tolist():
+        start = int(torch.randint(len(sources[i]) - length + 1, (), generator=g))
+        rows.append(sources[i][start:start + length])
+    return torch.stack(rows)
 
 
 # ---- 9. train: the loop, what is measured, what is saved -----------------------------------------
 def precision(device: torch.device, dtype: str | None) -> str:
-    """What accelerate computes in: the dtype asked for, else what the device is quick at."""
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+    # what accelerate computes in: the dtype that was asked for, else what the device is quick at
     if dtype or device.type != "cuda":
-        return names[globe.as_dtype(dtype or "float32")]
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return names.get(globe.as_dtype(dtype), "no")
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
@@ -1392,29 +1293,34 @@ def routed_layers(model: nn.Module) -> list:
     return [m for m in model.modules() if isinstance(m, RoutedLayer)]
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, windows: Tensor, batch: int, topk: bool = False) -> tuple:
-    """(nats per token, share of the tokens that routed layers ran on) on windows (N, T) of token ids, routed
-    by the causal router or by the top-k of each window."""
+    """(nats per token, share of tokens that routed layers ran on) on windows (N, T) of token ids, routed by
+    the causal router or by the top-k of each window."""
     layers = routed_layers(model.eval())
-    device = next(model.parameters()).device
-    total = torch.zeros(2, dtype=torch.float64)
+    shares = [] if layers and not topk else [1.0]
+
+    def watched(parts):
+        for part in parts:
+            yield part
+            shares.extend(float(layer.chosen.float().mean()) for layer in layers if not topk)
     for layer in layers:
         layer.by_topk = topk
-    for part in windows.to(device).split(batch):
-        logits = model(part, use_cache=False).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())
-        ran = sum(float(layer.chosen.float().mean()) for layer in layers if not topk)
-        total += len(part) * torch.tensor([float(loss), ran / max(1, len(layers))])
+    loss, _ = globe.nll(model, windows, batch, watched)
     for layer in layers:
         layer.by_topk = False
-    loss, ran = (total / len(windows)).tolist()
-    return loss, ran
+    return loss, sum(shares) / len(shares)
 
 
-# as far as a float goes
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
+# LoRA on the matrices of attention and FFN; what routes is trained whole
+def with_lora(model: nn.Module, cfg) -> nn.Module:
+    with globe.expecting("lora.r: expected the package peft (pip install peft)", ImportError):
+        import peft
+    own = {name for layer in routed_layers(model) for name, _ in layer.named_children()}
+    whole = sorted(own & {"causal_router", "router", "predictor", "surprise"})
+    targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    return peft.get_peft_model(model, peft.LoraConfig(
+        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=targets,
+        modules_to_save=whole or None, task_type="CAUSAL_LM"))
 
 
 class LMTrainer(Trainer):
@@ -1426,7 +1332,7 @@ class LMTrainer(Trainer):
     seconds = 0.0
     scaling = None  # the loss scale's state, in float16
 
-    def __init__(self, cfg: LMConfig, to: Path, device: torch.device, dtype: str | None = None):
+    def __init__(self, cfg, to: Path, device: torch.device, dtype: str | None = None):
         with globe.expecting("train: expected the package accelerate (pip install accelerate)", ImportError):
             from accelerate import Accelerator
         self.cfg = cfg
@@ -1438,23 +1344,20 @@ class LMTrainer(Trainer):
         self.settings = {name: section for name, section in dataclasses.asdict(cfg).items() if name != "log"}
         del self.settings["train"]["save_every"]
         passes = self.world * cfg.train.accumulate
-        expect(cfg.train.batch % passes == 0, f"train.batch: expected a multiple of {passes}, processes times "
-               f"train.accumulate, found {cfg.train.batch}")
-        log = cfg.log.to
-        expect(log == "none" or importlib.util.find_spec(log), f"log.to={log}: expected the package (pip install {log})")
+        expect(cfg.train.batch % passes == 0, f"train.batch: expected a multiple of {passes}, processes "
+               f"times train.accumulate, found {cfg.train.batch}")
         # transformers draws weights from the global generator
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.train.seed)
             self.tokenizer, self.model = language_model(cfg)
-            self.data = read_mixture(cfg.data, self.tokenizer)
-            if cfg.lora.r:
-                self.model = with_lora(self.model, cfg.lora)
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision=precision(device, dtype), log_with=None if log == "none" else log,
-            gradient_accumulation_steps=cfg.train.accumulate)
+            self.model = with_lora(self.model, cfg.lora) if cfg.lora.r else self.model
+        self.mix = tuple(cfg.data.mix.items()) or (("builtin", 1.0),)
+        data = cfg.data
+        self.sources, self.windows = read_sources(self.mix, data.length, data.held_out, data.eval_tokens,
+                                                  self.tokenizer)
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision(device, dtype),
+                                       gradient_accumulation_steps=cfg.train.accumulate)
         self.resume()
-        with globe.first_rank_first():
-            self.open_log()
 
     @torch.enable_grad()
     def start(self) -> None:
@@ -1474,73 +1377,49 @@ class LMTrainer(Trainer):
         if self.scaling:
             self.accelerator.scaler.load_state_dict(self.scaling)
 
-    # rows of steps that come again are cut off; the tracker gets the settings
-    def open_log(self) -> None:
-        if self.rank == 0:
-            rows = [row for row in globe.read_rows(self.to / "log.jsonl") if row["step"] <= self.step]
-            globe.write_text(self.to / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        log = self.cfg.log
-        about = {"name": log.run_name or self.to.name, "entity": log.entity}
-        # nothing leaves the machine unless WANDB_MODE asks for it
-        if log.to == "wandb":
-            about |= {"mode": os.environ.get("WANDB_MODE", "offline"), "tags": log.tags}
-        about = {key: value for key, value in about.items() if value is not None}
-        with globe.expecting(f"log.to={log.to}: expected the service to start"):
-            self.accelerator.init_trackers(log.project, self.settings, {log.to: about})
-
-    # a row into log.jsonl and to the tracker
-    def log(self, row: dict) -> None:
-        if self.rank == 0:
-            with open(self.to / "log.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
-        self.accelerator.log(row, row["step"])
-
-    # forward and backward of one pass, x (b, T) token ids; {name: loss}
-    def one_pass(self, x: Tensor) -> dict:
-        loss = self.net(input_ids=x, labels=x, use_cache=False).loss
-        self.accelerator.backward(loss)
-        parts = getattr(self.model, "losses", None) or {"lm": loss}
-        return {name: float(value.detach()) for name, value in parts.items()}
-
     def one_step(self) -> dict:
-        """Train one step; its row: losses (lm in nats, loss_train; prior a squared error), rate, tokens/s."""
+        """Train one step; its row: losses (in nats; loss_prior a squared error), learning rate, tokens/s."""
         begin = time.perf_counter()
         cfg = self.cfg.train
         route = self.cfg.route
+        layers = routed_layers(self.model)
         self.schedule(self.step, cfg.warmup)
         # beta rises along a cosine: the gate, at first nearly the same for all tokens, hardens
         risen = 0.5 * (1 - math.cos(math.pi * self.step / self.steps))
-        for layer in routed_layers(self.model):
+        for layer in layers:
             layer.beta = route.beta_start + (route.beta - route.beta_start) * risen
         # data, dropout and random choices depend on (seed, step) alone: a resumed run repeats them
         seed = cfg.seed * 1_000_003 + self.step
         torch.manual_seed(seed * 1009 + self.rank)
-        x = self.data.batch(cfg.batch, self.cfg.data.length, seed)[self.rank::self.world]
+        x = draw(self.sources, self.mix, cfg.batch, self.cfg.data.length, seed)[self.rank::self.world]
         self.net.train()
         total = collections.Counter()
         for part in x.to(self.accelerator.device).chunk(cfg.accumulate):
-            # gradients come together in the last pass, where the optimiser steps
+            # gradients add up, and processes exchange them in the last pass, where the optimiser steps
             with self.accelerator.accumulate(self.net):
-                total.update(self.one_pass(part))
+                loss = self.net(input_ids=part, labels=part, use_cache=False).loss
+                self.accelerator.backward(loss)
                 norm = self.accelerator.clip_grad_norm_(self.kept["now"].values(), cfg.clip)
                 self.stepper.step()
                 self.stepper.zero_grad()
+            for name, value in (getattr(self.model, "losses", None) or {"lm": loss}).items():
+                total[name] += float(value.detach())
+        # means over passes and processes
         sums = torch.tensor([total[name] for name in sorted(total)], dtype=torch.float64)
         globe.all_sum(sums)
         losses = dict(zip(sorted(total), (sums / (cfg.accumulate * self.world)).tolist()))
         lm = losses.pop("lm")
         if not math.isfinite(lm):
             raise globe.Diverged(f"the training loss is {lm}; lower train.lr (now {cfg.lr})")
-        if self.accelerator.scaler:
-            self.scaling = self.accelerator.scaler.state_dict()
+        self.scaling = self.accelerator.scaler and self.accelerator.scaler.state_dict()
         self.step += 1
         seconds = time.perf_counter() - begin
         self.seconds += seconds
-        row = {"step": self.step, "loss_train": lm, "ppl_train": perplexity(lm)}
+        row = {"family": "train", "step": self.step, "loss_train": lm, "ppl_train": math.exp(lm)}
         row |= {f"loss_{name}": value for name, value in losses.items()}
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
                 "tokens_s": cfg.batch * self.cfg.data.length / seconds}
-        for layer in routed_layers(self.model):
+        for layer in layers:
             row |= {f"layer_{layer.layer}_{name}": float(value) for name, value in layer.stats.items()}
         every = cfg.eval_every
         if self.rank == 0 and (self.step == self.steps or every and self.step % every == 0):
@@ -1549,47 +1428,30 @@ class LMTrainer(Trainer):
 
     # loss and perplexity on held-out text, by the causal router and by top-k
     def look(self) -> dict:
-        windows = self.data.windows
-        loss, executed = evaluate(self.model, windows, self.cfg.train.batch)
-        row = {"loss_val": loss, "ppl_val": perplexity(loss)}
-        if routed_layers(self.model):
-            loss, _ = evaluate(self.model, windows, self.cfg.train.batch, topk=True)
-            row |= {"ppl_val_topk": perplexity(loss), "executed": executed}
-        return row
+        loss, share = evaluate(self.model, self.windows, self.cfg.train.batch)
+        topk, _ = evaluate(self.model, self.windows, self.cfg.train.batch, topk=True)
+        return {"loss_val": loss, "ppl_val": math.exp(loss), "ppl_val_topk": math.exp(topk),
+                "executed": share}
 
     # the model as a directory that transformers loads; returns what train.json holds
     def finish(self, tasks: Callable) -> dict:
-        self.accelerator.end_training()
         model = self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
         if self.cfg.lora.r:
             model = model.merge_and_unload()
-        result = {"steps": self.steps, "seconds": round(self.seconds, 1), "parameters": model.num_parameters()}
-        result |= self.look() | {"tasks": tasks(model.eval())}
+        self.model = model
+        result = self.look() | {"steps": self.steps, "seconds": round(self.seconds, 1),
+                                "parameters": model.num_parameters(), "tasks": tasks(model)}
         save_model(model, self.tokenizer, self.to)
-        # train.json comes last: what looks whole is whole
         globe.write_text(self.to / "train.json", json.dumps(result))
         shutil.rmtree(self.to / "state", ignore_errors=True)
         return result
 
 
-# LoRA on the matrices of attention and FFN; what routes is trained whole
-def with_lora(model: nn.Module, cfg: LoraConfig) -> nn.Module:
-    with globe.expecting("lora.r: expected the package peft (pip install peft)", ImportError):
-        import peft
-    own = {name for layer in routed_layers(model) for name, _ in layer.named_children()}
-    whole = sorted(own & {"causal_router", "router", "predictor", "surprise"})
-    targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    return peft.get_peft_model(model, peft.LoraConfig(
-        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=targets,
-        modules_to_save=whole or None, task_type="CAUSAL_LM"))
-
-
 def carried() -> str:
     """The lines of this file that a routed model's directory carries, byte for byte."""
     source = Path(__file__).read_bytes().decode()
-    begin = source.index(f"\n{CARRIED[0]}\n") + 1
-    end = source.index(f"\n{CARRIED[1]}\n") + len(CARRIED[1]) + 2
-    return source[begin:end]
+    begin, end = (source.index(f"\n{line}\n") + 1 for line in CARRIED)
+    return source[begin:end] + CARRIED[1] + "\n"
 
 
 def save_model(model: nn.Module, tokenizer, to: Path) -> None:
@@ -1597,10 +1459,10 @@ def save_model(model: nn.Module, tokenizer, to: Path) -> None:
     part = to / ".saving"
     shutil.rmtree(part, ignore_errors=True)
     with globe.written(part) as tmp:
+        tmp.mkdir()
         if routed_layers(model):
             names = {"AutoConfig": "RoutedConfig", "AutoModelForCausalLM": "RoutedForCausalLM"}
             model.config.auto_map = {auto: f"routed.{name}" for auto, name in names.items()}
-            tmp.mkdir()
             (tmp / "routed.py").write_bytes(carried().encode())
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
@@ -1609,72 +1471,65 @@ def save_model(model: nn.Module, tokenizer, to: Path) -> None:
     part.rmdir()
 
 
+def train_model(cfg, to: Path, device: torch.device, args: argparse.Namespace, resume: bool) -> dict:
+    """Train into directory `to`, or go on there; what its train.json holds, on the first rank."""
+    finished = to / "train.json"
+    begun = finished.is_file() or (to / "state" / "train.safetensors").is_file()
+    begun = globe.first_rank_says(resume and begun)
+    if begun and finished.is_file():
+        return globe.read_json(finished)
+    with globe.first_rank_first():
+        if not (begun or ranks()[0]):
+            globe.fresh(to, args.overwrite, Path(cfg.model.path) if cfg.model.path else None, clear=True)
+            to.mkdir(parents=True, exist_ok=True)
+    with globe.discarded_on_error(to):
+        trainer = LMTrainer(cfg, to, device, args.dtype)
+        tasks = globe.task_runner(args.tasks or (), trainer.tokenizer)
+        shape = trainer.model.config
+        log = globe.Log(to / "log.jsonl", cfg, to.name)
+        # Ctrl-C waits for a step's end
+        with globe.held_interrupt() as stop, globe.threads_for(shape.intermediate_size, shape.hidden_size):
+            steps = trainer.run(cfg.train.save_every, lambda: globe.any_rank(stop.is_set()))
+            line = tqdm(steps, to.name, trainer.steps, leave=False, delay=1, initial=trainer.step,
+                        disable=ranks()[0] > 0)
+            for row in line:
+                line.set_postfix_str(f"loss {row['loss_train']:.3f}", False)
+                log.row(row)
+        log.close()
+        return {} if ranks()[0] else trainer.finish(tasks)
+
+
 # ---- 10. train --compare: the variants beside standard models ------------------------------------
 ROWS = ("standard", "standard-fewer", "mod", "mod-random", "sdt", "sdt-random", "stt", "stt-random")
 
 
-def compared(cfg: LMConfig) -> dict:
-    """{(row, seed): config}: two seeds of each variant, one of its twin with random routes; standard models of
-    full depth, and of as many layers as a routed one runs on a token."""
+def compared(cfg) -> dict:
+    """{(row, seed): its settings}: two seeds of every variant, one of its twin with random routes, and of
+    standard models of full depth, and of as many layers as a routed model runs on a token."""
+    layers = cfg.model.layers or cfg.model.sizes[cfg.model.size]["num_hidden_layers"]
     jobs = {}
-    size = cfg.model.sizes[cfg.model.size]
-    layers = cfg.model.layers or size["num_hidden_layers"]
     for row in ROWS:
         variant, _, kind = row.partition("-")
         for seed in range(cfg.train.seed, cfg.train.seed + 2 - (kind == "random")):
             job = copy.deepcopy(cfg)
             job.model.variant = variant
-            job.model.layers = layers
-            if kind == "fewer":
-                job.model.layers -= round(layers // 2 * (1 - cfg.route.capacity))
             job.route.random = kind == "random"
             job.train.seed = seed
+            if kind == "fewer":
+                job.model.layers = layers - round(layers // 2 * (1 - cfg.route.capacity))
             jobs[row, seed] = job
     return jobs
 
 
-def run_jobs(jobs: dict, to: Path, device: torch.device) -> None:
-    """Train what is not yet finished below `to`, a process for each core, or one at a time on an accelerator."""
-    waiting = []
-    for (row, seed), cfg in jobs.items():
-        place = to / f"{row}-{seed}"
-        config = place.with_suffix(".yaml")
-        globe.write_text(config, yaml.safe_dump(dataclasses.asdict(cfg)))
-        if not (place / "train.json").is_file():
-            waiting.append([sys.executable, __file__, "train", "--resume", "--to", str(place), "--config",
-                            str(config), "--device", str(device)])
-    at_once = os.cpu_count() if device.type == "cpu" else 1
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    running = []
-    with globe.held_interrupt() as stop, tqdm(None, "compare", len(waiting), leave=False) as line:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                running.append(subprocess.Popen(waiting.pop(0), env=alone, stdout=subprocess.DEVNULL,
-                                                stderr=subprocess.DEVNULL))
-            # a signal that only this process got is passed on: the others save their states
-            if stop.wait(0.2):
-                waiting.clear()
-                for child in running:
-                    child.terminate()
-            for child in [child for child in running if child.poll() is not None]:
-                running.remove(child)
-                line.update()
-                if child.returncode and not stop.is_set():
-                    stop.set()
-                    raise globe.Lost(f"{' '.join(child.args)}: ended with exit code {child.returncode}")
-        if stop.is_set():
-            raise KeyboardInterrupt("the same command goes on")
-
-
 def generated(model: nn.Module, ids: Tensor, count: int) -> Tensor:
     """(1, T) token ids -> (1, T + count), greedy, with the cache."""
-    return model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=count, max_new_tokens=count,
-                          do_sample=False)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=count,
+                          max_new_tokens=count, do_sample=False)
 
 
 @torch.no_grad()
 def recomputed(model: nn.Module, ids: Tensor, count: int) -> Tensor:
-    """The same without a cache, every token from a pass over all before it."""
+    """The same without a cache: every token from a pass over all before it."""
     for _ in range(count):
         logits = model(ids, use_cache=False).logits[:, -1:]
         ids = torch.cat([ids, logits.argmax(-1)], 1)
@@ -1682,62 +1537,51 @@ def recomputed(model: nn.Module, ids: Tensor, count: int) -> Tensor:
 
 
 def flops(model: nn.Module, ids: Tensor) -> tuple:
-    """Floating-point operations per token of ids (1, T), at inference and in training, of all products."""
+    """Operations in products per token of ids (1, T), at inference and in training."""
     from torch.utils.flop_counter import FlopCounterMode
-    # of the CPU's fused attention the counter knows nothing
-    model.set_attn_implementation("eager")
     counts = []
-    for mode in (model.eval, model.train):
+    # it knows nothing of fused attention on a CPU
+    model.set_attn_implementation("eager")
+    for training in (False, True):
         with FlopCounterMode(display=False) as counter:
-            loss = mode()(ids, labels=ids, use_cache=False).loss
-            if model.training:
+            loss = model.train(training)(ids, labels=ids, use_cache=False).loss
+            if training:
                 loss.backward()
         counts.append(counter.get_total_flops() / ids.numel())
-    model.set_attn_implementation("sdpa")
-    model.eval().zero_grad()
-    return tuple(counts)
+    model.zero_grad()
+    model.eval().set_attn_implementation("sdpa")
+    return counts
 
 
-def cmd_compare(cfg: LMConfig, args: argparse.Namespace) -> dict:
-    """One row for each of ROWS: perplexities and shares are means over the seeds, the rest the first one's."""
-    device = globe.pick_device(args.device)
-    jobs = compared(cfg)
-    key = hashlib.sha256(json.dumps(dataclasses.asdict(cfg), sort_keys=True).encode()).hexdigest()
-    to = Path(args.to or globe.user_cache() / f"compare-{key[:8]}")
-    run_jobs(jobs, to, device)
-    text = globe.builtin_text("heldout")
-    rows = []
-    models = []
-    for row in ROWS:
-        results = [globe.read_json(to / f"{name}-{seed}" / "train.json") for name, seed in jobs if name == row]
-        path = to / f"{row}-{cfg.train.seed}"
+def compare(cfg, to: Path, device: torch.device, args: argparse.Namespace) -> dict:
+    """Train what is not finished below `to`, then measure; a row for each of ROWS, means over its seeds."""
+    results = {row: [] for row in ROWS}
+    for (row, seed), job in compared(cfg).items():
+        results[row].append(train_model(job, to / f"{row}-{seed}", device, args, resume=True))
+    ids = globe.token_windows(byte_tokenizer(), globe.builtin_text("heldout"), 256, 256).to(device)
+    prompt = ids[:, :32]
+    models = {}
+    rows = {}
+    for row, found in results.items():
         kind = Qwen2ForCausalLM if row.startswith("standard") else RoutedForCausalLM
-        model = kind.from_pretrained(path).to(device).eval()
-        ids = globe.token_windows(byte_tokenizer(), text, 256, 256).to(device)
-        mean = {key: sum(r.get(key, r["ppl_val"]) for r in results) / len(results)
-                for key in ("ppl_val", "ppl_val_topk")}
+        models[row] = model = kind.from_pretrained(to / f"{row}-{cfg.train.seed}").to(device).eval()
+        ppl, topk, share = (sum(result[key] for result in found) / len(found)
+                            for key in ("ppl_val", "ppl_val_topk", "executed"))
+        same = torch.equal(generated(model, prompt, 64), recomputed(model, prompt, 64))
         inference, training = flops(model, ids)
-        prompt = ids[:, :32]
-        rows.append({"variant": row, "ppl": mean["ppl_val"], "ppl_topk": mean["ppl_val_topk"],
-                     "executed": sum(r.get("executed", 1.0) for r in results) / len(results),
-                     "flops_per_token": inference, "flops_train": training,
-                     "same_tokens": torch.equal(generated(model, prompt, 64), recomputed(model, prompt, 64))})
-        models.append(model)
-    # in turns, so that a busy machine is as busy for all
-    times = [[] for _ in models]
-    for _ in range(7):
-        for model, seconds in zip(models, times):
-            begin = time.perf_counter()
-            generated(model, prompt, 64)
-            globe.synchronize(device)
-            seconds.append(time.perf_counter() - begin)
-    for row, seconds in zip(rows, times):
-        row["tokens_s"] = 64 / sorted(seconds)[len(seconds) // 2]
-    header = list(rows[0])
-    say(globe.text_table(header, [[row[name] for name in header] for row in rows]))
-    if args.json:
-        globe.write_text(Path(args.json), json.dumps({"rows": rows}))
-    return {"rows": rows}
+        rows[row] = {"variant": row, "ppl": ppl, "ppl_topk": topk, "executed": share,
+                     "flops_per_token": inference, "flops_train": training, "same_tokens": same}
+    # in turns, so that a busy machine is as busy for all; the median of each
+    seconds = {row: [] for row in ROWS}
+    for row in ROWS * 7:
+        begin = time.perf_counter()
+        generated(models[row], prompt, 64)
+        globe.synchronize(device)
+        seconds[row].append(time.perf_counter() - begin)
+    for row, times in seconds.items():
+        rows[row]["tokens_s"] = 64 / sorted(times)[len(times) // 2]
+    say(globe.text_table(list(rows["mod"]), [list(row.values()) for row in rows.values()]))
+    return {"rows": list(rows.values())}
 
 
 # ---- 11. Command line -----------------------------------------------------------------------------
@@ -1859,44 +1703,24 @@ def cmd_heal(args: argparse.Namespace) -> dict:
 
 
 def cmd_train(args: argparse.Namespace) -> dict:
-    """Train a language model of the Qwen2.5 family; of all ranks the first has the result."""
     cfg = lm_config(args.config, args.overrides)
+    settings = dataclasses.asdict(cfg)
     if args.print_config:
-        settings = dataclasses.asdict(cfg)
         print(yaml.safe_dump(settings, sort_keys=False), end="")
         return settings
-    if args.compare:
-        return cmd_compare(cfg, args)
-    expect(args.to, "--to: expected a directory, found none")
     device = globe.pick_device(args.device)
-    to = Path(args.to)
-    finished = to / "train.json"
+    if args.compare:
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        result = compare(cfg, Path(args.to or globe.user_cache() / f"compare-{key[:8]}"), device, args)
+        if args.json:
+            globe.write_text(Path(args.json), json.dumps(result))
+        return result
+    expect(args.to, "--to: expected a directory, found none")
     with globe.joined_ranks(device):
-        begun = args.resume and (finished.is_file() or (to / "state" / "train.safetensors").is_file())
-        if globe.first_rank_says(begun) and finished.is_file():
-            return {"path": str(to)} | globe.read_json(finished)
-        with globe.first_rank_first():
-            if not (begun or ranks()[0]):
-                globe.fresh(to, args.overwrite, cfg.model.path and Path(cfg.model.path), clear=True)
-                to.mkdir(parents=True, exist_ok=True)
-        with globe.discarded_on_error(to):
-            trainer = LMTrainer(cfg, to, device, args.dtype)
-            tasks = globe.task_runner(args.tasks or (), trainer.tokenizer)
-            shape = trainer.model.config
-            # Ctrl-C waits for a step's end
-            with globe.held_interrupt() as stop, globe.threads_for(shape.intermediate_size, shape.hidden_size):
-                steps = trainer.run(cfg.train.save_every, lambda: globe.any_rank(stop.is_set()))
-                line = tqdm(steps, "train", trainer.steps, leave=False, delay=1, initial=trainer.step,
-                            disable=ranks()[0] > 0)
-                for row in line:
-                    line.set_postfix_str(f"loss {row['loss_train']:.3f}", False)
-                    trainer.log(row)
-            if ranks()[0]:
-                return {}
-            result = trainer.finish(tasks)
-    if args.push_to_hub:
-        globe.push(to, args.push_to_hub, private=True)
-    return {"path": str(to)} | result
+        result = train_model(cfg, Path(args.to), device, args, args.resume)
+    if result and args.push_to_hub:
+        globe.push(Path(args.to), args.push_to_hub, private=True)
+    return result and {"path": args.to} | result
 
 
 # name: (function, what it does, examples)
