@@ -1335,6 +1335,9 @@ class LMTrainer(Trainer):
     def __init__(self, cfg, to: Path, device: torch.device, dtype: str | None = None):
         with globe.expecting("train: expected the package accelerate (pip install accelerate)", ImportError):
             from accelerate import Accelerator
+            from accelerate.state import AcceleratorState
+        # an earlier training in this process may have had another device, dtype or number of processes
+        AcceleratorState._reset_state(reset_partial_state=True)
         self.cfg = cfg
         self.to = to
         self.state = to / "state" / "train.safetensors"
@@ -1399,7 +1402,8 @@ class LMTrainer(Trainer):
             with self.accelerator.accumulate(self.net):
                 loss = self.net(input_ids=part, labels=part, use_cache=False).loss
                 self.accelerator.backward(loss)
-                norm = self.accelerator.clip_grad_norm_(self.kept["now"].values(), cfg.clip)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.kept["now"].values(), cfg.clip)
                 self.stepper.step()
                 self.stepper.zero_grad()
             for name, value in (getattr(self.model, "losses", None) or {"lm": loss}).items():
@@ -1746,7 +1750,7 @@ SHARED = {"overrides": ANY, "--config": ANY, "--device": ANY, "--resume": ANY, "
           "--push-to-hub": "train"}
 OPTIONS = [(SHARED.get(option, ""), option, *about) for _, option, *about in globe.OPTIONS]
 OPTIONS += [
-    (ANY, "--dtype", {}, "float32, bfloat16 or float16; default: tiny.autocast, calib.dtype, the device's best"),
+    (ANY, "--dtype", {}, "float32, bfloat16 or float16; default: tiny.autocast, calib.dtype, the device's"),
     ("tiny train", "--to", globe.DIRECTORY, "where to; default of tiny and of --compare: the user's cache"),
     ("train", "--compare", globe.FLAG, "train all variants and standard models; one table"),
     ("train", "--json", {"metavar": "FILE"}, "the table of --compare"),
