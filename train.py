@@ -819,13 +819,14 @@ CARRIED = ("# ---- a routed model's directory carries the lines from here ----",
 #     mod       every second block, by a linear router (Mixture-of-Depths, arXiv:2404.02258)
 #     sdt       pairs: a whole block whose surprise routes the next one (Subjective Depth, arXiv:2511.21408)
 #     stt       every second block, by the surprise of its own residual (Subjective Timescale, the same)
-# Training takes the top-k of a sequence, inference what a causal router decides token by token. Selected
-# tokens attend to selected ones only, at their own rotary positions.
+# Training runs on a sequence's top-k, inference on what a causal router decides token by token. Such tokens
+# attend to each other only, at their own rotary positions.
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2DecoderLayer, Qwen2ForCausalLM
 
@@ -836,28 +837,23 @@ class RoutedConfig(Qwen2Config):
 
 
 class ExecutedTokens(DynamicLayer):
-    """Keys and values of the tokens that a routed layer ran on, and what it keeps of all tokens.
-
-    kept: last (B, d), the layer's last input; valid (B, n), which keys are tokens: sequences of a batch run
-    on unequal numbers of them."""
+    """Keys and values of the tokens that a routed layer ran on; kept: last (B, 1, d), its last input; valid
+    (B, n), which of the keys are a sequence's own: those of a batch run on unequal numbers of tokens."""
     is_croppable = False
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.kept = {}
 
-    def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
-        self.kept = {name: t[beam_idx] for name, t in self.kept.items()}
-
     def crop(self, *args):
-        raise ValueError("routed depth: its cache only grows and is reordered (no assisted generation)")
+        raise ValueError("routed depth: its cache only grows (no beams, no assisted generation)")
 
-    reset = batch_select_indices = batch_repeat_interleave = crop
+    reset = reorder_cache = batch_select_indices = batch_repeat_interleave = crop
 
 
-def executed_tokens(cache, layer: int) -> ExecutedTokens:
+def executed_tokens(kwargs: dict, layer: int) -> ExecutedTokens:
     """A layer's part of a DynamicCache, put in place on first use; a fresh one where there is no cache."""
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
     if cache is None:
         return ExecutedTokens()
     # a cache that was made without a config grows as it is used
@@ -887,9 +883,9 @@ def take(t: Tensor, index: Tensor) -> Tensor:
     return t.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, t.shape[-1]))
 
 
-def shifted(x: Tensor) -> Tensor:
-    # (B, T, d): every token's predecessor; zeros before the first
-    return F.pad(x, (0, 0, 1, 0))[:, :-1]
+def shifted(x: Tensor, last: Tensor | None = None) -> Tensor:
+    """Every token's predecessor, (B, T, d); before the first comes last (B, 1, d), or zeros."""
+    return torch.cat([torch.zeros_like(x[:, :1]) if last is None else last, x[:, :-1]], 1)
 
 
 def moving_average(static: Tensor, window: int) -> Tensor:
@@ -944,15 +940,15 @@ class Predictor(nn.Module):
         self.down = nn.Linear(width, 2 * d if config.route["change"] == "kl" else d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.rms_norm(x, x.shape[-1:])
+        x = F.layer_norm(x, x.shape[-1:])
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class RoutedLayer(Qwen2DecoderLayer):
-    """A decoder layer that runs on some tokens. Variants judge() them: scores, weights of updates, (B, T).
+    """A decoder layer that runs on some tokens, in training and where by_topk is set the top-k of a sequence.
 
-    In training, and where by_topk is set, it runs on the top-k of the sequence, else where the causal router
-    decides so. Training leaves `losses` and `stats`, {name: scalar}; inference leaves `chosen` (B, T)."""
+    Variants judge(): scores, weights of updates, (B, T) each. `losses` and `stats`, {name: scalar}, are of
+    the last pass in training, `chosen` (B, T) of the last one at inference."""
     by_topk = False
 
     def __init__(self, config, layer_idx: int):
@@ -967,14 +963,15 @@ class RoutedLayer(Qwen2DecoderLayer):
         # a random choice needs none
         self.causal_router.requires_grad_(not self.route["random"])
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        x = hidden_states
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        if x.shape[:2] == (1, 1) and attention_mask is None and not self.route["random"]:
+            return self.run_one(x, kwargs)
         real = real_tokens(attention_mask, x)
         if not (self.training or self.by_topk):
             return self.run_causal(x, real, kwargs)
         if attention_mask is not None and not real.all():
             raise ValueError("routed depth: expected training sequences without padding")
-        # which tokens are the top-k is known at the sequence's end: no cache, under its new and its old name
+        # the top-k are known at the sequence's end: no cache, by its new and its old name
         kwargs = {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")}
         score, weight = self.judge(x, attention_mask, kwargs)
         k = max(1, round(self.route["capacity"] * x.shape[1]))
@@ -987,19 +984,34 @@ class RoutedLayer(Qwen2DecoderLayer):
     def foresee(self, x: Tensor, before: Tensor) -> Tensor:
         """Logits (B, T) of being in the top-k, from a token's hidden state and its predecessor's."""
         both = torch.cat([x, before], -1)
-        return self.causal_router(F.rms_norm(both, both.shape[-1:])).squeeze(-1)
+        return self.causal_router(F.layer_norm(both, both.shape[-1:])).squeeze(-1)
 
     def learn(self, x: Tensor, score: Tensor, chosen: Tensor) -> None:
         """The causal router imitates the top-k, chosen (B, T), and changes nothing of what it sees."""
         logits = self.foresee(x, shifted(x))
         self.losses["causal"] = F.binary_cross_entropy_with_logits(logits, chosen)
-        runs = logits.detach().sigmoid() > self.route["threshold"]
-        self.stats["executed"] = runs.float().mean()
-        self.stats["accuracy"] = (runs == chosen.bool()).float().mean()
+        runs = (logits.detach().sigmoid() > self.route["threshold"]).float()
+        self.stats |= {"executed": runs.mean(), "accuracy": (runs == chosen).float().mean()}
+
+    def run_one(self, x: Tensor, kwargs: dict) -> Tensor:
+        """run_causal for one token of one sequence, as generation goes, in few operations."""
+        state = executed_tokens(kwargs, self.layer)
+        chance = self.foresee(x, state.kept.get("last", torch.zeros_like(x))).sigmoid()
+        state.kept["last"] = x
+        self.chosen = chance > self.route["threshold"]
+        if not self.chosen:
+            return x
+        return x.lerp(super().forward(x, **kwargs), self.weigh(x, chance)[..., None])
 
     def run_causal(self, x: Tensor, real: Tensor, kwargs: dict) -> Tensor:
-        state = executed_tokens(kwargs.get("cache", kwargs.get("past_key_values")), self.layer)
-        chance = self.decide(x, real, state, kwargs["position_ids"])
+        state = executed_tokens(kwargs, self.layer)
+        inputs = x * real[..., None]
+        chance = self.foresee(inputs, shifted(inputs, state.kept.get("last"))).sigmoid()
+        state.kept["last"] = inputs[:, -1:]
+        if self.route["random"]:
+            # noise in [0, 1) by position and layer alone: the same with a cache and without
+            noise = ((kwargs["position_ids"] * 12.9898 + self.layer * 78.233).sin() * 43758.5453).remainder(1)
+            chance = (noise < self.route["capacity"]).float().expand(x.shape[:2])
         self.chosen = (chance > self.route["threshold"]) & real
         most = int(self.chosen.sum(1).max())
         if most == 0:
@@ -1009,19 +1021,6 @@ class RoutedLayer(Qwen2DecoderLayer):
         valid = self.chosen.gather(1, index)
         weight = self.weigh(x, chance).gather(1, index) * valid
         return self.execute(x, index, weight, kwargs, state, valid if len(x) > 1 else None)
-
-    def decide(self, x: Tensor, real: Tensor, state: ExecutedTokens, position: Tensor) -> Tensor:
-        """Chances (B, T) of being in the top-k, by what is known at each token."""
-        if self.route["random"]:
-            # noise in [0, 1) by position and layer alone: the same with a cache and without
-            noise = ((position * 12.9898 + self.layer * 78.233).sin() * 43758.5453).remainder(1)
-            return (noise < self.route["capacity"]).float().expand(x.shape[:2])
-        x = x * real[..., None]
-        before = shifted(x)
-        if "last" in state.kept:
-            before[:, 0] = state.kept["last"]
-        state.kept["last"] = x[:, -1]
-        return self.foresee(x, before).sigmoid()
 
     def weigh(self, x: Tensor, chance: Tensor) -> Tensor:
         # what updates are multiplied by at inference, (B, T)
@@ -1047,11 +1046,9 @@ class RoutedLayer(Qwen2DecoderLayer):
         # flash attention, and scaled_dot_product_attention without padding, mask the future themselves
         if "flash" in way or way == "sdpa" and valid is None and k in (1, n):
             return valid
-        allowed = torch.ones(1, k, n, dtype=torch.bool, device=x.device).tril(n - k)
-        if valid is not None:
-            allowed = allowed & valid[:, None]
-        mask = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device)
-        return mask.masked_fill(~allowed, torch.finfo(x.dtype).min)[:, None]
+        least = torch.finfo(x.dtype).min
+        mask = x.new_full((1, k, n), least).triu(n - k + 1)
+        return (mask if valid is None else mask.masked_fill(~valid[:, None], least))[:, None]
 
 
 class MoDLayer(RoutedLayer):
@@ -1062,7 +1059,7 @@ class MoDLayer(RoutedLayer):
         self.router = nn.Linear(config.hidden_size, 1, bias=False)
 
     def judge(self, x: Tensor, *_) -> tuple:
-        r = self.router(F.rms_norm(x, x.shape[-1:])).squeeze(-1)
+        r = self.router(F.layer_norm(x, x.shape[-1:])).squeeze(-1)
         return r, r
 
     def learn(self, x: Tensor, score: Tensor, chosen: Tensor) -> None:
@@ -1085,14 +1082,15 @@ class SurpriseLayer(RoutedLayer):
 
     def gate(self, u: Tensor, before: Tensor) -> tuple:
         """Residuals u and the states that they are foreseen from, (B, T, d) each -> (score, G)."""
-        change = change_error(u, self.predictor(before))
+        predicted = self.predictor(before.detach())
+        change = change_error(u, predicted)
         static = u.square().mean(-1)
         average = moving_average(static, self.route["window"])
         score, G, s_ce, s_cu = self.surprise(static, change, average, self.beta)
         if self.training:
-            self.losses["prior"] = change.mean()
-            means = {"gate": G, "s_ce": s_ce, "s_cu": s_cu}
-            self.stats |= {name: t.detach().mean() for name, t in means.items()}
+            self.losses["prior"] = change_error(u.detach(), predicted).mean()
+            for name, t in {"gate": G, "s_ce": s_ce, "s_cu": s_cu}.items():
+                self.stats[name] = t.detach().mean()
         return score, G
 
 
@@ -1104,10 +1102,10 @@ class DynamicDepthLayer(SurpriseLayer):
         decision.register_forward_pre_hook(self.remember)
 
     def remember(self, decision: nn.Module, inputs: tuple) -> None:
-        self.seen = inputs[0].detach()
+        self.seen = inputs[0]
 
     def judge(self, x: Tensor, *_) -> tuple:
-        return self.gate((x.detach() - self.seen).float(), self.seen)
+        return self.gate((x - self.seen).float(), self.seen)
 
 
 class TransitionLayer(SurpriseLayer):
@@ -1156,6 +1154,11 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
             self.losses[name] = torch.stack([layer.losses[name] for layer in routed]).mean()
             out.loss = out.loss + self.config.route[f"{name}_weight"] * self.losses[name]
         return out
+
+
+# so that AutoTokenizer and pipelines know it too; copies of this file are alike, and may all register
+AutoConfig.register(RoutedConfig.model_type, RoutedConfig, exist_ok=True)
+AutoModelForCausalLM.register(RoutedConfig, RoutedForCausalLM, exist_ok=True)
 # ---- to here ----
 
 
@@ -1172,6 +1175,7 @@ LM_CHOICES = {
 }
 LM_POSITIVE = ("data.length", "data.eval_tokens", "train.steps", "train.batch", "train.accumulate",
                "train.lr", "train.clip", "route.width", "route.window", "route.o", "lora.alpha")
+LM_FRACTIONS = ("data.held_out", "route.capacity", "route.threshold", "lora.dropout")
 
 
 def config_class(file: Path) -> type:
@@ -1193,19 +1197,12 @@ def lm_config(path: str | None, overrides: Sequence[str]):
     cfg.model.variant = OLD_NAMES.get(cfg.model.variant, cfg.model.variant)
     numbers = [f"{name}.{key}" for name, section in dataclasses.asdict(cfg).items()
                for key, value in section.items() if type(value) in (int, float)]
-    globe.check_ranges(cfg, LM_CHOICES, LM_POSITIVE, numbers, ("lora.dropout",))
-    route = cfg.route
-    weights = list(cfg.data.mix.values())
-    inside = "more than 0 and less than 1"
-    for fine, key, wanted, found in (
-        (cfg.model.path or cfg.model.size in cfg.model.sizes, "model.size", " or ".join(cfg.model.sizes),
-         cfg.model.size),
-        (all(type(w) in (int, float) and w > 0 for w in weights), "data.mix", "weights above 0", weights),
-        (0 < cfg.data.held_out < 1, "data.held_out", inside, cfg.data.held_out),
-        (0 < route.capacity < 1, "route.capacity", inside, route.capacity),
-        (0 < route.threshold < 1, "route.threshold", inside, route.threshold),
-    ):
-        expect(fine, f"{key}: expected {wanted}, found {found!r}")
+    globe.check_ranges(cfg, LM_CHOICES, LM_POSITIVE, numbers, LM_FRACTIONS)
+    model = cfg.model
+    expect(model.path or model.size in model.sizes,
+           f"model.size: expected one of {', '.join(model.sizes)}, found {model.size!r}")
+    weights = [w for w in cfg.data.mix.values() if type(w) not in (int, float) or w <= 0]
+    expect(not weights, f"data.mix: expected weights above 0, found {weights}")
     return cfg
 
 
@@ -1224,7 +1221,6 @@ def language_model(cfg) -> tuple:
     """(tokenizer, model) in float32: a new model that reads bytes, or one of the Qwen2 or Llama family.
 
     A routed model takes over all weights of a standard one; Llama has no biases, which begin as zeros."""
-    from transformers import AutoModelForCausalLM
     way = {"attn_implementation": cfg.model.attention, "dtype": torch.float32}
     if not cfg.model.path:
         tokenizer = byte_tokenizer()
@@ -1406,12 +1402,12 @@ class LMTrainer(Trainer):
                     norm = self.accelerator.clip_grad_norm_(self.kept["now"].values(), cfg.clip)
                 self.stepper.step()
                 self.stepper.zero_grad()
-            for name, value in (getattr(self.model, "losses", None) or {"lm": loss}).items():
-                total[name] += float(value.detach())
+            parts = getattr(self.model, "losses", None) or {"lm": loss}
+            total.update({name: float(value.detach()) for name, value in parts.items()})
         # means over passes and processes
-        sums = torch.tensor([total[name] for name in sorted(total)], dtype=torch.float64)
+        sums = torch.tensor([*total.values()], dtype=torch.float64)
         globe.all_sum(sums)
-        losses = dict(zip(sorted(total), (sums / (cfg.accumulate * self.world)).tolist()))
+        losses = dict(zip(total, (sums / (cfg.accumulate * self.world)).tolist()))
         lm = losses.pop("lm")
         if not math.isfinite(lm):
             raise globe.Diverged(f"the training loss is {lm}; lower train.lr (now {cfg.lr})")
