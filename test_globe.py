@@ -1707,20 +1707,21 @@ def test_heal_from_the_command_line(run, words, capsys, monkeypatch):
 # ======== train.py train: routed depth ============================================================
 MINI = "{hidden_size: 32, num_hidden_layers: 5, num_attention_heads: 4, num_key_value_heads: 2, " \
        "intermediate_size: 48, tie_word_embeddings: true}"
-MINIS = [f"model.sizes={{mini: {MINI}}}", "model.size=mini", "data.length=32", "train.steps=6", "train.batch=4",
-         "data.eval_tokens=128", "train.warmup=2", "train.eval_every=3"]
+MINIS = [f"model.sizes={{mini: {MINI}}}", "model.size=mini", "data.length=32", "train.steps=6",
+         "data.eval_tokens=128", "train.warmup=2", "train.eval_every=3", "route.anneal=0"]
 ROUTED = ("mod", "sdt", "stt")
 VARIANTS = ("standard", *ROUTED)
 
 def mini(variant: str, *settings: str, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return train.language_model(train.lm_config(None, [*MINIS, f"model.variant={variant}", *settings]))[1].eval()
+    cfg = train.lm_config(None, [*MINIS, f"model.variant={variant}", *settings])
+    return train.language_model(cfg)[1].eval()
 
 def byte_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(97, 123, shape, generator=gen(seed))
 
-def mix_of(words: Path) -> str:
-    return f"data.mix={{{words}: 2, builtin: 1}}"
+def on(words: Path) -> list:
+    return [*MINIS, f"data.mix={{{words}: 1}}"]
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_model_of_each_variant_overfits_a_batch(variant):
@@ -1746,7 +1747,8 @@ def test_the_gate_of_surprise_is_its_equations(gate, change):
     module.log_o.data.fill_(math.log(o))
     module.m.data.fill_(m)
     static = u.square().mean(-1)
-    score, G, *_ = module(static, train.change_error(u, predicted), train.moving_average(static, window), beta)
+    average = train.moving_average(static, window)
+    score, G, *_ = module(static, train.change_error(u, predicted), average, beta)
     for b, t in itertools.product(range(2), range(T)):
         d_st = sum(x * x for x in u[b, t].tolist()) / d
         d_ch = sum((x - y) ** 2 for x, y in zip(u[b, t].tolist(), mean[b, t].tolist())) / d
@@ -1780,7 +1782,7 @@ def test_a_routed_layer_is_its_equation(variant):
         score = weight = F.layer_norm(x, (32,)) @ layer.router.weight[0]
     else:
         u = u[variant]()
-        before = seen[2][0] if variant == "sdt" else torch.cat([torch.zeros_like(x[:, :1]), (x + u)[:, :-1]], 1)
+        before = seen[2][0] if variant == "sdt" else F.pad(x + u, (0, 0, 1, 0))[:, :-1]
         static = u.square().mean(-1)
         change = (u - layer.predictor(before)).square().mean(-1)
         mean = torch.stack([static[:, :t + 1].mean(1) for t in range(12)], 1)
@@ -1812,9 +1814,9 @@ def test_inference_sees_no_later_token_and_generates_the_same_with_a_cache(way, 
     cache = getattr(out, "cache", None) or out.past_key_values
     for layer in train.routed_layers(model):
         assert cache.layers[layer.layer].get_seq_length() == int(layer.chosen.sum())
-    for more, said in ((dict(num_beams=2), "no beams"), (dict(cache_implementation="static"), "found Static")):
+    for key, value, said in ("num_beams", 2, "no beams"), ("cache_implementation", "static", "found Static"):
         with pytest.raises(ValueError, match=said):
-            model.generate(ids, max_new_tokens=4, **more)
+            model.generate(ids, max_new_tokens=4, **{key: value})
 
 def test_a_standard_model_is_transformers_and_every_variant_begins_with_its_weights(words, capsys):
     model = mini("standard")
@@ -1842,11 +1844,11 @@ def test_a_standard_model_is_transformers_and_every_variant_begins_with_its_weig
 def test_a_routed_models_directory_loads_where_train_py_is_not(words, capsys):
     lines = train.carried().splitlines()
     assert len(lines) <= 350 and lines[0] == train.CARRIED[0] and lines[-1] == train.CARRIED[1]
-    imports = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-               for node in ast.walk(ast.parse(train.carried())) if isinstance(node, (ast.Import, ast.ImportFrom))}
+    nodes = [n for n in ast.walk(ast.parse(train.carried())) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    imports = {getattr(n, "module", None) or n.names[0].name for n in nodes}
     assert {name.partition(".")[0] for name in imports} == {"math", "torch", "transformers"}
     for variant in ROUTED:
-        answer("train", "--to", variant, *MINIS, f"data.mix={{{words}: 1}}", f"model.variant={variant}",
+        answer("train", "--to", variant, *on(words), f"model.variant={variant}",
                capsys=capsys, program=train)
         assert Path(variant, "routed.py").read_bytes() in (HERE / "train.py").read_bytes()
     done = in_process("""
@@ -1865,12 +1867,13 @@ assert "train" not in sys.modules and "globe" not in sys.modules
         want = model.generate(torch.tensor([list(b"def f(")]), max_new_tokens=8, do_sample=False)
         assert [*map(int, tokens)] == want[0].tolist()
 
+LOSSES = {"standard": "", "mod": "causal mod z", "sdt": "causal prior", "stt": "causal prior"}
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_stopped_run_of_train_goes_on_to_the_same_bits(variant, words, capsys, monkeypatch):
-    settings = [*MINIS, f"model.variant={variant}", mix_of(words), "train.accumulate=2", "lora.dropout=0.3",
+    settings = [*on(words), f"model.variant={variant}", "train.accumulate=2", "lora.dropout=0.3",
                 f"lora.r={2 * (variant == 'sdt')}", f"model.checkpointing={variant == 'stt'}"]
-    got = answer("train", "--to", "whole", *settings, capsys=capsys, program=train)
-    assert got["ppl_val"] > 0 and got["steps"] == 6
+    answer("train", "--to", "whole", *settings, capsys=capsys, program=train)
     update, calls = train.LMTrainer.one_step, []
 
     def interrupted(*args):
@@ -1885,10 +1888,10 @@ def test_a_stopped_run_of_train_goes_on_to_the_same_bits(variant, words, capsys,
     assert Path("cut/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
     rows = globe.read_rows(Path("cut/log.jsonl"))
     want = {"loss_train", "ppl_train", "lr", "grad_norm", "tokens_s", "loss_val", "ppl_val"}
-    want |= {f"loss_{name}" for name in {"standard": (), "mod": ("causal", "mod")}.get(variant, ("causal", "prior"))}
+    want |= {f"loss_{name}" for name in LOSSES[variant].split()}
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and want <= rows[5].keys()
-    assert variant == "standard" or rows[5]["layer_3_executed"] >= 0
-    assert "train.lr" not in refused("train", "--to", "cut", *settings, capsys=capsys, program=train)
+    assert variant == "standard" or 0 <= rows[5]["layer_3_executed"] <= 1
+    assert "exists" in refused("train", "--to", "cut", *settings, capsys=capsys, program=train)
 
 def test_two_processes_train_as_one(words):
     base = [*MINIS, "model.variant=sdt", f"data.mix={{{words}: 1}}", "train.accumulate=2"]
@@ -1901,25 +1904,16 @@ def test_two_processes_train_as_one(words):
         for name in ("loss_train", "loss_causal", "loss_prior", "grad_norm", "loss_val"):
             assert two.get(name, 0) == pytest.approx(one.get(name, 0), rel=1e-3), (name, one["step"])
 
-def test_lora_trains_what_routes_whole_and_the_rest_by_adapters(words, capsys):
-    answer("train", "--to", "base", *MINIS, f"data.mix={{{words}: 1}}", capsys=capsys, program=train)
-    answer("train", "--to", "tuned", *MINIS, f"data.mix={{{words}: 1}}", "model.path=base", "model.variant=tdtf",
-           "lora.r=2", capsys=capsys, program=train)
-    base, tuned = load_file("base/model.safetensors"), load_file("tuned/model.safetensors")
-    moved = {name for name, w in base.items() if not torch.equal(w, tuned[name])}
-    assert moved == {name for name in base if name.endswith("_proj.weight")}
-    assert all(torch.linalg.matrix_rank(tuned[name] - base[name], rtol=1e-4) <= 2 for name in moved)
-    assert {name.split(".")[3] for name in tuned.keys() - base.keys()} == {"causal_router", "predictor", "surprise"}
-
 def test_a_table_compares_all_variants_and_goes_on_where_it_stopped(words, capsys, monkeypatch):
-    base = [*MINIS, f"data.mix={{{words}: 1}}", "train.steps=2"]
+    base = [*on(words), "train.steps=2"]
     real = train.LMTrainer.one_step
     monkeypatch.setattr(train.LMTrainer, "one_step", lambda self: (
         self.to.name == "sdt-1" and signal.raise_signal(signal.SIGINT), real(self))[1])
     assert train.main(["train", "--compare", *base]) == 130
     monkeypatch.setattr(train.LMTrainer, "one_step", real)
     for name in ("generated", "recomputed"):  # 8 tokens, not 64
-        monkeypatch.setattr(train, name, lambda model, ids, count, way=getattr(train, name): way(model, ids, 8))
+        way = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda model, ids, count, way=way: way(model, ids, 8))
     rows = answer("train", "--compare", "--json", "t.json", *base, capsys=capsys, program=train)["rows"]
     assert json.loads(Path("t.json").read_text())["rows"] == rows
     assert [row["variant"] for row in rows] == [*train.ROWS] and all(row["same_tokens"] for row in rows)
@@ -1932,15 +1926,12 @@ def test_a_table_compares_all_variants_and_goes_on_where_it_stopped(words, capsy
     assert fewer["flops_per_token"] == pytest.approx(4 * layer + head, rel=0.01)
     assert standard["flops_train"] == pytest.approx(3 * standard["flops_per_token"], rel=0.05)
     assert fewer["ppl"] == fewer["ppl_topk"] > 1 and fewer["executed"] == 1 and fewer["tokens_s"] > 0
-    sizes = {row: AutoConfig.from_pretrained(f"cache/{next(Path('cache').glob('compare*')).name}/{row}-0",
-                                             trust_remote_code=True).num_hidden_layers for row in train.ROWS[:3]}
-    assert sizes == {"standard": 5, "standard-fewer": 4, "mod": 5}
 
 def test_a_training_is_logged_with_its_entity_and_needs_accelerate_alone(words, capsys, monkeypatch):
     calls = []
     fake = types.SimpleNamespace(init=lambda **k: calls.append(k), log=calls.append, finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    answer("train", "--to", "out", *MINIS, f"data.mix={{{words}: 1}}", "log.to=wandb", "log.entity=e",
+    answer("train", "--to", "out", *on(words), "log.to=wandb", "log.entity=e",
            capsys=capsys, program=train)
     assert calls[0]["entity"] == "e" and calls[-1]["train/loss_train"] > 0
     for name in ("accelerate", "peft"):
@@ -1952,7 +1943,7 @@ def test_a_training_is_logged_with_its_entity_and_needs_accelerate_alone(words, 
                 answer("tiny", *TINY, f"tiny.text={words}", capsys=capsys, program=train)
 
 LM_ROWS = {
-    "model.variant=moe": ("model.variant", "standard, mod, sdt, stt"), "model.size=7M": ("model.size", "3M", "7M"),
+    "model.variant=moe": ("model.variant", "standard, mod, sdt, stt"), "model.size=7M": ("3M", "7M"),
     "model.sizes={mini: {hiden_size: 3, hidden_size: x}}": ("model.size=mini", "Qwen2Config"),
     "model.path=nowhere": ("model.path", "nowhere"), "route.capacity=1.5": ("route.capacity", "1.5"),
     "route.threshold=-1": ("route.threshold",), "route.gaet=ce": ("route.gaet", "route.gate"),
@@ -1964,7 +1955,7 @@ LM_ROWS = {
 
 @pytest.mark.parametrize("row", LM_ROWS)
 def test_train_is_refused_for(row, words, capsys):
-    line = refused("train", "--to", "out", *MINIS, f"data.mix={{{words}: 1}}", row, capsys=capsys, program=train)
+    line = refused("train", "--to", "out", *on(words), row, capsys=capsys, program=train)
     assert all(w in line for w in LM_ROWS[row]) and not Path("out").exists(), line
 
 

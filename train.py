@@ -861,8 +861,7 @@ def executed_tokens(kwargs: dict, layer: int) -> ExecutedTokens:
         cache.layers.append(DynamicLayer())
     place = cache.layers[layer]
     if type(place) is DynamicLayer and place.get_seq_length() == 0:
-        place = ExecutedTokens()
-        cache.layers[layer] = place
+        place = cache.layers[layer] = ExecutedTokens()
     if type(place) is not ExecutedTokens:
         raise ValueError(f"routed depth: expected an empty dynamic cache, found {type(place).__name__}")
     return place
@@ -870,11 +869,10 @@ def executed_tokens(kwargs: dict, layer: int) -> ExecutedTokens:
 
 def real_tokens(mask: Tensor | None, x: Tensor) -> Tensor:
     """(B, T) bool, which tokens x (B, T, d) are no padding, by the mask that decoder layers get."""
-    T = x.shape[1]
     if mask is None:
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     # flash attention gets (B, n), the others (B, 1, T, n): a token that is one may attend to itself
-    own = mask[:, -T:] if mask.ndim == 2 else mask[:, 0].diagonal(mask.shape[-1] - T, 1, 2)
+    own = mask[:, -x.shape[1]:] if mask.ndim == 2 else mask[:, 0].diagonal(mask.shape[-1] - x.shape[1], 1, 2)
     return own == 0 if own.is_floating_point() else own.bool()
 
 
@@ -955,16 +953,16 @@ class RoutedLayer(Qwen2DecoderLayer):
         super().__init__(config, layer_idx)
         self.layer = layer_idx
         self.route = config.route
-        self.beta = config.route["beta"]
+        # both change in the course of training
+        self.beta = self.route["beta"]
+        self.capacity = self.route["capacity"]
         self.losses = {}
         self.stats = {}
         d = config.hidden_size
         self.causal_router = nn.Sequential(nn.Linear(2 * d, d // 4), nn.SiLU(), nn.Linear(d // 4, 1))
-        # a random choice needs none
-        self.causal_router.requires_grad_(not self.route["random"])
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        if x.shape[:2] == (1, 1) and attention_mask is None and not self.route["random"]:
+        if attention_mask is None and x.shape[:2] == (1, 1) and not (self.training or self.route["random"]):
             return self.run_one(x, kwargs)
         real = real_tokens(attention_mask, x)
         if not (self.training or self.by_topk):
@@ -976,13 +974,16 @@ class RoutedLayer(Qwen2DecoderLayer):
         score, weight = self.judge(x, attention_mask, kwargs)
         k = max(1, round(self.route["capacity"] * x.shape[1]))
         ranking = torch.rand_like(score) if self.route["random"] else score
-        index = ranking.topk(k, dim=1).indices.sort(dim=1).values
+        order = ranking.argsort(dim=1, descending=True)
         if self.training and not self.route["random"]:
-            self.learn(x.detach(), score, torch.zeros_like(score).scatter(1, index, 1.0))
+            self.learn(x.detach(), score, torch.zeros_like(score).scatter(1, order[:, :k], 1.0))
+        # at first training runs on more of them
+        n = max(k, round(self.capacity * x.shape[1])) if self.training else k
+        index = order[:, :n].sort(dim=1).values
         return self.execute(x, index, weight.gather(1, index), kwargs)
 
     def foresee(self, x: Tensor, before: Tensor) -> Tensor:
-        """Logits (B, T) of being in the top-k, from a token's hidden state and its predecessor's."""
+        # logits (B, T) of being in the top-k, from a token's hidden state and its predecessor's
         both = torch.cat([x, before], -1)
         return self.causal_router(F.layer_norm(both, both.shape[-1:])).squeeze(-1)
 
@@ -996,10 +997,10 @@ class RoutedLayer(Qwen2DecoderLayer):
     def run_one(self, x: Tensor, kwargs: dict) -> Tensor:
         """run_causal for one token of one sequence, as generation goes, in few operations."""
         state = executed_tokens(kwargs, self.layer)
-        chance = self.foresee(x, state.kept.get("last", torch.zeros_like(x))).sigmoid()
+        before = state.kept["last"] if state.kept else torch.zeros_like(x)
+        chance = self.foresee(x, before).sigmoid()
         state.kept["last"] = x
-        self.chosen = chance > self.route["threshold"]
-        if not self.chosen:
+        if chance.item() <= self.route["threshold"]:
             return x
         return x.lerp(super().forward(x, **kwargs), self.weigh(x, chance)[..., None])
 
@@ -1057,6 +1058,7 @@ class MoDLayer(RoutedLayer):
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.router = nn.Linear(config.hidden_size, 1, bias=False)
+        self.causal_router = nn.Linear(2 * config.hidden_size, 1)
 
     def judge(self, x: Tensor, *_) -> tuple:
         r = self.router(F.layer_norm(x, x.shape[-1:])).squeeze(-1)
@@ -1109,9 +1111,8 @@ class DynamicDepthLayer(SurpriseLayer):
 
 
 class TransitionLayer(SurpriseLayer):
-    """stt: by the block's own residual, foreseen from the previous token's state behind the block.
-
-    In training the block runs on all tokens for these, without gradients, then on the k for the result."""
+    """stt: by the block's own residual, foreseen from the previous token's state behind the block. For these,
+    training runs the block on all tokens, without gradients, and then on the k for the result."""
 
     def judge(self, x: Tensor, mask: Tensor | None, kwargs: dict) -> tuple:
         with torch.no_grad():
@@ -1134,7 +1135,8 @@ class RoutedForCausalLM(Qwen2ForCausalLM):
                 layers[i] = DynamicDepthLayer(config, i, layers[i - 1])
             else:
                 layers[i] = {"mod": MoDLayer, "stt": TransitionLayer}[config.route["variant"]](config, i)
-        self.losses = {}
+            # a random choice needs none
+            layers[i].causal_router.requires_grad_(not config.route["random"])
         self.post_init()
 
     def _init_weights(self, module):
@@ -1385,8 +1387,11 @@ class LMTrainer(Trainer):
         self.schedule(self.step, cfg.warmup)
         # beta rises along a cosine: the gate, at first nearly the same for all tokens, hardens
         risen = 0.5 * (1 - math.cos(math.pi * self.step / self.steps))
+        # and routed layers begin on all tokens
+        more = max(0.0, 1 - self.step / max(1.0, route.anneal * self.steps)) * (1 - route.capacity)
         for layer in layers:
             layer.beta = route.beta_start + (route.beta - route.beta_start) * risen
+            layer.capacity = route.capacity + more
         # data, dropout and random choices depend on (seed, step) alone: a resumed run repeats them
         seed = cfg.seed * 1_000_003 + self.step
         torch.manual_seed(seed * 1009 + self.rank)
@@ -1521,10 +1526,19 @@ def compared(cfg) -> dict:
     return jobs
 
 
+@torch.no_grad()
 def generated(model: nn.Module, ids: Tensor, count: int) -> Tensor:
     """(1, T) token ids -> (1, T + count), greedy, with the cache."""
-    return model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=count,
-                          max_new_tokens=count, do_sample=False)
+    more = {}
+    new = ids
+    for _ in range(count):
+        out = model(new, use_cache=True, **more)
+        # its name in earlier versions of transformers is another
+        name = "cache" if "cache" in out else "past_key_values"
+        more = {name: out[name]}
+        new = out.logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, new], 1)
+    return ids
 
 
 @torch.no_grad()
