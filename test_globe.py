@@ -1906,41 +1906,37 @@ def test_two_processes_train_as_one(words):
 
 def test_a_table_compares_all_variants_and_goes_on_where_it_stopped(words, capsys, monkeypatch):
     base = [*on(words), "train.steps=2"]
-    real = train.LMTrainer.one_step
-    monkeypatch.setattr(train.LMTrainer, "one_step", lambda self: (
-        self.to.name == "sdt-1" and signal.raise_signal(signal.SIGINT), real(self))[1])
-    assert train.main(["train", "--compare", *base]) == 130
-    monkeypatch.setattr(train.LMTrainer, "one_step", real)
     for name in ("generated", "recomputed"):  # 8 tokens, not 64
         way = getattr(train, name)
         monkeypatch.setattr(train, name, lambda model, ids, count, way=way: way(model, ids, 8))
+    real = train.LMTrainer.one_step
+    with monkeypatch.context() as m:
+        m.setattr(train.LMTrainer, "one_step", lambda self: (
+            self.to.name == "sdt-1" and signal.raise_signal(signal.SIGINT), real(self))[1])
+        assert train.main(["train", "--compare", *base]) == 130
     rows = answer("train", "--compare", "--json", "t.json", *base, capsys=capsys, program=train)["rows"]
     assert json.loads(Path("t.json").read_text())["rows"] == rows
     assert [row["variant"] for row in rows] == [*train.ROWS] and all(row["same_tokens"] for row in rows)
-    by_name = {row["variant"]: row for row in rows}
-    standard, fewer = by_name["standard"], by_name["standard-fewer"]
     # 5 layers, 2 of them routed: 4 layers' operations; of a matrix two a weight, and thrice that in training
+    standard, fewer = rows[:2]
     layer = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 4 * 256 * 32
-    head = 2 * 258 * 32
-    assert standard["flops_per_token"] == pytest.approx(5 * layer + head, rel=0.01)
-    assert fewer["flops_per_token"] == pytest.approx(4 * layer + head, rel=0.01)
+    for row, layers in (standard, 5), (fewer, 4):
+        assert row["flops_per_token"] == pytest.approx(layers * layer + 2 * 258 * 32, rel=0.01)
     assert standard["flops_train"] == pytest.approx(3 * standard["flops_per_token"], rel=0.05)
     assert fewer["ppl"] == fewer["ppl_topk"] > 1 and fewer["executed"] == 1 and fewer["tokens_s"] > 0
 
-def test_a_training_is_logged_with_its_entity_and_needs_accelerate_alone(words, capsys, monkeypatch):
+def test_a_training_is_logged_with_its_entity_and_tiny_needs_no_accelerate(words, capsys, monkeypatch):
     calls = []
     fake = types.SimpleNamespace(init=lambda **k: calls.append(k), log=calls.append, finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    answer("train", "--to", "out", *on(words), "log.to=wandb", "log.entity=e",
-           capsys=capsys, program=train)
+    more = ["log.to=wandb", "log.entity=e"]
+    answer("train", "--to", "out", *on(words), *more, capsys=capsys, program=train)
     assert calls[0]["entity"] == "e" and calls[-1]["train/loss_train"] > 0
-    for name in ("accelerate", "peft"):
-        with monkeypatch.context() as m:
-            m.setitem(sys.modules, name, None)
-            assert f"pip install {name}" in refused("train", "--to", "x", *MINIS, "lora.r=1", capsys=capsys,
-                                                    program=train)
-            if name == "accelerate":
-                answer("tiny", *TINY, f"tiny.text={words}", capsys=capsys, program=train)
+    for name in ("peft", "accelerate"):
+        monkeypatch.setitem(sys.modules, name, None)
+        assert f"pip install {name}" in refused("train", "--to", "x", *MINIS, "lora.r=1", capsys=capsys,
+                                                program=train)
+    answer("tiny", *TINY, f"tiny.text={words}", capsys=capsys, program=train)
 
 LM_ROWS = {
     "model.variant=moe": ("model.variant", "standard, mod, sdt, stt"), "model.size=7M": ("3M", "7M"),

@@ -1177,7 +1177,8 @@ LM_CHOICES = {
 }
 LM_POSITIVE = ("data.length", "data.eval_tokens", "train.steps", "train.batch", "train.accumulate",
                "train.lr", "train.clip", "route.width", "route.window", "route.o", "lora.alpha")
-LM_FRACTIONS = ("data.held_out", "route.capacity", "route.threshold", "lora.dropout")
+LM_FRACTIONS = ("data.held_out", "route.capacity", "route.threshold", "route.anneal",
+                "lora.dropout")
 
 
 def config_class(file: Path) -> type:
@@ -1267,8 +1268,8 @@ def read_sources(mix: tuple, length: int, held_out: float, eval_tokens: int, tok
     return ids, torch.cat(windows)
 
 
+# (count, length) token ids, of sources drawn by their weights, from random places, by the seed alone
 def draw(sources: list, mix: tuple, count: int, length: int, seed: int) -> Tensor:
-    """(count, length) token ids, of sources drawn by their weights, from random places, by the seed alone."""
     g = torch.Generator().manual_seed(seed)
     weights = torch.tensor([float(weight) for _, weight in mix])
     rows = []
@@ -1452,15 +1453,15 @@ class LMTrainer(Trainer):
         return result
 
 
+# the lines of this file that a routed model's directory carries, byte for byte
 def carried() -> str:
-    """The lines of this file that a routed model's directory carries, byte for byte."""
     source = Path(__file__).read_bytes().decode()
     begin, end = (source.index(f"\n{line}\n") + 1 for line in CARRIED)
     return source[begin:end] + CARRIED[1] + "\n"
 
 
+# write model and tokenizer into `to`, and beside a routed model the code that loads it
 def save_model(model: nn.Module, tokenizer, to: Path) -> None:
-    """Write model and tokenizer into `to`, and beside a routed model the code that loads it."""
     part = to / ".saving"
     shutil.rmtree(part, ignore_errors=True)
     with globe.written(part) as tmp:
@@ -1526,9 +1527,9 @@ def compared(cfg) -> dict:
     return jobs
 
 
+# (1, T) token ids -> (1, T + count), greedy, with the cache
 @torch.no_grad()
 def generated(model: nn.Module, ids: Tensor, count: int) -> Tensor:
-    """(1, T) token ids -> (1, T + count), greedy, with the cache."""
     more = {}
     new = ids
     for _ in range(count):
@@ -1541,19 +1542,21 @@ def generated(model: nn.Module, ids: Tensor, count: int) -> Tensor:
     return ids
 
 
+# the same without a cache: every token from a pass over all before it
 @torch.no_grad()
 def recomputed(model: nn.Module, ids: Tensor, count: int) -> Tensor:
-    """The same without a cache: every token from a pass over all before it."""
     for _ in range(count):
         logits = model(ids, use_cache=False).logits[:, -1:]
         ids = torch.cat([ids, logits.argmax(-1)], 1)
     return ids
 
 
-def flops(model: nn.Module, ids: Tensor) -> tuple:
-    """Operations in products per token of ids (1, T), at inference and in training."""
+# operations in products per token of ids (1, T), at inference and, on the mean, in training
+def flops(model: nn.Module, ids: Tensor, anneal: float) -> tuple:
     from torch.utils.flop_counter import FlopCounterMode
     counts = []
+    for layer in routed_layers(model):
+        layer.capacity += (1 - layer.capacity) * anneal / 2
     # it knows nothing of fused attention on a CPU
     model.set_attn_implementation("eager")
     for training in (False, True):
@@ -1582,7 +1585,7 @@ def compare(cfg, to: Path, device: torch.device, args: argparse.Namespace) -> di
         ppl, topk, share = (sum(result[key] for result in found) / len(found)
                             for key in ("ppl_val", "ppl_val_topk", "executed"))
         same = torch.equal(generated(model, prompt, 64), recomputed(model, prompt, 64))
-        inference, training = flops(model, ids)
+        inference, training = flops(model, ids, cfg.route.anneal)
         rows[row] = {"variant": row, "ppl": ppl, "ppl_topk": topk, "executed": share,
                      "flops_per_token": inference, "flops_train": training, "same_tokens": same}
     # in turns, so that a busy machine is as busy for all; the median of each
