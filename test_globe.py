@@ -1875,6 +1875,11 @@ def test_a_stopped_run_of_train_goes_on_to_the_same_bits(variant, words, capsys,
                 f"lora.r={2 * (variant == 'sdt')}", f"model.checkpointing={variant == 'stt'}"]
     answer("train", "--to", "whole", *settings, capsys=capsys, program=train)
     update, calls = train.LMTrainer.one_step, []
+    child = Child("train", "--to", "cut", *settings, "train.save_every=2", program=train)
+    while len(globe.read_rows(Path("cut/log.jsonl"))) < 3:
+        time.sleep(0.01)
+    child.kill()
+    shutil.rmtree("cut/state")  # as if it had come before the first save
 
     def interrupted(*args):
         calls.append(1)

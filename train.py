@@ -1480,8 +1480,8 @@ def save_model(model: nn.Module, tokenizer, to: Path) -> None:
 def train_model(cfg, to: Path, device: torch.device, args: argparse.Namespace, resume: bool) -> dict:
     """Train into directory `to`, or go on there; what its train.json holds, on the first rank."""
     finished = to / "train.json"
-    begun = finished.is_file() or (to / "state" / "train.safetensors").is_file()
-    begun = globe.first_rank_says(resume and begun)
+    rows = to / "log.jsonl"
+    begun = globe.first_rank_says(resume and (finished.is_file() or rows.is_file()))
     if begun and finished.is_file():
         return globe.read_json(finished)
     with globe.first_rank_first():
@@ -1492,7 +1492,11 @@ def train_model(cfg, to: Path, device: torch.device, args: argparse.Namespace, r
         trainer = LMTrainer(cfg, to, device, args.dtype)
         tasks = globe.task_runner(args.tasks or (), trainer.tokenizer)
         shape = trainer.model.config
-        log = globe.Log(to / "log.jsonl", cfg, to.name)
+        # rows of steps that come again, after a kill, are dropped
+        if ranks()[0] == 0:
+            kept = [row for row in globe.read_rows(rows) if row["step"] <= trainer.step]
+            globe.write_text(rows, "".join(f"{json.dumps(row)}\n" for row in kept))
+        log = globe.Log(rows, cfg, to.name)
         # Ctrl-C waits for a step's end
         with globe.held_interrupt() as stop, globe.threads_for(shape.intermediate_size, shape.hidden_size):
             steps = trainer.run(cfg.train.save_every, lambda: globe.any_rank(stop.is_set()))
