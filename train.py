@@ -1237,7 +1237,8 @@ def language_model(cfg) -> tuple:
     path = globe.resolve_model(cfg.model.path, cfg.model.revision)
     base = globe.read_json(path / "config.json")
     found = base.get("model_type")
-    expect(found in ("qwen2", "llama", RoutedConfig.model_type) and not base.get("attention_bias"),
+    ours = found == RoutedConfig.model_type and cfg.model.variant != "standard"
+    expect((ours or found in ("qwen2", "llama")) and not base.get("attention_bias"),
            f"model.path {cfg.model.path}: expected model_type qwen2 or llama, found {found!r}")
     kind, config = routed(cfg, base, AutoModelForCausalLM)
     with globe.expecting(f"{path}: expected a model that loads"):
@@ -1415,7 +1416,8 @@ class LMTrainer(Trainer):
         globe.all_sum(sums)
         losses = dict(zip(total, (sums / (cfg.accumulate * self.world)).tolist()))
         lm = losses.pop("lm")
-        if not math.isfinite(lm):
+        # nor is it a number; its exponential would be none
+        if not lm < 700:
             raise globe.Diverged(f"the training loss is {lm}; lower train.lr (now {cfg.lr})")
         self.scaling = self.accelerator.scaler and self.accelerator.scaler.state_dict()
         self.step += 1
