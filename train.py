@@ -13,6 +13,7 @@ Loss of tiny: cross-entropy in nats per token + aux_coef * load-balancing loss.
 Loss of heal: (1 - w) * mean over tokens of |y - t|^2 / |t|^2 + w * KL(dense || healed) of the logits; y is
 the healed stack's output on the healed model's own inputs, t the dense model's hidden state (block
 reconstruction, arXiv:2102.05426; distillation, arXiv:1503.02531). torchrun's processes divide the windows.
+Routed depth and the trainer of the Qwen2.5 family (command train) have their letters in section 7.
 """
 from __future__ import annotations
 
@@ -1607,7 +1608,7 @@ def compare(cfg, to: Path, device: torch.device, args: argparse.Namespace) -> di
     return {"rows": list(rows.values())}
 
 
-# ---- 11. Command line -----------------------------------------------------------------------------
+# ---- 11. Command line ----------------------------------------------------------------------------
 def cmd_tiny(args: argparse.Namespace) -> dict:
     """Train the default model; without --to once, into the user's cache."""
     cfg = globe.load_config(args.config, args.overrides, kind=TrainConfig)
