@@ -1747,7 +1747,8 @@ def load_config(path: str | None = None, overrides: Sequence[str] = (), base: An
         for name in reversed(key.split(".")):
             value = {name: value}
         _merge(cfg, value, "command line")
-    return check_config(cfg)
+    # train.py has configs of its own, and checks them
+    return check_config(cfg) if isinstance(cfg, Config) else cfg
 
 
 # ======== 7. Files, devices, ranks ====================================================================

@@ -996,7 +996,7 @@ def test_print_config_round_trips_and_writes_nothing(capsys):
     assert load_config("c.yaml") == want
 
 def test_every_file_in_configs_resolves_and_tiny_is_the_defaults():
-    files = {f.stem: load_config(str(f)) for f in (HERE / "configs").glob("*.yaml")}
+    files = {f.stem: load_config(str(f)) for f in (HERE / "configs").glob("*.yaml") if f != train.LM_FILE}
     assert {"tiny", "mid", "qwen15", "qwen15_updown", "mobe", "smol"} <= set(files)
     assert files["tiny"] == globe.Config()
 
@@ -1592,9 +1592,9 @@ def test_the_command_line_shows_examples_that_parse_and_keeps_names_free(capsys)
         assert lines
         for line in lines:
             args = globe.parse(shlex.split(re.split(r"\s{3,}", line)[0]), train.build_parser())
-            assert args.command == command and settled(*args.overrides)
-    for name in ("train", "stack"):
-        assert "not in this version" in refused(name, "--to", "x", capsys=capsys, program=train)
+            read = functools.partial(train.lm_config, None) if command == "train" else lambda o: settled(*o)
+            assert args.command == command and read(args.overrides)
+    assert "not in this version" in refused("stack", "--to", "x", capsys=capsys, program=train)
     assert train.main([]) == 2 and train.main(["fit"]) == 2
     assert answer("tiny", "tiny.lr=0.5", "--print-config", "heal.steps=3", capsys=capsys,
                   program=train)["heal"]["steps"] == 3
@@ -1702,6 +1702,262 @@ def test_heal_from_the_command_line(run, words, capsys, monkeypatch):
             (("--out", "x", "heal.tokens=64"), "2 windows"), (("--out", "x", "heal.setps=9"), "heal.steps")):
         assert words_of in refused(*base, *more, capsys=capsys, program=train, late=True)
     assert not Path("x").exists() and (run / "factors.safetensors").read_bytes() == source
+
+
+# ======== train.py train: routed depth ============================================================
+MINI = "{hidden_size: 32, num_hidden_layers: 5, num_attention_heads: 4, num_key_value_heads: 2, " \
+       "intermediate_size: 48, tie_word_embeddings: true}"
+MINIS = [f"model.sizes={{mini: {MINI}}}", "model.size=mini", "data.length=32", "train.steps=6",
+         "data.eval_tokens=128", "train.warmup=2", "train.eval_every=3", "route.anneal=0"]
+ROUTED = ("mod", "sdt", "stt")
+VARIANTS = ("standard", *ROUTED)
+
+def mini(variant: str, *settings: str, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    cfg = train.lm_config(None, [*MINIS, f"model.variant={variant}", *settings])
+    return train.language_model(cfg)[1].eval()
+
+def byte_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(97, 123, shape, generator=gen(seed))
+
+def on(words: Path) -> list:
+    return [*MINIS, f"data.mix={{{words}: 1}}"]
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_of_each_variant_overfits_a_batch(variant):
+    model = mini(variant, "route.beta=10").train()
+    step = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    ids = byte_ids(2, 32)
+    for _ in range(120):
+        loss = model(ids, labels=ids).loss
+        step.zero_grad()
+        loss.backward()
+        step.step()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert float((model.losses["lm"] if variant in ROUTED else loss).detach()) < 0.1
+    # and learns which tokens it will run on: 0.69 is a coin's
+    assert variant == "standard" or float(model.losses["causal"].detach()) < 0.6
+
+@pytest.mark.parametrize("gate, change", [*itertools.product(("union", "ce"), ("mse", "kl"))])
+def test_the_gate_of_surprise_is_its_equations(gate, change):
+    d, T, o, m, beta, window = 6, 9, 1.3, 0.8, 0.9, 4
+    u, mean, log_var = torch.randn(3, 2, T, d, generator=gen(), dtype=torch.float64)
+    predicted = mean if change == "mse" else torch.cat([mean, log_var], -1)
+    module = train.Surprise({"gate": gate, "learn": True}).double()
+    module.log_o.data.fill_(math.log(o))
+    module.m.data.fill_(m)
+    static = u.square().mean(-1)
+    average = train.moving_average(static, window)
+    score, G, *_ = module(static, train.change_error(u, predicted), average, beta)
+    for b, t in itertools.product(range(2), range(T)):
+        d_st = sum(x * x for x in u[b, t].tolist()) / d
+        d_ch = sum((x - y) ** 2 for x, y in zip(u[b, t].tolist(), mean[b, t].tolist())) / d
+        if change == "kl":
+            normal = torch.distributions.Normal
+            p, q = normal(u[b, t], 1.0), normal(mean[b, t], (log_var[b, t] / 2).exp())
+            d_ch = 2 * float(torch.distributions.kl_divergence(p, q).sum()) / d
+        before = [float(u[b, i].square().sum()) / d for i in range(max(0, t - window + 1), t + 1)]
+        s_ce, s_cu = (1 / (1 + math.exp(-beta * x)) for x in (
+            d_st - (d_ch - math.log(o)), d_st - m * sum(before) / len(before)))
+        assert float(G[b, t]) == pytest.approx(s_ce if gate == "ce" else s_ce + s_cu - s_ce * s_cu, rel=1e-12)
+    assert torch.equal(score.argsort(1), G.argsort(1))
+    G.sum().backward()
+    assert module.log_o.grad != 0 and (module.m.requires_grad == (gate == "union"))
+
+def block_residual(layer, x: torch.Tensor, index: torch.Tensor, rotary) -> torch.Tensor:
+    """Residuals of the layer's block on tokens index (k,) of x (1, T, d), by transformers' own block."""
+    positions = rotary(x, index[None])
+    return train.Qwen2DecoderLayer.forward(layer, x[:, index], position_embeddings=positions) - x[:, index]
+
+@pytest.mark.parametrize("variant", ROUTED)
+def test_a_routed_layer_is_its_equation(variant):
+    model = mini(variant, "route.beta=3").double().train()
+    seen = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda m, args, out, i=i: seen.update({i: (args[0], out)}))
+    model(byte_ids(1, 12), labels=byte_ids(1, 12))
+    layer, (x, out), rotary = model.model.layers[3], seen[3], model.model.rotary_emb
+    u = {"sdt": lambda: x - seen[2][0], "stt": lambda: block_residual(layer, x, torch.arange(12), rotary)}
+    if variant == "mod":
+        score = weight = F.layer_norm(x, (32,)) @ layer.router.weight[0]
+    else:
+        u = u[variant]()
+        before = seen[2][0] if variant == "sdt" else F.pad(x + u, (0, 0, 1, 0))[:, :-1]
+        static = u.square().mean(-1)
+        change = (u - layer.predictor(before)).square().mean(-1)
+        mean = torch.stack([static[:, :t + 1].mean(1) for t in range(12)], 1)
+        score, weight, *_ = layer.surprise(static, change, mean, 3)
+    index = score[0].topk(6).indices.sort().values
+    want = x.clone()
+    want[:, index] += weight[:, index, None] * block_residual(layer, x, index, rotary)
+    torch.testing.assert_close(out, want, atol=1e-6, rtol=1e-6)  # rotary angles are float32's
+
+@pytest.mark.parametrize("way, variant, random", [("sdpa", v, r) for v in ROUTED for r in ("false", "true")]
+                         + [("eager", "mod", "false")])
+def test_inference_sees_no_later_token_and_generates_the_same_with_a_cache(way, variant, random):
+    model = mini(variant, f"model.attention={way}", f"route.random={random}", seed=3)
+    ids = byte_ids(1, 24)
+    other = ids.clone()
+    other[0, 15:] = byte_ids(9, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits[:, :15], model(other).logits[:, :15])
+    share = torch.stack([layer.chosen.float().mean() for layer in train.routed_layers(model)])
+    assert 0.1 < float(share.mean()) < 0.9
+    assert torch.equal(train.generated(model, ids, 64), train.recomputed(model, ids, 64))
+    # sequences of a batch run on unequal numbers of tokens; shorter ones are padded on the left
+    short = byte_ids(1, 17, seed=2)
+    both = torch.cat([ids, F.pad(short, (7, 0), value=257)])
+    mask = (both != 257).long()
+    new = model.generate(both, attention_mask=mask, min_new_tokens=12, max_new_tokens=12, do_sample=False)
+    assert torch.equal(new[:, 24:], torch.cat([train.generated(model, x, 12)[:, -12:] for x in (ids, short)]))
+    out = model(ids, use_cache=True)
+    cache = getattr(out, "cache", None) or out.past_key_values
+    for layer in train.routed_layers(model):
+        assert cache.layers[layer.layer].get_seq_length() == int(layer.chosen.sum())
+    for key, value, said in ("num_beams", 2, "no beams"), ("cache_implementation", "static", "found Static"):
+        with pytest.raises(ValueError, match=said):
+            model.generate(ids, max_new_tokens=4, **{key: value})
+
+def test_a_standard_model_is_transformers_and_every_variant_begins_with_its_weights(words, capsys):
+    model = mini("standard")
+    stock_model = AutoModelForCausalLM.from_config(model.config)
+    stock_model.load_state_dict(model.state_dict())
+    assert type(stock_model).__name__ == type(model).__name__ == "Qwen2ForCausalLM"
+    assert gap(model(byte_ids(2, 20)).logits, stock_model.eval()(byte_ids(2, 20)).logits) < 1e-5
+    for kind in ("llama", "qwen2"):
+        source = saved(kind, Path(kind), intermediate_size=48)
+        dense = stock(source)
+        for variant in VARIANTS:
+            more = [f"model.path={source}", "train.steps=1", f"data.mix={{{words}: 1}}", "train.lr=1e-30"]
+            answer("train", "--to", variant, "--overwrite", *MINIS, *more, f"model.variant={variant}",
+                   capsys=capsys, program=train)
+            # the same weights; and with all tokens, none of them weighed, the same model
+            weights = load_file(f"{variant}/model.safetensors")
+            for name, w in dense.state_dict().items():
+                assert "lm_head" in name or torch.allclose(weights[name], w, atol=1e-20), name
+    ours = train.RoutedForCausalLM.from_pretrained("mod").eval()
+    for layer in train.routed_layers(ours):
+        layer.foresee = lambda x, before: torch.full(x.shape[:2], 100.0)
+        layer.weigh = lambda x, chance: chance
+    assert gap(ours(byte_ids(2, 20) % 64).logits, dense(byte_ids(2, 20) % 64).logits) < 1e-5
+
+def test_a_routed_models_directory_loads_where_train_py_is_not(words, capsys):
+    lines = train.carried().splitlines()
+    assert len(lines) <= 350 and lines[0] == train.CARRIED[0] and lines[-1] == train.CARRIED[1]
+    nodes = [n for n in ast.walk(ast.parse(train.carried())) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    imports = {getattr(n, "module", None) or n.names[0].name for n in nodes}
+    assert {name.partition(".")[0] for name in imports} == {"math", "torch", "transformers"}
+    for variant in ROUTED:
+        answer("train", "--to", variant, *on(words), f"model.variant={variant}",
+               capsys=capsys, program=train)
+        assert Path(variant, "routed.py").read_bytes() in (HERE / "train.py").read_bytes()
+    done = in_process("""
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for path in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    ids = AutoTokenizer.from_pretrained(path)("def f(", return_tensors="pt")["input_ids"]
+    print(*model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist(), type(model).__module__)
+assert "train" not in sys.modules and "globe" not in sys.modules
+""", *ROUTED, path=None, HF_HOME="hf")
+    assert done.returncode == 0, done.stderr
+    for variant, line in zip(ROUTED, re.findall(r"^[\d ]+ \S+\.routed$", done.stdout, re.M), strict=True):
+        *tokens, _ = line.split()
+        model = train.RoutedForCausalLM.from_pretrained(variant).eval()
+        want = model.generate(torch.tensor([list(b"def f(")]), max_new_tokens=8, do_sample=False)
+        assert [*map(int, tokens)] == want[0].tolist()
+
+LOSSES = {"standard": "", "mod": "causal mod z", "sdt": "causal prior", "stt": "causal prior"}
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stopped_run_of_train_goes_on_to_the_same_bits(variant, words, capsys, monkeypatch):
+    settings = [*on(words), f"model.variant={variant}", "train.accumulate=2", "lora.dropout=0.3",
+                f"lora.r={2 * (variant == 'sdt')}", f"model.checkpointing={variant == 'stt'}"]
+    answer("train", "--to", "whole", *settings, capsys=capsys, program=train)
+    update, calls = train.LMTrainer.one_step, []
+    child = Child("train", "--to", "cut", *settings, "train.save_every=2", program=train)
+    while len(globe.read_rows(Path("cut/log.jsonl"))) < 3:
+        time.sleep(0.01)
+    child.kill()
+    shutil.rmtree("cut/state")  # as if it had come before the first save
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) in (2, 5):
+            signal.raise_signal(signal.SIGINT)
+        return update(*args)
+    monkeypatch.setattr(train.LMTrainer, "one_step", interrupted)
+    for code in (130, 130, 0):
+        assert train.main(["train", "--resume", *settings, "--to", "cut"]) == code
+    assert len(calls) == 6 and not Path("cut/state").exists()
+    assert Path("cut/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    rows = globe.read_rows(Path("cut/log.jsonl"))
+    want = {"loss_train", "ppl_train", "lr", "grad_norm", "tokens_s", "loss_val", "ppl_val"}
+    want |= {f"loss_{name}" for name in LOSSES[variant].split()}
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and want <= rows[5].keys()
+    assert variant == "standard" or 0 <= rows[5]["layer_3_executed"] <= 1
+    assert "exists" in refused("train", "--to", "cut", *settings, capsys=capsys, program=train)
+
+def test_two_processes_train_as_one(words):
+    base = [*MINIS, "model.variant=sdt", f"data.mix={{{words}: 1}}", "train.accumulate=2"]
+    assert Child("train", "--to", "one", *base, program=train).wait() == 0, Path("child.log").read_text()
+    jobs = ranks(2, "train", "--to", "two", *base, program=train)
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].log.read_text() + jobs[1].log.read_text()
+    # not weights: both optimisers turn rounding into steps where there is no gradient
+    a, b = (globe.read_rows(Path(run, "log.jsonl")) for run in ("one", "two"))
+    for one, two in zip(a, b, strict=True):
+        for name in ("loss_train", "loss_causal", "loss_prior", "grad_norm", "loss_val"):
+            assert two.get(name, 0) == pytest.approx(one.get(name, 0), rel=1e-3), (name, one["step"])
+
+def test_a_table_compares_all_variants_and_goes_on_where_it_stopped(words, capsys, monkeypatch):
+    base = [*on(words), "train.steps=2"]
+    for name in ("generated", "recomputed"):  # 8 tokens, not 64
+        way = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda model, ids, count, way=way: way(model, ids, 8))
+    real = train.LMTrainer.one_step
+    with monkeypatch.context() as m:
+        m.setattr(train.LMTrainer, "one_step", lambda self: (
+            self.to.name == "sdt-1" and signal.raise_signal(signal.SIGINT), real(self))[1])
+        assert train.main(["train", "--compare", *base]) == 130
+    rows = answer("train", "--compare", "--json", "t.json", *base, capsys=capsys, program=train)["rows"]
+    assert json.loads(Path("t.json").read_text())["rows"] == rows
+    assert [row["variant"] for row in rows] == [*train.ROWS] and all(row["same_tokens"] for row in rows)
+    # 5 layers, 2 of them routed: 4 layers' operations; of a matrix two a weight, and thrice that in training
+    standard, fewer = rows[:2]
+    layer = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 4 * 256 * 32
+    for row, layers in (standard, 5), (fewer, 4):
+        assert row["flops_per_token"] == pytest.approx(layers * layer + 2 * 258 * 32, rel=0.01)
+    assert standard["flops_train"] == pytest.approx(3 * standard["flops_per_token"], rel=0.05)
+    assert fewer["ppl"] == fewer["ppl_topk"] > 1 and fewer["executed"] == 1 and fewer["tokens_s"] > 0
+
+def test_a_training_is_logged_with_its_entity_and_tiny_needs_no_accelerate(words, capsys, monkeypatch):
+    calls = []
+    fake = types.SimpleNamespace(init=lambda **k: calls.append(k), log=calls.append, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    more = ["log.to=wandb", "log.entity=e"]
+    answer("train", "--to", "out", *on(words), *more, capsys=capsys, program=train)
+    assert calls[0]["entity"] == "e" and calls[-1]["train/loss_train"] > 0
+    for name in ("peft", "accelerate"):
+        monkeypatch.setitem(sys.modules, name, None)
+        assert f"pip install {name}" in refused("train", "--to", "x", *MINIS, "lora.r=1", capsys=capsys,
+                                                program=train)
+    answer("tiny", *TINY, f"tiny.text={words}", capsys=capsys, program=train)
+
+LM_ROWS = {
+    "model.variant=moe": ("model.variant", "standard, mod, sdt, stt"), "model.size=7M": ("3M", "7M"),
+    "model.sizes={mini: {hiden_size: 3, hidden_size: x}}": ("model.size=mini", "Qwen2Config"),
+    "model.path=nowhere": ("model.path", "nowhere"), "route.capacity=1.5": ("route.capacity", "1.5"),
+    "route.threshold=-1": ("route.threshold",), "route.gaet=ce": ("route.gaet", "route.gate"),
+    "data.mix={nowhere: 1}": ("nowhere",), "data.mix={builtin: 0}": ("data.mix", "above 0"),
+    "data.length=100000000": ("data.mix", "100000000"), "train.batch=0": ("train.batch", "above 0"),
+    "train.accumulate=3": ("train.batch", "3", "4"), "train.lr=nan": ("train.lr",), "lora.r=-1": ("lora.r",),
+    "train.steps=two": ("train.steps", "int"), "log.to=disk": ("log.to", "wandb"), "stack.x=1": ("stack",),
+}
+
+@pytest.mark.parametrize("row", LM_ROWS)
+def test_train_is_refused_for(row, words, capsys):
+    line = refused("train", "--to", "out", *on(words), row, capsys=capsys, program=train)
+    assert all(w in line for w in LM_ROWS[row]) and not Path("out").exists(), line
 
 
 # ======== bench.py ===============================================================================
@@ -2972,7 +3228,7 @@ LONG = [*QUICK, "fit.steps=60", "fit.save_every=3", "sparsity.freeze=0.5", "fit.
 class Child:
     """globe.py in a forked process, which saves the seconds of imports; what it prints goes to a file."""
 
-    def __init__(self, *argv, log: str = "child.log", **env):
+    def __init__(self, *argv, log: str = "child.log", program=globe, **env):
         self.log, argv = Path(log), [str(a) for a in argv]
         self.pid = os.fork()
         if self.pid:
@@ -2981,7 +3237,7 @@ class Child:
         try:
             os.environ.update(env)
             sys.stdout = sys.stderr = open(log, "w", buffering=1)
-            code = globe.main(argv)
+            code = program.main(argv)
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -2993,11 +3249,12 @@ class Child:
         os.kill(self.pid, signal.SIGKILL)
         self.wait()
 
-def ranks(count: int, *argv) -> list:
+def ranks(count: int, *argv, program=globe) -> list:
     """As torchrun starts them."""
     port = str(socket.create_server(("localhost", 0)).getsockname()[1])
     env = dict(WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=port)
-    return [Child(*argv, log=f"rank{i}.log", **env, RANK=str(i), LOCAL_RANK=str(i)) for i in range(count)]
+    return [Child(*argv, log=f"rank{i}.log", program=program, **env, RANK=str(i), LOCAL_RANK=str(i))
+            for i in range(count)]
 
 @pytest.mark.parametrize("more", (["bank.scope=layer"], ["model.families=all", "bank.activation=silu"]))
 def test_experts_streamed_from_disk_give_the_bits_of_those_in_memory(more, small, words, capsys, monkeypatch):

@@ -13,11 +13,15 @@ Loss of tiny: cross-entropy in nats per token + aux_coef * load-balancing loss.
 Loss of heal: (1 - w) * mean over tokens of |y - t|^2 / |t|^2 + w * KL(dense || healed) of the logits; y is
 the healed stack's output on the healed model's own inputs, t the dense model's hidden state (block
 reconstruction, arXiv:2102.05426; distillation, arXiv:1503.02531). torchrun's processes divide the windows.
+Routed depth and the trainer of the Qwen2.5 family (command train) have their letters in section 7.
 """
 from __future__ import annotations
 
 import argparse
+import collections
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -133,6 +137,7 @@ def checked(cfg: TrainConfig) -> TrainConfig:
 
 
 # ---- 2. The dense start, and the MoE model upcycled from it --------------------------------------
+@functools.cache
 def byte_tokenizer():
     """A tokenizer whose ids 0..255 are the bytes of the UTF-8 text; 256 ends a text, 257 pads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -417,16 +422,8 @@ class TinyTrainer(Trainer):
         size = len(self.tokenizer.decode(windows.flatten()).encode())
         bits = loss / math.log(2) * windows.numel() / size
         result = {"bits_per_byte": bits, "steps": self.steps, "seconds": round(self.seconds, 1)}
-        # train.json comes last: what looks whole is whole
         self.model.set_experts_implementation("grouped_mm")
-        part = self.to / ".saving"
-        shutil.rmtree(part, ignore_errors=True)
-        with globe.written(part) as tmp:
-            self.model.save_pretrained(tmp)
-            self.tokenizer.save_pretrained(tmp)
-        for file in part.iterdir():
-            file.replace(self.to / file.name)
-        part.rmdir()
+        save_model(self.model, self.tokenizer, self.to)
         globe.write_text(self.to / "train.json", json.dumps(result))
         shutil.rmtree(self.to / "state", ignore_errors=True)
         return result
@@ -821,7 +818,804 @@ def heal(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: TrainConfig, 
         student = trainer = None
 
 
-# ---- 7. Command line -----------------------------------------------------------------------------
+# ---- 7. Routed depth -----------------------------------------------------------------------------
+CARRIED = ("# ---- a routed model's directory carries the lines from here ----", "# ---- to here ----")
+# ---- a routed model's directory carries the lines from here ----
+# Routed depth: decoder layers of the Qwen2 family that run on some of their tokens; the others pass by.
+#     B, T, d   sequences, tokens of each, hidden_size;  k = capacity * T tokens are run on
+#     u, u'     the residual that a block adds to its input, and its prediction by a small network
+#     mod       every second block, by a linear router (Mixture-of-Depths, arXiv:2404.02258)
+#     sdt       pairs: a whole block whose surprise routes the next one (Subjective Depth, arXiv:2511.21408)
+#     stt       every second block, by the surprise of its own residual (Subjective Timescale, the same)
+# Training runs on a sequence's top-k, inference on what a causal router decides token by token. Such tokens
+# attend to each other only, at their own rotary positions.
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2DecoderLayer, Qwen2ForCausalLM
+
+
+class RoutedConfig(Qwen2Config):
+    """A Qwen2Config with `route`, a mapping: variant, and the keys of train.py's RouteConfig."""
+    model_type = "globe_routed"
+
+
+class ExecutedTokens(DynamicLayer):
+    """Keys and values of the tokens that a routed layer ran on; kept: last (B, 1, d), its last input; valid
+    (B, n), which of the keys are a sequence's own: those of a batch run on unequal numbers of tokens."""
+    is_croppable = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.kept = {}
+
+    def crop(self, *args):
+        raise ValueError("routed depth: its cache only grows (no beams, no assisted generation)")
+
+    reset = reorder_cache = batch_select_indices = batch_repeat_interleave = crop
+
+
+def executed_tokens(kwargs: dict, layer: int) -> ExecutedTokens:
+    """A layer's part of a DynamicCache, put in place on first use; a fresh one where there is no cache."""
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    if cache is None:
+        return ExecutedTokens()
+    # a cache that was made without a config grows as it is used
+    while len(cache.layers) <= layer:
+        cache.layers.append(DynamicLayer())
+    place = cache.layers[layer]
+    if type(place) is DynamicLayer and place.get_seq_length() == 0:
+        place = cache.layers[layer] = ExecutedTokens()
+    if type(place) is not ExecutedTokens:
+        raise ValueError(f"routed depth: expected an empty dynamic cache, found {type(place).__name__}")
+    return place
+
+
+def real_tokens(mask: Tensor | None, x: Tensor) -> Tensor:
+    """(B, T) bool, which tokens x (B, T, d) are no padding, by the mask that decoder layers get."""
+    if mask is None:
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    # flash attention gets (B, n), the others (B, 1, T, n): a token that is one may attend to itself
+    own = mask[:, -x.shape[1]:] if mask.ndim == 2 else mask[:, 0].diagonal(mask.shape[-1] - x.shape[1], 1, 2)
+    return own == 0 if own.is_floating_point() else own.bool()
+
+
+def take(t: Tensor, index: Tensor) -> Tensor:
+    """Rows index (B, k) of t (B or 1, T, n) -> (B, k, n)."""
+    return t.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, t.shape[-1]))
+
+
+def shifted(x: Tensor, last: Tensor | None = None) -> Tensor:
+    """Every token's predecessor, (B, T, d); before the first comes last (B, 1, d), or zeros."""
+    return torch.cat([torch.zeros_like(x[:, :1]) if last is None else last, x[:, :-1]], 1)
+
+
+def moving_average(static: Tensor, window: int) -> Tensor:
+    """Mean of D_st (B, T) over each token and those before it, `window` in all."""
+    sums = window * F.avg_pool1d(F.pad(static, (window - 1, 0))[:, None], window, 1)[:, 0]
+    return sums / torch.arange(1, static.shape[1] + 1, device=static.device).clamp_max(window)
+
+
+def change_error(u: Tensor, predicted: Tensor) -> Tensor:
+    """D_ch (..., d) -> (...): |u - u'|^2 / d; where log s^2 follows u', 2 KL(N(u, 1) || N(u', s^2)) / d."""
+    if predicted.shape == u.shape:
+        return (u - predicted).square().mean(-1)
+    mean, log_variance = predicted.chunk(2, -1)
+    return (log_variance + (1 + (u - mean).square()) * (-log_variance).exp() - 1).mean(-1)
+
+
+class Surprise(nn.Module):
+    """The gate G of arXiv:2511.21408, of how a block changed a token.
+
+    D_st = |u|^2 / d, the error of "no change";  D_ch = |u - u'|^2 / d, that of the predicted change
+    CE = D_st - (D_ch - log o), expected change;  CU = D_st - m * moving average of D_st, unexpected change
+    G = S_CE + S_CU - S_CE S_CU with S = sigmoid(beta .), the union; with route.gate = ce, S_CE alone."""
+
+    def __init__(self, route: dict):
+        super().__init__()
+        self.route = route
+        self.log_o = nn.Parameter(torch.zeros(()), requires_grad=route["learn"])
+        self.m = nn.Parameter(torch.zeros(()), requires_grad=route["learn"] and route["gate"] == "union")
+
+    def forward(self, static: Tensor, change: Tensor, average: Tensor, beta: float) -> tuple:
+        """D_st, D_ch and the average of D_st, (B, T) each -> (score to rank by, G, S_CE, S_CU)."""
+        expected = beta * (static - (change - self.log_o))
+        unexpected = beta * (static - self.m * average.detach())
+        s_ce = expected.sigmoid()
+        s_cu = unexpected.sigmoid()
+        if self.route["gate"] == "ce":
+            return expected, s_ce, s_ce, s_cu
+        # -log(1 - G) also ranks tokens whose G is 1 in float32
+        score = F.softplus(expected) + F.softplus(unexpected)
+        return score, s_ce + s_cu - s_ce * s_cu, s_ce, s_cu
+
+
+class Predictor(nn.Module):
+    """A small SwiGLU network, (B, T, d) -> u' (B, T, d), and log s^2 behind it where route.change = kl."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.hidden_size
+        width = max(8, round(config.route["width"] * d))
+        self.gate = nn.Linear(d, width, bias=False)
+        self.up = nn.Linear(d, width, bias=False)
+        self.down = nn.Linear(width, 2 * d if config.route["change"] == "kl" else d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x, x.shape[-1:])
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class RoutedLayer(Qwen2DecoderLayer):
+    """A decoder layer that runs on some tokens, in training and where by_topk is set the top-k of a sequence.
+
+    Variants judge(): scores, weights of updates, (B, T) each. `losses` and `stats`, {name: scalar}, are of
+    the last pass in training, `chosen` (B, T) of the last one at inference."""
+    by_topk = False
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.layer = layer_idx
+        self.route = config.route
+        # both change in the course of training
+        self.beta = self.route["beta"]
+        self.capacity = self.route["capacity"]
+        self.losses = {}
+        self.stats = {}
+        d = config.hidden_size
+        self.causal_router = nn.Sequential(nn.Linear(2 * d, d // 4), nn.SiLU(), nn.Linear(d // 4, 1))
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        if attention_mask is None and x.shape[:2] == (1, 1) and not (self.training or self.route["random"]):
+            return self.run_one(x, kwargs)
+        real = real_tokens(attention_mask, x)
+        if not (self.training or self.by_topk):
+            return self.run_causal(x, real, kwargs)
+        if attention_mask is not None and not real.all():
+            raise ValueError("routed depth: expected training sequences without padding")
+        # the top-k are known at the sequence's end: no cache, by its new and its old name
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")}
+        score, weight = self.judge(x, attention_mask, kwargs)
+        k = max(1, round(self.route["capacity"] * x.shape[1]))
+        ranking = torch.rand_like(score) if self.route["random"] else score
+        order = ranking.argsort(dim=1, descending=True)
+        if self.training and not self.route["random"]:
+            self.learn(x.detach(), score, torch.zeros_like(score).scatter(1, order[:, :k], 1.0))
+        # at first training runs on more of them
+        n = max(k, round(self.capacity * x.shape[1])) if self.training else k
+        index = order[:, :n].sort(dim=1).values
+        return self.execute(x, index, weight.gather(1, index), kwargs)
+
+    def foresee(self, x: Tensor, before: Tensor) -> Tensor:
+        # logits (B, T) of being in the top-k, from a token's hidden state and its predecessor's
+        both = torch.cat([x, before], -1)
+        return self.causal_router(F.layer_norm(both, both.shape[-1:])).squeeze(-1)
+
+    def learn(self, x: Tensor, score: Tensor, chosen: Tensor) -> None:
+        """The causal router imitates the top-k, chosen (B, T), and changes nothing of what it sees."""
+        logits = self.foresee(x, shifted(x))
+        self.losses["causal"] = F.binary_cross_entropy_with_logits(logits, chosen)
+        runs = (logits.detach().sigmoid() > self.route["threshold"]).float()
+        self.stats |= {"executed": runs.mean(), "accuracy": (runs == chosen).float().mean()}
+
+    def run_one(self, x: Tensor, kwargs: dict) -> Tensor:
+        """run_causal for one token of one sequence, as generation goes, in few operations."""
+        state = executed_tokens(kwargs, self.layer)
+        before = state.kept["last"] if state.kept else torch.zeros_like(x)
+        chance = self.foresee(x, before).sigmoid()
+        state.kept["last"] = x
+        if chance.item() <= self.route["threshold"]:
+            return x
+        return x.lerp(super().forward(x, **kwargs), self.weigh(x, chance)[..., None])
+
+    def run_causal(self, x: Tensor, real: Tensor, kwargs: dict) -> Tensor:
+        state = executed_tokens(kwargs, self.layer)
+        inputs = x * real[..., None]
+        chance = self.foresee(inputs, shifted(inputs, state.kept.get("last"))).sigmoid()
+        state.kept["last"] = inputs[:, -1:]
+        if self.route["random"]:
+            # noise in [0, 1) by position and layer alone: the same with a cache and without
+            noise = ((kwargs["position_ids"] * 12.9898 + self.layer * 78.233).sin() * 43758.5453).remainder(1)
+            chance = (noise < self.route["capacity"]).float().expand(x.shape[:2])
+        self.chosen = (chance > self.route["threshold"]) & real
+        most = int(self.chosen.sum(1).max())
+        if most == 0:
+            return x
+        # a sequence's chosen tokens in their order, then others, up to the most that a sequence has
+        index = self.chosen.logical_not().byte().argsort(dim=1, stable=True)[:, :most]
+        valid = self.chosen.gather(1, index)
+        weight = self.weigh(x, chance).gather(1, index) * valid
+        return self.execute(x, index, weight, kwargs, state, valid if len(x) > 1 else None)
+
+    def weigh(self, x: Tensor, chance: Tensor) -> Tensor:
+        # what updates are multiplied by at inference, (B, T)
+        return chance
+
+    def execute(self, x: Tensor, index: Tensor, weight: Tensor, kwargs: dict,
+                state: ExecutedTokens | None = None, valid: Tensor | None = None) -> Tensor:
+        """x (B, T, d), with weight (B, k) times the block's residual added to its tokens index (B, k)."""
+        inside = take(x, index)
+        more = dict(kwargs, position_ids=None, attention_mask=self.key_mask(inside, state, valid))
+        more["position_embeddings"] = tuple(take(t, index) for t in kwargs["position_embeddings"])
+        update = (super().forward(inside, **more) - inside) * weight[..., None]
+        return x.scatter_add(1, index[..., None].expand_as(update), update.to(x.dtype))
+
+    def key_mask(self, x: Tensor, state: ExecutedTokens | None, valid: Tensor | None) -> Tensor | None:
+        """The mask with which tokens x (B, k, d) attend to those executed before them, and to each other."""
+        k = x.shape[1]
+        n = k + (state.get_seq_length() if state else 0)
+        if valid is not None:
+            valid = torch.cat([state.kept.get("valid", valid[:, :0]), valid], 1)
+            state.kept["valid"] = valid
+        way = self.self_attn.config._attn_implementation
+        # flash attention, and scaled_dot_product_attention without padding, mask the future themselves
+        if "flash" in way or way == "sdpa" and valid is None and k in (1, n):
+            return valid
+        least = torch.finfo(x.dtype).min
+        mask = x.new_full((1, k, n), least).triu(n - k + 1)
+        return (mask if valid is None else mask.masked_fill(~valid[:, None], least))[:, None]
+
+
+class MoDLayer(RoutedLayer):
+    """By a linear router r: x + r(x) u for the top-k, x for the others (equation 1 of arXiv:2404.02258)."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.router = nn.Linear(config.hidden_size, 1, bias=False)
+        self.causal_router = nn.Linear(2 * config.hidden_size, 1)
+
+    def judge(self, x: Tensor, *_) -> tuple:
+        r = self.router(F.layer_norm(x, x.shape[-1:])).squeeze(-1)
+        return r, r
+
+    def learn(self, x: Tensor, score: Tensor, chosen: Tensor) -> None:
+        super().learn(x, score, chosen)
+        # the router's sign comes to say who is in the top-k, and its size stays small
+        self.losses["mod"] = F.binary_cross_entropy_with_logits(score, chosen)
+        self.losses["z"] = score.square().mean()
+
+    def weigh(self, x: Tensor, chance: Tensor) -> Tensor:
+        return self.judge(x)[0]
+
+
+class SurpriseLayer(RoutedLayer):
+    """By the surprise of residuals, which a predictor foresees from earlier states."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.predictor = Predictor(config)
+        self.surprise = Surprise(self.route)
+
+    def gate(self, u: Tensor, before: Tensor) -> tuple:
+        """Residuals u and the states that they are foreseen from, (B, T, d) each -> (score, G)."""
+        predicted = self.predictor(before.detach())
+        change = change_error(u, predicted)
+        static = u.square().mean(-1)
+        average = moving_average(static, self.route["window"])
+        score, G, s_ce, s_cu = self.surprise(static, change, average, self.beta)
+        if self.training:
+            self.losses["prior"] = change_error(u.detach(), predicted).mean()
+            for name, t in {"gate": G, "s_ce": s_ce, "s_cu": s_cu}.items():
+                self.stats[name] = t.detach().mean()
+        return score, G
+
+
+class DynamicDepthLayer(SurpriseLayer):
+    """The Dynamic layer of sdt, by the residual of the Decision layer before it, a whole block."""
+
+    def __init__(self, config, layer_idx: int, decision: Qwen2DecoderLayer):
+        super().__init__(config, layer_idx)
+        decision.register_forward_pre_hook(self.remember)
+
+    def remember(self, decision: nn.Module, inputs: tuple) -> None:
+        self.seen = inputs[0]
+
+    def judge(self, x: Tensor, *_) -> tuple:
+        return self.gate((x - self.seen).float(), self.seen)
+
+
+class TransitionLayer(SurpriseLayer):
+    """stt: by the block's own residual, foreseen from the previous token's state behind the block. For these,
+    training runs the block on all tokens, without gradients, and then on the k for the result."""
+
+    def judge(self, x: Tensor, mask: Tensor | None, kwargs: dict) -> tuple:
+        with torch.no_grad():
+            after = Qwen2DecoderLayer.forward(self, x, attention_mask=mask, **kwargs)
+        return self.gate((after - x.detach()).float(), shifted(after))
+
+
+class RoutedForCausalLM(Qwen2ForCausalLM):
+    """Qwen2ForCausalLM with routed layers; an odd last layer stays plain. In training the loss holds the
+    auxiliary ones, by the weights in config.route; `losses` has each by itself."""
+    config_class = RoutedConfig
+    # whether a layer runs is decided token by token
+    _can_compile_fullgraph = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        layers = self.model.layers
+        for i in range(1, len(layers), 2):
+            if config.route["variant"] == "sdt":
+                layers[i] = DynamicDepthLayer(config, i, layers[i - 1])
+            else:
+                layers[i] = {"mod": MoDLayer, "stt": TransitionLayer}[config.route["variant"]](config, i)
+            # a random choice needs none
+            layers[i].causal_router.requires_grad_(not config.route["random"])
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Surprise):
+            # transformers keeps torch's initialisers off values that it has loaded
+            nn.init.constant_(module.log_o, math.log(module.route["o"]))
+            nn.init.constant_(module.m, module.route["m"])
+
+    def forward(self, *args, labels=None, **kwargs):
+        out = super().forward(*args, labels=labels, **kwargs)
+        if labels is None or not self.training:
+            return out
+        self.losses = {"lm": out.loss}
+        routed = self.model.layers[1::2]
+        for name in routed[0].losses:
+            self.losses[name] = torch.stack([layer.losses[name] for layer in routed]).mean()
+            out.loss = out.loss + self.config.route[f"{name}_weight"] * self.losses[name]
+        return out
+
+
+# so that AutoTokenizer and pipelines know it too; copies of this file are alike, and may all register
+AutoConfig.register(RoutedConfig.model_type, RoutedConfig, exist_ok=True)
+AutoModelForCausalLM.register(RoutedConfig, RoutedForCausalLM, exist_ok=True)
+# ---- to here ----
+
+
+# ---- 8. train: settings, models, data ------------------------------------------------------------
+LM_FILE = Path(__file__).resolve().parent / "configs" / "train.yaml"
+OLD_NAMES = {"dtf": "sdt", "tdtf": "stt"}
+LM_CHOICES = {
+    "model.variant": ("standard", "mod", "sdt", "stt"),
+    "model.attention": ("sdpa", "eager", "flash_attention_2"),
+    "train.optimizer": ("muon", "adamw"),
+    "route.gate": ("union", "ce"),
+    "route.change": ("mse", "kl"),
+    "log.to": ("none", "trackio", "wandb"),
+}
+LM_POSITIVE = ("data.length", "data.eval_tokens", "train.steps", "train.batch", "train.accumulate",
+               "train.lr", "train.clip", "route.width", "route.window", "route.o", "lora.alpha")
+LM_FRACTIONS = ("data.held_out", "route.capacity", "route.threshold", "route.anneal",
+                "lora.dropout")
+
+
+def config_class(file: Path) -> type:
+    """A dataclass with a YAML file's sections, whose keys, types and defaults are the file's; and log."""
+    sections = [("log", globe.LogConfig, field(default_factory=globe.LogConfig))]
+    for name, keys in globe.read_yaml(file.read_text(encoding="utf-8"), str(file)).items():
+        fields = []
+        for key, value in keys.items():
+            kind = "str | None" if value is None else type(value).__name__
+            fields.append((key, kind, field(default_factory=functools.partial(copy.copy, value))))
+        section = dataclasses.make_dataclass(name, fields)
+        sections.append((name, section, field(default_factory=section)))
+    return dataclasses.make_dataclass("LMConfig", sections)
+
+
+def lm_config(path: str | None, overrides: Sequence[str]):
+    """configs/train.yaml < the file at path < overrides; UserError where no training could use them."""
+    cfg = globe.load_config(path, overrides, kind=config_class(LM_FILE))
+    cfg.model.variant = OLD_NAMES.get(cfg.model.variant, cfg.model.variant)
+    numbers = [f"{name}.{key}" for name, section in dataclasses.asdict(cfg).items()
+               for key, value in section.items() if type(value) in (int, float)]
+    globe.check_ranges(cfg, LM_CHOICES, LM_POSITIVE, numbers, LM_FRACTIONS)
+    model = cfg.model
+    expect(model.path or model.size in model.sizes,
+           f"model.size: expected one of {', '.join(model.sizes)}, found {model.size!r}")
+    weights = [w for w in cfg.data.mix.values() if type(w) not in (int, float) or w <= 0]
+    expect(not weights, f"data.mix: expected weights above 0, found {weights}")
+    return cfg
+
+
+# (class, config) of a model with cfg's variant and a Qwen2 or Llama model's config.json
+def routed(cfg, base: dict, standard: type) -> tuple:
+    if cfg.model.variant == "standard":
+        return standard, None
+    expect(not base.get("use_sliding_window"), "model.path: expected no sliding windows with routed depth")
+    about = ("model_type", "architectures", "auto_map")
+    kept = {key: value for key, value in base.items() if key not in about}
+    route = {"variant": cfg.model.variant} | dataclasses.asdict(cfg.route)
+    return RoutedForCausalLM, RoutedConfig(**kept | {"route": route})
+
+
+def language_model(cfg) -> tuple:
+    """(tokenizer, model) in float32: a new model that reads bytes, or one of the Qwen2 or Llama family.
+
+    A routed model takes over all weights of a standard one; Llama has no biases, which begin as zeros."""
+    way = {"attn_implementation": cfg.model.attention, "dtype": torch.float32}
+    if not cfg.model.path:
+        tokenizer = byte_tokenizer()
+        size = dict(cfg.model.sizes[cfg.model.size])
+        size["num_hidden_layers"] = cfg.model.layers or size.get("num_hidden_layers")
+        with globe.expecting(f"model.size={cfg.model.size}: expected keys of Qwen2Config and their values"):
+            base = Qwen2Config(**size, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+                               pad_token_id=tokenizer.pad_token_id)
+            kind, config = routed(cfg, base.to_dict(), Qwen2ForCausalLM)
+            return tokenizer, kind._from_config(config or base, **way)
+    path = globe.resolve_model(cfg.model.path, cfg.model.revision)
+    base = globe.read_json(path / "config.json")
+    found = base.get("model_type")
+    ours = found == RoutedConfig.model_type and cfg.model.variant != "standard"
+    expect((ours or found in ("qwen2", "llama")) and not base.get("attention_bias"),
+           f"model.path {cfg.model.path}: expected model_type qwen2 or llama, found {found!r}")
+    kind, config = routed(cfg, base, AutoModelForCausalLM)
+    with globe.expecting(f"{path}: expected a model that loads"):
+        model, info = kind.from_pretrained(path, config=config, output_loading_info=True, **way)
+    # what a standard model does not have begins afresh
+    new = re.compile("router|predictor|surprise|_proj.bias")
+    globe.refuse_missing([name for name in sorted(info["missing_keys"]) if not new.search(name)], path)
+    return globe.load_tokenizer(path), model
+
+
+@functools.lru_cache(1)
+def read_sources(mix: tuple, length: int, held_out: float, eval_tokens: int, tokenizer) -> tuple:
+    """(token ids (N,) of each source, held-out windows (n, length) of all); mix: (source, weight) of each.
+
+    Of a source its end is held out, of builtin other files; windows are shared out by weight."""
+    ids = []
+    windows = []
+    for source, weight in mix:
+        text = globe.read_text(source, "train")
+        cut = len(text) if source == "builtin" else int(len(text) * (1 - held_out))
+        ids.append(torch.tensor(tokenizer(text[:cut], add_special_tokens=False, verbose=False)["input_ids"]))
+        held = text[cut:] or globe.builtin_text("heldout")
+        tokens = int(eval_tokens * weight / sum(weight for _, weight in mix))
+        windows.append(globe.token_windows(tokenizer, held, tokens, length))
+        least = min(len(ids[-1]), windows[-1].shape[1])
+        expect(least == length, f"data.mix: {source}: expected data.length = {length} tokens or more, "
+               f"to train on and held out, found {least}")
+    return ids, torch.cat(windows)
+
+
+# (count, length) token ids, of sources drawn by their weights, from random places, by the seed alone
+def draw(sources: list, mix: tuple, count: int, length: int, seed: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    weights = torch.tensor([float(weight) for _, weight in mix])
+    rows = []
+    for i in torch.multinomial(weights, count, replacement=True, generator=g).tolist():
+        start = int(torch.randint(len(sources[i]) - length + 1, (), generator=g))
+        rows.append(sources[i][start:start + length])
+    return torch.stack(rows)
+
+
+# ---- 9. train: the loop, what is measured, what is saved -----------------------------------------
+def precision(device: torch.device, dtype: str | None) -> str:
+    # what accelerate computes in: the dtype that was asked for, else what the device is quick at
+    if dtype or device.type != "cuda":
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return names.get(globe.as_dtype(dtype), "no")
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def routed_layers(model: nn.Module) -> list:
+    return [m for m in model.modules() if isinstance(m, RoutedLayer)]
+
+
+def evaluate(model: nn.Module, windows: Tensor, batch: int, topk: bool = False) -> tuple:
+    """(nats per token, share of tokens that routed layers ran on) on windows (N, T) of token ids, routed by
+    the causal router or by the top-k of each window."""
+    layers = routed_layers(model.eval())
+    shares = [] if layers and not topk else [1.0]
+
+    def watched(parts):
+        for part in parts:
+            yield part
+            shares.extend(float(layer.chosen.float().mean()) for layer in layers if not topk)
+    for layer in layers:
+        layer.by_topk = topk
+    loss, _ = globe.nll(model, windows, batch, watched)
+    for layer in layers:
+        layer.by_topk = False
+    return loss, sum(shares) / len(shares)
+
+
+# LoRA on the matrices of attention and FFN; what routes is trained whole
+def with_lora(model: nn.Module, cfg) -> nn.Module:
+    with globe.expecting("lora.r: expected the package peft (pip install peft)", ImportError):
+        import peft
+    own = {name for layer in routed_layers(model) for name, _ in layer.named_children()}
+    whole = sorted(own & {"causal_router", "router", "predictor", "surprise"})
+    targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    return peft.get_peft_model(model, peft.LoraConfig(
+        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=targets,
+        modules_to_save=whole or None, task_type="CAUSAL_LM"))
+
+
+class LMTrainer(Trainer):
+    """Trains a causal language model; processes of one job divide the sequences of each step.
+
+    Directory `to` gets the state and log.jsonl, at the end a checkpoint that transformers loads."""
+    NUMBERS = ("step", "seconds", "scaling")
+    place = "; go on with --resume"
+    seconds = 0.0
+    scaling = None  # the loss scale's state, in float16
+
+    def __init__(self, cfg, to: Path, device: torch.device, dtype: str | None = None):
+        with globe.expecting("train: expected the package accelerate (pip install accelerate)", ImportError):
+            from accelerate import Accelerator
+            from accelerate.state import AcceleratorState
+        # an earlier training in this process may have had another device, dtype or number of processes
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.cfg = cfg
+        self.to = to
+        self.state = to / "state" / "train.safetensors"
+        self.steps = cfg.train.steps
+        self.rank, self.world = ranks()
+        # what a resumed run shares: all but where its rows go, and how often it saves
+        self.settings = {name: section for name, section in dataclasses.asdict(cfg).items() if name != "log"}
+        del self.settings["train"]["save_every"]
+        passes = self.world * cfg.train.accumulate
+        expect(cfg.train.batch % passes == 0, f"train.batch: expected a multiple of {passes}, processes "
+               f"times train.accumulate, found {cfg.train.batch}")
+        # transformers draws weights from the global generator
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.train.seed)
+            self.tokenizer, self.model = language_model(cfg)
+            self.model = with_lora(self.model, cfg.lora) if cfg.lora.r else self.model
+        self.mix = tuple(cfg.data.mix.items()) or (("builtin", 1.0),)
+        data = cfg.data
+        self.sources, self.windows = read_sources(self.mix, data.length, data.held_out, data.eval_tokens,
+                                                  self.tokenizer)
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision(device, dtype),
+                                       gradient_accumulation_steps=cfg.train.accumulate)
+        self.resume()
+
+    @torch.enable_grad()
+    def start(self) -> None:
+        cfg = self.cfg.train
+        if self.cfg.model.checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.to(self.accelerator.device)
+        self.kept = {"now": {name: w for name, w in self.model.named_parameters() if w.requires_grad}}
+        groups = []
+        for name, w in self.kept["now"].items():
+            # Muon for attention and FFN matrices, AdamW for the rest, no decay for vectors
+            muon = cfg.optimizer == "muon" and name.endswith("_proj.weight")
+            decay = cfg.weight_decay * (w.ndim > 1)
+            groups.append({"params": [w], "parts": int(muon), "weight_decay": decay, "peak": cfg.lr})
+        self.optimizer = Muon(groups, betas=(0.9, 0.95))
+        self.net, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
+        if self.scaling:
+            self.accelerator.scaler.load_state_dict(self.scaling)
+
+    def one_step(self) -> dict:
+        """Train one step; its row: losses (in nats; loss_prior a squared error), learning rate, tokens/s."""
+        begin = time.perf_counter()
+        cfg = self.cfg.train
+        route = self.cfg.route
+        layers = routed_layers(self.model)
+        self.schedule(self.step, cfg.warmup)
+        # beta rises along a cosine: the gate, at first nearly the same for all tokens, hardens
+        risen = 0.5 * (1 - math.cos(math.pi * self.step / self.steps))
+        # and routed layers begin on all tokens
+        more = max(0.0, 1 - self.step / max(1.0, route.anneal * self.steps)) * (1 - route.capacity)
+        for layer in layers:
+            layer.beta = route.beta_start + (route.beta - route.beta_start) * risen
+            layer.capacity = route.capacity + more
+        # data, dropout and random choices depend on (seed, step) alone: a resumed run repeats them
+        seed = cfg.seed * 1_000_003 + self.step
+        torch.manual_seed(seed * 1009 + self.rank)
+        x = draw(self.sources, self.mix, cfg.batch, self.cfg.data.length, seed)[self.rank::self.world]
+        self.net.train()
+        total = collections.Counter()
+        for part in x.to(self.accelerator.device).chunk(cfg.accumulate):
+            # gradients add up, and processes exchange them in the last pass, where the optimiser steps
+            with self.accelerator.accumulate(self.net):
+                loss = self.net(input_ids=part, labels=part, use_cache=False).loss
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.kept["now"].values(), cfg.clip)
+                self.stepper.step()
+                self.stepper.zero_grad()
+            parts = getattr(self.model, "losses", None) or {"lm": loss}
+            total.update({name: float(value.detach()) for name, value in parts.items()})
+        # means over passes and processes
+        sums = torch.tensor([*total.values()], dtype=torch.float64)
+        globe.all_sum(sums)
+        losses = dict(zip(total, (sums / (cfg.accumulate * self.world)).tolist()))
+        lm = losses.pop("lm")
+        # nor is it a number; its exponential would be none
+        if not lm < 700:
+            raise globe.Diverged(f"the training loss is {lm}; lower train.lr (now {cfg.lr})")
+        self.scaling = self.accelerator.scaler and self.accelerator.scaler.state_dict()
+        self.step += 1
+        seconds = time.perf_counter() - begin
+        self.seconds += seconds
+        row = {"family": "train", "step": self.step, "loss_train": lm, "ppl_train": math.exp(lm)}
+        row |= {f"loss_{name}": value for name, value in losses.items()}
+        row |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
+                "tokens_s": cfg.batch * self.cfg.data.length / seconds}
+        for layer in layers:
+            row |= {f"layer_{layer.layer}_{name}": float(value) for name, value in layer.stats.items()}
+        every = cfg.eval_every
+        if self.rank == 0 and (self.step == self.steps or every and self.step % every == 0):
+            row |= self.look()
+        return row
+
+    # loss and perplexity on held-out text, by the causal router and by top-k
+    def look(self) -> dict:
+        loss, share = evaluate(self.model, self.windows, self.cfg.train.batch)
+        topk, _ = evaluate(self.model, self.windows, self.cfg.train.batch, topk=True)
+        return {"loss_val": loss, "ppl_val": math.exp(loss), "ppl_val_topk": math.exp(topk),
+                "executed": share}
+
+    # the model as a directory that transformers loads; returns what train.json holds
+    def finish(self, tasks: Callable) -> dict:
+        model = self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
+        if self.cfg.lora.r:
+            model = model.merge_and_unload()
+        self.model = model
+        result = self.look() | {"steps": self.steps, "seconds": round(self.seconds, 1),
+                                "parameters": model.num_parameters(), "tasks": tasks(model)}
+        save_model(model, self.tokenizer, self.to)
+        globe.write_text(self.to / "train.json", json.dumps(result))
+        shutil.rmtree(self.to / "state", ignore_errors=True)
+        return result
+
+
+# the lines of this file that a routed model's directory carries, byte for byte
+def carried() -> str:
+    source = Path(__file__).read_bytes().decode()
+    begin, end = (source.index(f"\n{line}\n") + 1 for line in CARRIED)
+    return source[begin:end] + CARRIED[1] + "\n"
+
+
+# write model and tokenizer into `to`, and beside a routed model the code that loads it
+def save_model(model: nn.Module, tokenizer, to: Path) -> None:
+    part = to / ".saving"
+    shutil.rmtree(part, ignore_errors=True)
+    with globe.written(part) as tmp:
+        tmp.mkdir()
+        if routed_layers(model):
+            names = {"AutoConfig": "RoutedConfig", "AutoModelForCausalLM": "RoutedForCausalLM"}
+            model.config.auto_map = {auto: f"routed.{name}" for auto, name in names.items()}
+            (tmp / "routed.py").write_bytes(carried().encode())
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+    for file in part.iterdir():
+        file.replace(to / file.name)
+    part.rmdir()
+
+
+def train_model(cfg, to: Path, device: torch.device, args: argparse.Namespace, resume: bool) -> dict:
+    """Train into directory `to`, or go on there; what its train.json holds, on the first rank."""
+    finished = to / "train.json"
+    rows = to / "log.jsonl"
+    begun = globe.first_rank_says(resume and (finished.is_file() or rows.is_file()))
+    if begun and finished.is_file():
+        return globe.read_json(finished)
+    with globe.first_rank_first():
+        if not (begun or ranks()[0]):
+            globe.fresh(to, args.overwrite, Path(cfg.model.path) if cfg.model.path else None, clear=True)
+            to.mkdir(parents=True, exist_ok=True)
+    with globe.discarded_on_error(to):
+        trainer = LMTrainer(cfg, to, device, args.dtype)
+        tasks = globe.task_runner(args.tasks or (), trainer.tokenizer)
+        shape = trainer.model.config
+        # rows of steps that come again, after a kill, are dropped
+        if ranks()[0] == 0:
+            kept = [row for row in globe.read_rows(rows) if row["step"] <= trainer.step]
+            globe.write_text(rows, "".join(f"{json.dumps(row)}\n" for row in kept))
+        log = globe.Log(rows, cfg, to.name)
+        # Ctrl-C waits for a step's end
+        with globe.held_interrupt() as stop, globe.threads_for(shape.intermediate_size, shape.hidden_size):
+            steps = trainer.run(cfg.train.save_every, lambda: globe.any_rank(stop.is_set()))
+            line = tqdm(steps, to.name, trainer.steps, leave=False, delay=1, initial=trainer.step,
+                        disable=ranks()[0] > 0)
+            for row in line:
+                line.set_postfix_str(f"loss {row['loss_train']:.3f}", False)
+                log.row(row)
+        log.close()
+        return {} if ranks()[0] else trainer.finish(tasks)
+
+
+# ---- 10. train --compare: the variants beside standard models ------------------------------------
+ROWS = ("standard", "standard-fewer", "mod", "mod-random", "sdt", "sdt-random", "stt", "stt-random")
+
+
+def compared(cfg) -> dict:
+    """{(row, seed): its settings}: two seeds of every variant, one of its twin with random routes, and of
+    standard models of full depth, and of as many layers as a routed model runs on a token."""
+    layers = cfg.model.layers or cfg.model.sizes[cfg.model.size]["num_hidden_layers"]
+    jobs = {}
+    for row in ROWS:
+        variant, _, kind = row.partition("-")
+        for seed in range(cfg.train.seed, cfg.train.seed + 2 - (kind == "random")):
+            job = copy.deepcopy(cfg)
+            job.model.variant = variant
+            job.route.random = kind == "random"
+            job.train.seed = seed
+            if kind == "fewer":
+                job.model.layers = layers - round(layers // 2 * (1 - cfg.route.capacity))
+            jobs[row, seed] = job
+    return jobs
+
+
+# (1, T) token ids -> (1, T + count), greedy, with the cache
+@torch.no_grad()
+def generated(model: nn.Module, ids: Tensor, count: int) -> Tensor:
+    more = {}
+    new = ids
+    for _ in range(count):
+        out = model(new, use_cache=True, **more)
+        # its name in earlier versions of transformers is another
+        name = "cache" if "cache" in out else "past_key_values"
+        more = {name: out[name]}
+        new = out.logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, new], 1)
+    return ids
+
+
+# the same without a cache: every token from a pass over all before it
+@torch.no_grad()
+def recomputed(model: nn.Module, ids: Tensor, count: int) -> Tensor:
+    for _ in range(count):
+        logits = model(ids, use_cache=False).logits[:, -1:]
+        ids = torch.cat([ids, logits.argmax(-1)], 1)
+    return ids
+
+
+# operations in products per token of ids (1, T), at inference and, on the mean, in training
+def flops(model: nn.Module, ids: Tensor, anneal: float) -> tuple:
+    from torch.utils.flop_counter import FlopCounterMode
+    counts = []
+    for layer in routed_layers(model):
+        layer.capacity += (1 - layer.capacity) * anneal / 2
+    # it knows nothing of fused attention on a CPU
+    model.set_attn_implementation("eager")
+    for training in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            loss = model.train(training)(ids, labels=ids, use_cache=False).loss
+            if training:
+                loss.backward()
+        counts.append(counter.get_total_flops() / ids.numel())
+    model.zero_grad()
+    model.eval().set_attn_implementation("sdpa")
+    return counts
+
+
+def compare(cfg, to: Path, device: torch.device, args: argparse.Namespace) -> dict:
+    """Train what is not finished below `to`, then measure; a row for each of ROWS, means over its seeds."""
+    results = {row: [] for row in ROWS}
+    for (row, seed), job in compared(cfg).items():
+        results[row].append(train_model(job, to / f"{row}-{seed}", device, args, resume=True))
+    ids = globe.token_windows(byte_tokenizer(), globe.builtin_text("heldout"), 256, 256).to(device)
+    prompt = ids[:, :32]
+    models = {}
+    rows = {}
+    for row, found in results.items():
+        kind = Qwen2ForCausalLM if row.startswith("standard") else RoutedForCausalLM
+        models[row] = model = kind.from_pretrained(to / f"{row}-{cfg.train.seed}").to(device).eval()
+        ppl, topk, share = (sum(result[key] for result in found) / len(found)
+                            for key in ("ppl_val", "ppl_val_topk", "executed"))
+        same = torch.equal(generated(model, prompt, 64), recomputed(model, prompt, 64))
+        inference, training = flops(model, ids, cfg.route.anneal)
+        rows[row] = {"variant": row, "ppl": ppl, "ppl_topk": topk, "executed": share,
+                     "flops_per_token": inference, "flops_train": training, "same_tokens": same}
+    # in turns, so that a busy machine is as busy for all; the median of each
+    seconds = {row: [] for row in ROWS}
+    for row in ROWS * 7:
+        begin = time.perf_counter()
+        generated(models[row], prompt, 64)
+        globe.synchronize(device)
+        seconds[row].append(time.perf_counter() - begin)
+    for row, times in seconds.items():
+        rows[row]["tokens_s"] = 64 / sorted(times)[len(times) // 2]
+    say(globe.text_table(list(rows["mod"]), [list(row.values()) for row in rows.values()]))
+    return {"rows": list(rows.values())}
+
+
+# ---- 11. Command line ----------------------------------------------------------------------------
 def cmd_tiny(args: argparse.Namespace) -> dict:
     """Train the default model; without --to once, into the user's cache."""
     cfg = globe.load_config(args.config, args.overrides, kind=TrainConfig)
@@ -939,6 +1733,27 @@ def cmd_heal(args: argparse.Namespace) -> dict:
             "seconds": round(time.perf_counter() - begin, 1), "peak_rss_gib": round(globe.peak_rss_gib(), 2)}
 
 
+def cmd_train(args: argparse.Namespace) -> dict:
+    cfg = lm_config(args.config, args.overrides)
+    settings = dataclasses.asdict(cfg)
+    if args.print_config:
+        print(yaml.safe_dump(settings, sort_keys=False), end="")
+        return settings
+    device = globe.pick_device(args.device)
+    if args.compare:
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        result = compare(cfg, Path(args.to or globe.user_cache() / f"compare-{key[:8]}"), device, args)
+        if args.json:
+            globe.write_text(Path(args.json), json.dumps(result))
+        return result
+    expect(args.to, "--to: expected a directory, found none")
+    with globe.joined_ranks(device):
+        result = train_model(cfg, Path(args.to), device, args, args.resume)
+    if result and args.push_to_hub:
+        globe.push(Path(args.to), args.push_to_hub, private=True)
+    return result and {"path": args.to} | result
+
+
 # name: (function, what it does, examples)
 COMMANDS = {
     "tiny": (cmd_tiny, "train the default model, a small Qwen2-MoE, from nothing or from a dense model", """
@@ -948,16 +1763,24 @@ COMMANDS = {
     "heal": (cmd_heal, "recover quality after the fit: train the factors against the dense model", """
   python train.py heal --factors runs/qwen --out runs/healed heal.stack=1 heal.steps=100
   python train.py heal --resume --factors runs/qwen --out runs/healed"""),
+    "train": (cmd_train, "train a language model of the Qwen2.5 family, of fixed or of routed depth", """
+  python train.py train --to models/mod model.variant=mod
+  python train.py train --to models/up model.path=Qwen/Qwen2.5-0.5B model.variant=sdt lora.r=16
+  python train.py train --compare --json table.json    all variants beside a standard model"""),
 }
 # not in this version
-PLANNED = dict.fromkeys(("train", "stack"), f"not in this version; its commands are {' and '.join(COMMANDS)}")
+PLANNED = {"stack": f"not in this version; its commands are {', '.join(COMMANDS)}"}
 # commands by option: globe.py's options, and those of its own
-SHARED = {"overrides": "tiny heal", "--config": "tiny heal", "--device": "tiny heal", "--resume": "tiny heal",
-          "--overwrite": "tiny heal", "--print-config": "tiny", "--factors": "heal", "--model": "heal"}
+ANY = " ".join(COMMANDS)
+SHARED = {"overrides": ANY, "--config": ANY, "--device": ANY, "--resume": ANY, "--overwrite": ANY,
+          "--print-config": "tiny train", "--factors": "heal", "--model": "heal", "--tasks": "train",
+          "--push-to-hub": "train"}
 OPTIONS = [(SHARED.get(option, ""), option, *about) for _, option, *about in globe.OPTIONS]
 OPTIONS += [
-    ("tiny heal", "--dtype", {}, "float32, bfloat16 or float16; default: tiny.autocast, calib.dtype"),
-    ("tiny", "--to", globe.DIRECTORY, "where to; default: the user's cache"),
+    (ANY, "--dtype", {}, "float32, bfloat16 or float16; default: tiny.autocast, calib.dtype, the device's"),
+    ("tiny train", "--to", globe.DIRECTORY, "where to; default of tiny and of --compare: the user's cache"),
+    ("train", "--compare", globe.FLAG, "train all variants and standard models; one table"),
+    ("train", "--json", {"metavar": "FILE"}, "the table of --compare"),
     ("heal", "--out", globe.DIRECTORY | {"required": True}, "the healed run's directory"),
 ]
 
