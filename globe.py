@@ -5499,8 +5499,8 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
     Columns are coded one after the other, each with what those before it lost (GPTQ). Within one, rows share
     a stream: the path through the trellis weighs their errors, and so gives bits to rows that need them.
 
-    Errors f = e U^-1 cost |f|^2 + (f V)^2. Where f V has come to `missed`, the columns that are left would best
-    miss their own values by -missed V / (1 + |V|^2), of their V alone: each aims there."""
+    Errors f = e U^-1 cost |f|^2 + (f V)^2. Where f V has come to `missed`, the columns that are left would
+    best miss their own values by -missed V / (1 + |V|^2), of their V alone: each aims there."""
     of = s.kind.long()  # (n, p)
     narrow = width.to(torch.uint8)
     y = blocks_of(c.y).flatten(2).transpose(1, 2).contiguous()  # (n, columns, p)
@@ -5522,7 +5522,8 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
     belongs = F.one_hot(of.flatten(), len(width)).float().T  # (K, n p)
     belongs /= belongs.sum(1, keepdim=True).clamp_min(1)
     missed = torch.zeros(n, p, device=y.device)
-    left = 1 if c.V is None else 1 + c.V.square().sum(1)  # (n, p)
+    if c.V is not None:
+        left = 1 + c.V.square().sum(1)  # (n, p)
     for start in range(0, c.y.shape[2], COLUMNS_AT_ONCE):
         stop = min(start + COLUMNS_AT_ONCE, c.y.shape[2])
         errors = torch.zeros(n, stop - start, p, device=y.device)
@@ -5544,7 +5545,9 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
             if c.V is not None:
                 v = c.V[:, j]
                 aim = missed * v / left
-                target = target - (aim if c.U is None else aim * c.U[:, j, j, None])
+                if c.U is not None:
+                    aim = aim * c.U[:, j, j, None]
+                target = target - aim
                 behind = (left - v.square()).clamp_min(1)
                 loss = weight * left / behind
                 left = behind
@@ -5641,7 +5644,9 @@ class CodeData:
         for i, (family, e) in enumerate(itertools.product(job, self.experts[l])):
             u = self.means[family](l, e).to(V).T  # (d, p)
             u = c.X @ u if c.order is None else u[c.order[i]]
-            V[i] = u if c.U is None else c.U[i % len(c.U)] @ u
+            if c.U is not None:
+                u = c.U[i % len(c.U)] @ u
+            V[i] = u
         return V
 
 
