@@ -718,7 +718,10 @@ class GlobeExperts(nn.Module):
         X = self._basis(f, [row])[0]
         if self.hold[f] == "basis":
             return X
-        W = self.families[f]["shift"] + self.families[f]["scale"] * (getattr(self, f"{f}_A")[row] @ X)
+        # in float32 or better on CPUs, of which most multiply 16-bit numbers a hundred times slower
+        work = torch.promote_types(X.dtype, torch.float32) if X.is_cpu else X.dtype
+        W = getattr(self, f"{f}_A")[row].to(work) @ X.to(work)
+        W = self.families[f]["shift"] + self.families[f]["scale"] * W
         return W.T if f == "down" else W
 
     # A coded family's description in this layer, and its tensors
@@ -830,13 +833,11 @@ class GlobeExperts(nn.Module):
 
     def forward_cached(self, x: Tensor, index: Tensor, weights: Tensor, cache: ExpertCache) -> Tensor:
         """The layer, with every expert of index in its slot."""
-        if self.dense_row or x.requires_grad or weights.requires_grad:
-            return self.forward_loop(x, index, weights)
         operands = self._operands(cache)
         tensors = [*itertools.chain(*operands.values())]
         read = [t for t in tensors if t is not None]
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in read)
-        if learns or not same_type(read, x.dtype):
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *read))
+        if self.dense_row or learns or not same_type(read, x.dtype):
             return self.forward_loop(x, index, weights)
         if self._can_decode(x):
             args = (*native_args(x, index, weights), *self._table(cache), *tensors, *self.constants)
@@ -981,22 +982,21 @@ class GlobeShared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         E = self._experts[0]
-        shape = x.shape
-        x = x.reshape(-1, shape[-1])
+        flat = x.reshape(-1, x.shape[-1])
         dense = [f for f in ("gate", "up") if f not in E.families]
-        dense = {f: getattr(self, f"{f}_proj")(x).chunk(self.slices, -1) for f in dense}
+        dense = {f: getattr(self, f"{f}_proj")(flat).chunk(self.slices, -1) for f in dense}
         hidden, y = [], 0.0
         with E._slots().lock:
             for i in range(self.slices):  # one after the other: there may be a single slot
                 e = E.num_experts + i
                 item = E.item(e, E.composes_afresh(x))
-                both = [dense[f][i] if f in dense else E.project(f, x, e, item) for f in ("gate", "up")]
+                both = [dense[f][i] if f in dense else E.project(f, flat, e, item) for f in ("gate", "up")]
                 hidden.append(E._gate(torch.cat(both, -1)))
                 if "down" in E.families:
                     y = y + E.project("down", hidden.pop(), e, item)
         if hidden:
             y = self.down_proj(torch.cat(hidden, -1))
-        return y.view(shape)
+        return y.view(x.shape)
 
 
 class GlobeCoded(nn.Module):
@@ -5521,9 +5521,14 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
     state = torch.zeros(n, dtype=torch.long, device=y.device)
     belongs = F.one_hot(of.flatten(), len(width)).float().T  # (K, n p)
     belongs /= belongs.sum(1, keepdim=True).clamp_min(1)
+    V = c.V
+    if V is None:
+        V = torch.zeros_like(y)
+    unit = torch.ones(1, columns, device=y.device)
+    if c.U is not None:
+        unit = c.U.diagonal(dim1=1, dim2=2)
     missed = torch.zeros(n, p, device=y.device)
-    if c.V is not None:
-        left = 1 + c.V.square().sum(1)  # (n, p)
+    left = 1 + V.square().sum(1)  # (n, p)
     for start in range(0, c.y.shape[2], COLUMNS_AT_ONCE):
         stop = min(start + COLUMNS_AT_ONCE, c.y.shape[2])
         errors = torch.zeros(n, stop - start, p, device=y.device)
@@ -5540,26 +5545,17 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
                 weight /= weight.amax(1, keepdim=True).clamp_min(1e-38)
                 decoded_scale = scale * (bits > 0)
             error = y[:, j].clone()
-            target = y[:, j]
-            loss = weight
-            if c.V is not None:
-                v = c.V[:, j]
-                aim = missed * v / left
-                if c.U is not None:
-                    aim = aim * c.U[:, j, j, None]
-                target = target - aim
-                behind = (left - v.square()).clamp_min(1)
-                loss = weight * left / behind
-                left = behind
+            aim = missed * V[:, j] / left * unit[:, j, None]
+            behind = (left - V[:, j].square()).clamp_min(1)
             if coded[b]:
-                states[:, j] = trellis_encode(target / scale, bits, loss, state)
+                target = (y[:, j] - aim) / scale
+                states[:, j] = trellis_encode(target, bits, weight * left / behind, state)
                 state = states[:, j, -1].long()
                 error -= values[states[:, j].int()] * decoded_scale
             y[:, j] -= error
-            if c.U is not None:
-                error /= c.U[:, j, j, None]
-            if c.V is not None:
-                missed -= v * error
+            error /= unit[:, j, None]
+            missed -= V[:, j] * error
+            left = behind
             if c.U is None:
                 continue
             # the columns behind make up for it: at once within these, then all others
@@ -6268,15 +6264,17 @@ def code_rest(ckpt: Checkpoint, factors: Factors, cfg: Config, bits: int, window
 
 # Those codes, decoded into a stock model's weights; of modules whose names begin so
 def put_rest(model: nn.Module, factors: Factors, below: str) -> None:
+    # {a weight's id: its modules}; a head may share the embedding's
+    owners = collections.defaultdict(list)
+    for module in model.modules():
+        owners[id(getattr(module, "weight", None))].append(module)
     for name, codes in factors.rest.items():
         if name.startswith(below) and (below or not name.startswith("model.layers.")):
             # a tensor of its own: the old one may be the file's
             old = model.get_parameter(f"{name}.weight")
             new = nn.Parameter(decode_groups(*codes).to(old), requires_grad=old.requires_grad)
-            for module in model.modules():
-                # a head may share it
-                if getattr(module, "weight", None) is old:
-                    module.weight = new
+            for module in owners[id(old)]:
+                module.weight = new
 
 
 # Composed bases in place of the bank and the mixtures, in place
