@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import hashlib
 import importlib.util
 import itertools
 import math
@@ -58,7 +57,7 @@ from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 __version__ = "0.2.0"
-FORMAT_VERSION = 3  # of factors in packed codes; 1 of all others
+FORMAT_VERSION = 4  # of factors in packed codes; 1 of all others
 FAMILIES = ("gate", "up", "down")
 MARKER = "# ---- an export carries the file down to here ----"
 
@@ -103,10 +102,8 @@ class CacheConfig:
     warmup_tokens: int = 256      # of calibration text, to fill the caches with
 
 
-DTYPES = {
-    "float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-    "tf32": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+DTYPES |= {"tf32": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def as_dtype(name: str | None) -> torch.dtype | None:
@@ -118,7 +115,7 @@ def as_dtype(name: str | None) -> torch.dtype | None:
 
 
 # ======== 2. Operators: one entry point each; the torch twin is fallback and oracle of the native one =
-KERNELS_VERSION = 5  # of the operators' schemas in csrc/; an older library is refused
+KERNELS_VERSION = 6  # of the operators' schemas in csrc/; an older library is refused
 BUILD: list = []     # how csrc/ is compiled, which section 7 adds; an export has nothing to compile
 
 
@@ -127,8 +124,8 @@ def kernels() -> str:
     """Load the native operators at first use; says which are in use: "native avx512, ..." or "torch, ...".
 
     GLOBE_KERNELS: auto (the installed library; else csrc/, compiled into the user's cache; else torch, with a
-    warning), jit (csrc/, compiled), off (torch). RuntimeError where a library does not load or a build fails:
-    that is not passed over in silence. UserError for another value, or for jit with nothing to compile.
+    warning), jit (csrc/, compiled), off (torch). RuntimeError where a library does not load or a build fails.
+    UserError for another value, or for jit with nothing to compile.
     """
     mode = os.environ.get("GLOBE_KERNELS", "auto")
     expect(mode in ("auto", "jit", "off"), f"GLOBE_KERNELS: expected auto, jit or off, found {mode!r}")
@@ -285,57 +282,70 @@ def compose_torch(bank: Tensor, idx: Tensor, val: Tensor, activation: str) -> Te
 
 
 # ---- packed codes ------------------------------------------------------------------------------------
-WINDOW = 10       # bits that a value depends on: its own and those in front of them
-CODE_BLOCK = 8    # columns of one width: whole bytes at every width
+CODE_BLOCK = 8    # columns of one width
 WIDTHS = (0, 1, 2, 3, 4, 5, 6)
+# Trellis-coded quantization (Marcellin and Fischer, IEEE Trans. Commun. 38, 1990), 256 states: these trellis
+# bits of a column, so many rows above, add up to the lowest two bits of a level's number.
+TAPS = ((1, 4, 5, 6, 7), (0, 2, 3, 6, 8))
+# Levels of widths 1 to 6: a q + b q^3 of a Gaussian's quantiles q, in the middle of as many equal parts.
+LEVELS = ((0.575, 0.38), (1.172, 0.019), (1.32, 0.002), (1.39, 0.047), (1.45, 0.045), (1.43, 0.06))
 
 
 @functools.cache
-def trellis_values() -> Tensor:
-    """(2^WINDOW,) float32: quantiles of a Gaussian of mean square 1, shuffled, so that any bit of the window
-    changes the value at random: a trellis code (the bit-shift trellis of QTIP, arXiv:2406.11235)."""
-    n = 2 ** WINDOW
-    q = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
-    order = sorted(range(n), key=lambda i: hashlib.sha256(b"%d" % i).digest())
-    return (q / q.square().mean().sqrt())[order].float()
+def trellis_levels() -> Tensor:
+    """(widths, 128) float32: 2^(width + 1) levels for numbers of mean square 1, infinities behind."""
+    rows = [torch.zeros(128)]
+    for k, (a, b) in enumerate(LEVELS, 1):
+        q = torch.special.ndtri((torch.arange(2 ** (k + 1), dtype=torch.float64) + 0.5) / 2 ** (k + 1))
+        rows.append(F.pad(a * q + b * q ** 3, (0, 128 - len(q)), value=math.inf))
+    return torch.stack(rows).float()
 
 
 def unpack(codes: Tensor, width: Tensor) -> Tensor:
-    """Values float32 of a stream of codes (bytes,) uint8: as many as width, which has the bits of each.
+    """Values (rows, 8 B) float32 of a matrix' codes (bytes,) uint8.
 
-    The first value's bits are the highest; zeros stand in front. A value is that of the window which ends
-    with its own bits; where it has none, 0.
-    """
-    start = width.long().flatten().cumsum(0) - WINDOW + 16
-    stream = F.pad(codes, (2, 1)).int()
-    at = start >> 3
-    three = stream[at] << 16 | stream[at + 1] << 8 | stream[at + 2]
-    window = three >> (24 - WINDOW - (start & 7)) & (2 ** WINDOW - 1)
-    return trellis_values().to(codes.device)[window].view(width.shape) * (width > 0)
+    width (rows, B): bits of a number, no more in a later row. Block behind block has the first bits of all
+    rows with any, then the second ones, and so on: of eight rows a byte for each column, the first row's bit
+    lowest. First bits are the trellis'."""
+    row = torch.arange(len(width), device=codes.device)[:, None]
+    counts = torch.stack([(width > i).sum(0) + 7 >> 3 for i in range(WIDTHS[-1])], 1)  # (B, bits)
+    starts = counts.flatten().cumsum(0).view(counts.shape) - counts
+    number = torch.zeros(*width.shape, CODE_BLOCK, dtype=torch.uint8, device=codes.device)
+    for i in range(int(width.max())):
+        place = torch.where(width > i, starts[:, i] + row // 8, 0)
+        bits = (codes.view(-1, CODE_BLOCK)[place] >> (row % 8).byte()[..., None]) & (width > i)[..., None]
+        if i:
+            number += bits << i + 1
+            continue
+        above = F.pad(bits, (0, 0, 0, 0, 8, 0))
+        for j, taps in enumerate(TAPS):
+            number += (sum(above[8 - t:len(above) - t] for t in taps) & 1) << j
+    which = width.int()[..., None] * 128 + number
+    return trellis_levels().to(codes.device).view(-1)[which].flatten(1)
 
 
 # (E + 1,) where each expert's codes begin, in bytes, and where the last one's end; kind (E, p), width (K, B)
 def code_places(kind: Tensor, width: Tensor) -> Tensor:
-    bits = CODE_BLOCK * width.long().sum(1)[kind.long()].sum(1)
-    return F.pad((bits + 7 >> 3).cumsum(0), (1, 0))
+    rows = F.one_hot(kind.long(), len(width)).sum(1)  # of each class
+    counts = [rows.float() @ (width > i).float() for i in range(WIDTHS[-1])]
+    return F.pad((8 * sum((count / 8).ceil() for count in counts).long().sum(1)).cumsum(0), (1, 0))
 
 
 def decode(t: dict, basis: Sequence, columns: int, experts: Sequence) -> Tensor:
     """W^ (n, rows, columns) float32 of those experts of a layer, from its packed codes t (code_shapes).
 
-    codes: expert behind expert, each column behind column. kind: a row's class; row: 128 + 8 log2 of its
+    codes: expert behind expert, rows in the order of their classes. kind: those; row: 128 + 8 log2 of its
     scale; width, column: bits and 256 log2 of a scale by class and block. basis: as decode_groups reads it;
-    without one the columns are W's own, in their order.
-    """
+    without one the columns are W's own, in their order."""
     places = code_places(t["kind"], t["width"]).tolist()
     X = decode_groups(*(part.to(t["codes"].device) for part in basis)) if basis else None
     out = []
     for e in experts:
         kind = t["kind"][e].long()
-        width = t["width"][kind].T.repeat_interleave(CODE_BLOCK, 0)  # (columns, rows)
+        order = kind.argsort(stable=True)
+        A = unpack(t["codes"][places[e]:places[e + 1]], t["width"][kind[order]])[order.argsort()]
         scale = t["column"][kind].float() / 256 + (t["row"][e, :, None].float() - 128) / 8
-        A = unpack(t["codes"][places[e]:places[e + 1]], width).T
-        A = A * scale.exp2().repeat_interleave(CODE_BLOCK, 1)
+        A *= scale.exp2().repeat_interleave(CODE_BLOCK, 1)
         if basis:
             out.append(A[:, :len(X)] @ X)
         else:
@@ -346,8 +356,9 @@ def decode(t: dict, basis: Sequence, columns: int, experts: Sequence) -> Tensor:
 
 # What is wrong with a layer's codes t, or None: nothing may be read beyond them
 def code_problem(t: dict, columns: int) -> str | None:
-    if (highest := int(t["width"].max())) not in WIDTHS:
-        return f"width: expected {', '.join(map(str, WIDTHS))}, found {highest}"
+    highest = t["width"].amax(1).tolist()
+    if max(highest) > WIDTHS[-1] or (t["width"][1:] > t["width"][:-1]).any():
+        return f"width: expected 0 to {WIDTHS[-1]} bits, no more in a later class, found {highest}"
     if (highest := int(t["kind"].max())) >= len(t["width"]):
         return f"kind: expected classes below {len(t['width'])}, found {highest}"
     order = t.get("order", torch.zeros(1))
@@ -395,9 +406,7 @@ def check_meta(meta: dict, where: str) -> dict:
     meta is what a reader needs to build modules before it has read a tensor: format_version, model_type,
     fingerprint, dims, experts {layer: [expert]}, families {family: {m, r, s (largest support), groups,
     group {layer: bank}, activation, shift, scale, bank (the owning family)}}; of a family in packed codes
-    {code: trellis, columns, layers {layer: {of (its basis, or null), rows, bytes, classes}}}. UserError names
-    what is wrong first.
-    """
+    {code: trellis, columns, layers {layer: {of (its basis, or null), rows, bytes, classes}}}. UserError."""
     expect(isinstance(meta, dict), f"{where}: expected a description of factors, found {type(meta).__name__}")
     version = meta.get("format_version")
     expect(version in (1, FORMAT_VERSION),
@@ -422,8 +431,7 @@ def check_meta(meta: dict, where: str) -> dict:
 
 def check_sizes(meta: dict, D: Dims, need: Callable) -> None:
     for key in ("experts", "p", "d", "top_k", "shared"):
-        need(whole(getattr(D, key)), f"dims.{key}: a whole number below 2^32")
-    need(D.p > 0 and D.d > 0, "dims.p and dims.d above 0")
+        need(whole(getattr(D, key), key in "pd"), f"dims.{key}: a whole number below 2^32, p and d above 0")
     need(all(whole(l) for l in D.layers), "dims.layers: whole numbers below 2^32")
     need(isinstance(meta.get("config", {}), dict), "config: an object")
     texts = (meta["model_type"], meta["fingerprint"])
@@ -457,8 +465,7 @@ def check_family(meta: dict, name: str, need: Callable) -> None:
 
     # a bank that another family owns has that family's sizes
     owner = meta["families"][f["bank"]]
-    need(owner["bank"] == f["bank"], f"{where}.bank: a family that owns its bank")
-    for key in ("m", "r", "groups", "group"):
+    for key in ("bank", "m", "r", "groups", "group"):
         need(owner[key] == f[key], f"{where}.{key}: as in the family that owns the bank")
 
 
@@ -855,16 +862,14 @@ class GlobeExperts(nn.Module):
         return out
 
     def _can_decode(self, x: Tensor) -> bool:
-        if not self.native_act or not x.shape[0] or x.dtype == torch.float64:
-            return False
-        fits = x.is_cpu or x.shape[0] <= DECODE_TOKENS
-        return fits and native("experts_decode", x.device.type)
+        few = 0 < len(x) <= (math.inf if x.is_cpu else DECODE_TOKENS)
+        fits = self.native_act and few and x.dtype != torch.float64
+        return bool(fits) and native("experts_decode", x.device.type)
 
     # grouped_mm wants rows of whole 16 bytes, and each expert in the slot of its own number
     def _can_group(self, x: Tensor, tensors: list) -> bool:
-        if not len(x) or x.device.type != "cpu" and x.dtype != torch.bfloat16:
-            return False
-        if any(n * t.itemsize % 16 for t in tensors for n in t.shape[1:]):
+        ragged = any(n * t.itemsize % 16 for t in tensors for n in t.shape[1:])
+        if ragged or not len(x) or x.device.type != "cpu" and x.dtype != torch.bfloat16:
             return False
         return self.composed or self.full() and all(e == i for e, i in self.cache.slot_of.items())
 
@@ -873,9 +878,8 @@ class GlobeExperts(nn.Module):
         E = self.num_experts
         flat, order = index.reshape(-1).sort(stable=True)
         token = order // index.shape[-1]
-        ones = torch.ones_like(flat, dtype=torch.int32)
-        counts = torch.zeros(E + 1, dtype=torch.int32, device=x.device).scatter_add_(0, flat, ones)
-        ends = counts.cumsum(0, dtype=torch.int32)[:E]
+        counts = (flat == torch.arange(E, device=x.device)[:, None]).sum(1)
+        ends = counts.cumsum(0, dtype=torch.int32)
 
         def project(f: str, x: Tensor) -> Tensor:
             M, A = operands[f]
@@ -958,11 +962,10 @@ class GlobeExperts(nn.Module):
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *tensors)):
             return None
         # layers spread over devices fetch the bases that are mixed, not the bank
-        if len({t.device for t in tensors}) > 1:
-            return None
+        together = len({t.device for t in tensors}) == 1
         # all but the mixtures are products' factors
         fits = all(t.is_contiguous() and (t.ndim < 3 or t.dtype == x.dtype) for t in tensors)
-        return read if fits else None
+        return read if together and fits else None
 
     def forward_bases(self, x: Tensor, index: Tensor, weights: Tensor, read: list) -> Tensor:
         """Nothing composed: A sum_j alpha_j (B_j x) of gate and up, sum_j B_j^T (alpha_j A^T h) of down."""
@@ -1007,8 +1010,7 @@ class GlobeCoded(nn.Module):
         self.embeds = isinstance(old, nn.Embedding)
         self.bias = getattr(old, "bias", None)
         self._tied = (tied,)  # the embedding of a head without codes of its own; a tuple hides it
-        like = torch.empty(0, dtype=old.weight.dtype, device="cpu")  # has the model's dtype
-        self.register_buffer("like", like, persistent=False)
+        self.register_buffer("like", torch.empty(0, dtype=old.weight.dtype, device="cpu"), persistent=False)
         for key, (shape, dtype) in {} if tied else group_shapes("weight", *old.weight.shape, bits).items():
             self.register_buffer(key, torch.empty(shape, dtype=dtype, device="meta"))
 
@@ -1028,9 +1030,8 @@ class GlobeLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         W = self.weight
         half = input.dtype == W.dtype and W.itemsize == 2 and input.is_cpu and W.is_cpu
-        if not half or type(W) is not nn.Parameter or not W.is_contiguous() or not input.numel() * W.numel():
-            return super().forward(input)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        plain = type(W) is nn.Parameter and W.is_contiguous() and input.numel() * W.numel() > 0
+        if not half or not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(input)
         slow = slow_products(W.dtype)
         if input.numel() <= LINEAR_TOKENS[slow] * input.shape[-1] and native("linear", "cpu"):
@@ -1352,6 +1353,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import html
 import json
 import operator
@@ -5235,10 +5237,8 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
 
 
 # ---- Packed codes: a basis per layer, bits by reverse water-filling, a trellis code ----
-# Mean square error of a Gaussian of mean square 1 in each of WIDTHS; and its values' scale, above the best
-# for it alone, since rows that weigh more get more of a stream's bits. Measured.
-CODE_ERROR = (1.0, 0.2903, 0.0804, 0.0223, 0.0061, 0.0018, 0.0005)
-CODE_SCALE = (1.0, 0.97, 1.15, 1.27, 1.36, 1.41, 1.48)
+# Mean square error of a Gaussian of mean square 1 in each of WIDTHS, measured.
+CODE_ERROR = (1.0, 0.2808, 0.0803, 0.0222, 0.00596, 0.00155, 0.00038)
 # Rows of a layer fall into classes, each of half the weighted energy of the one before.
 CLASSES = 16
 # Damping of the metric of an expert's down.
@@ -5251,51 +5251,71 @@ AXES_ROWS = 32
 COLUMNS_AT_ONCE = 64
 
 
-def trellis_encode(x: Tensor, width: Tensor, weight: Tensor, start: Tensor) -> Tensor:
-    """States (n, T) int16, windows of the values nearest to the sequences x (n, T): Viterbi's algorithm.
+def trellis_encode(x: Tensor, width: Tensor, weight: Tensor) -> Tensor:
+    """States (n, T) int16 of the levels nearest to the sequences x (n, T): Viterbi's algorithm.
 
-    width (n, T) uint8: bits of each value; where there are none the state stays, and stands for nothing.
-    weight (n, T): of the squared errors. start (n,) int64: the state in front of each sequence."""
-    told = x, width, weight, trellis_values().to(x.device), start
+    A state has the last nine trellis bits, the newest lowest, and above them the other bits of its own.
+    width (n, T) uint8: bits of each; without any the trellis stays, and the state is 0.
+    weight (n, T): of the squared errors."""
+    told = x, width, weight, trellis_levels().to(x.device), trellis_subsets().to(x.device)
     # step by step an accelerator is slower than the CPU
     if native("trellis_encode", "cpu"):
         return torch.ops.globe.trellis_encode(*(t.cpu().contiguous() for t in told)).to(x.device)
     return trellis_torch(*told)
 
 
+# (512,) int64: the lowest two bits of a level's number, by the last nine trellis bits
+@functools.cache
+def trellis_subsets() -> Tensor:
+    window = torch.arange(512)
+    return sum((sum(window >> t for t in taps) & 1) << j for j, taps in enumerate(TAPS))
+
+
 # The torch twin of globe::trellis_encode
-def trellis_torch(x: Tensor, width: Tensor, weight: Tensor, values: Tensor, start: Tensor) -> Tensor:
-    n = len(values)
-    cost = x.new_full((len(x), n), math.inf).scatter_(1, start[:, None], 0)
-    came_from = []
+def trellis_torch(x: Tensor, width: Tensor, weight: Tensor, levels: Tensor, subsets: Tensor) -> Tensor:
+    cost = x.new_full((len(x), 256), math.inf)
+    cost[:, 0] = 0
+    before = torch.arange(512, device=x.device) >> 1
+    steps = []
     for t in range(x.shape[1]):
-        came_from.append(torch.zeros(len(x), n, dtype=torch.uint8, device=x.device))
-        for k in width[:, t].unique().tolist():
-            rows = (width[:, t] == k).nonzero()[:, 0]
-            # the window loses its k highest bits: the cheapest of the states that differ in these goes on
-            least, lost = cost[rows].view(-1, 2 ** k, n >> k).min(1)
-            came_from[t][rows, :n >> k] = lost.to(torch.uint8)
-            least = least.repeat_interleave(2 ** k, 1)
-            step = (x[rows, t, None] - values).square_() * weight[rows, t, None]
-            cost[rows] = least + step if k else least
+        # of each subset of the levels the nearest
+        levels_of = levels[width[:, t].long()].unflatten(1, (-1, 4))
+        distance, nearest = (x[:, t, None, None] - levels_of).square().min(1)
+        step = weight[:, t, None] * distance
+        # two states lead to each: the trellis bit that leaves the window tells them apart
+        least, lost = (cost[:, before] + step[:, subsets]).unflatten(1, (2, 256)).min(1)
+        cost = torch.where(width[:, t, None] > 0, least, cost)
+        steps.append((lost, nearest))
     # back from the cheapest end
-    state = cost.argmin(-1)
+    state = cost.argmin(-1, keepdim=True)
     states = []
     for t in reversed(range(x.shape[1])):
-        states.append(state.to(torch.int16))
-        k = width[:, t].long()
-        low = state >> k
-        lost = came_from[t].gather(1, low[:, None])[:, 0].long() << (WINDOW - k)
-        state = torch.where(k > 0, lost | low, state)
-    return torch.stack(states[::-1], 1)
+        lost, nearest = steps[t]
+        window = lost.gather(1, state) << 8 | state
+        more = nearest.gather(1, subsets[window])
+        coded = width[:, t, None] > 0
+        states.append(torch.where(coded, window | more << 9, 0).to(torch.int16))
+        state = torch.where(coded, window >> 1, state)
+    return torch.cat(states[::-1], 1)
 
 
-# bytes of the states (T,) of one stream, the first value's bits highest; width (T,)
-def packed(states: Tensor, width: Tensor) -> bytes:
-    # a value's own bits to the front of a byte
-    front = (states << (8 - width.short())).to("cpu", torch.uint8)
-    bits = np.unpackbits(front.numpy()).reshape(-1, 8)
-    return np.packbits(bits[np.arange(8) < width.cpu().numpy()[:, None]]).tobytes()
+# What states stand for, at widths of the same shape
+def trellis_value(states: Tensor, width: Tensor) -> Tensor:
+    states = states.long()
+    number = trellis_subsets().to(states.device)[states & 511] | states >> 9 << 2
+    return trellis_levels().to(states.device)[width.long(), number]
+
+
+# What unpack undoes: bytes of the states (columns, rows) of a matrix, at widths (rows, B)
+def packed(states: Tensor, width: np.ndarray) -> bytes:
+    own = (states & 1 | states >> 9 << 1).to("cpu", torch.uint8).numpy()
+    parts = []
+    for b in range(width.shape[1]):
+        block = own[b * CODE_BLOCK:(b + 1) * CODE_BLOCK]
+        for i in range(width[0, b]):
+            bits = block[:, :(width[:, b] > i).sum()] >> i & 1
+            parts.append(np.packbits(bits, 1, "little").T.tobytes())
+    return b"".join(parts)
 
 
 # (n, p, columns) -> (n, p, B, CODE_BLOCK), the last block filled up with zeros
@@ -5376,17 +5396,21 @@ def spectrum(c: Coordinates, tables: int = 1) -> Spectrum:
     squares = squares.mean(-1).flatten(0, 1)  # (n p, B)
     costs = costs.mean(-1).flatten(0, 1) * c.weights.reshape(-1, 1)
 
-    # classes by what the whole row weighs, in factors of two; the last one has all that is less
-    total = costs.sum(-1)
+    # classes by what eight like rows weigh, in factors of two; the last one has all that is less
+    total, order = costs.sum(-1).view(c.weights.shape).sort(-1, descending=True)
+    total = total[:, ::8].repeat_interleave(8, 1)[:, :order.shape[1]]
     level = (total.max().clamp_min(1e-30) / total.clamp_min(1e-38)).log2()
+    level = torch.empty_like(level).scatter_(1, order, level).flatten()
     found, kind = level.long().clamp_max(CLASSES - 1).unique(return_inverse=True)
     belongs = F.one_hot(kind, len(found)).float().T  # (K, n p)
     count = belongs.sum(1)
     share = belongs / count.clamp_min(1)[:, None]
+    # the last rows, fewer than eight, take as many bits as eight
+    n, p, d = c.y.shape
+    count += (-p % 8) * F.one_hot(kind.view(n, p).amax(1), len(found)).sum(0)
 
-    d = c.y.shape[-1]
     block_bits = {"orthonormal": CODE_BLOCK * (8 * d + 16 * math.ceil(d / 64)),
-                  "identity": 16 * CODE_BLOCK * len(c.y), "rotation": 0}[c.basis]
+                  "identity": 16 * CODE_BLOCK * n, "rotation": 0}[c.basis]
     return Spectrum(kind.view(c.weights.shape), count, share @ squares, share @ costs, block_bits, tables)
 
 
@@ -5394,8 +5418,8 @@ def spectrum(c: Coordinates, tables: int = 1) -> Spectrum:
 # width and a scale
 def stored_bits(s: Spectrum, width: Tensor) -> float:
     used = max(1, int((width > 0).any(0).sum()))
-    codes = CODE_BLOCK * float((s.count[:, None] * width).sum()) + 8 * len(s.kind)
-    return codes + s.block_bits * used + 16 * float(s.count.sum()) + 24 * s.tables * len(s.count) * used
+    codes = CODE_BLOCK * float((s.count[:, None] * width).sum())
+    return codes + s.block_bits * used + 16 * s.kind.numel() + 24 * s.tables * len(s.count) * used
 
 
 def share_bits(spectra: dict, bits: float) -> dict:
@@ -5416,6 +5440,8 @@ def share_bits(spectra: dict, bits: float) -> dict:
             # a block pays for its rows of the basis too
             gain = (cost[..., 0] - best).sum(0)
             choice[:, gain <= price * s.block_bits] = 0
+            # no more in a later class
+            choice = choice.cummin(0)[0]
             chosen[key] = widths[choice]
         return sum(stored_bits(s, chosen[key]) for key, s in spectra.items()), chosen
 
@@ -5497,7 +5523,7 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
     """({kind of tensor: tensor}, [each matrix' codes], what is decoded (n, p, c)) at widths (K, B).
 
     Columns are coded one after the other, each with what those before it lost (GPTQ). Within one, rows share
-    a stream: the path through the trellis weighs their errors, and so gives bits to rows that need them.
+    a path through the trellis, which weighs their errors, and so gives bits to rows that need them.
 
     Errors f = e U^-1 cost |f|^2 + (f V)^2. Where f V has come to `missed`, the columns that are left would
     best miss their own values by -missed V / (1 + |V|^2), of their V alone: each aims there."""
@@ -5505,8 +5531,8 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
     narrow = width.to(torch.uint8)
     y = blocks_of(c.y).flatten(2).transpose(1, 2).contiguous()  # (n, columns, p)
     n, columns, p = y.shape
-    values = trellis_values().to(y.device)
-    code_scale = torch.tensor(CODE_SCALE, device=y.device)
+    order = of.argsort(dim=1, stable=True)
+    place = order.argsort(1)
 
     # a row's scale: what is left of its own beside its class'
     squares = y.square().unflatten(1, (-1, CODE_BLOCK)).mean(2).transpose(1, 2)  # (n, p, B)
@@ -5516,9 +5542,7 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
     row_scale = ((row.float() - 128) / 8).exp2()  # (n, p)
 
     column = torch.zeros_like(width, dtype=torch.int16)
-    coded = (narrow > 0).any(0)
     states = torch.zeros(n, columns, p, dtype=torch.int16, device=y.device)
-    state = torch.zeros(n, dtype=torch.long, device=y.device)
     belongs = F.one_hot(of.flatten(), len(width)).float().T  # (K, n p)
     belongs /= belongs.sum(1, keepdim=True).clamp_min(1)
     V = c.V
@@ -5539,19 +5563,17 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
                 bits = narrow[:, b][of]
                 block = y[:, j:j + CODE_BLOCK].square().mean(1) / row_scale.square()
                 energy = belongs @ block.flatten()  # (K,)
-                column[:, b], size = log_scale(energy.sqrt() * code_scale[width[:, b]])
+                column[:, b], size = log_scale(energy.sqrt())
                 scale = size[of] * row_scale
                 weight = c.weights * scale.square()
                 weight /= weight.amax(1, keepdim=True).clamp_min(1e-38)
-                decoded_scale = scale * (bits > 0)
             error = y[:, j].clone()
             aim = missed * V[:, j] / left * unit[:, j, None]
             behind = (left - V[:, j].square()).clamp_min(1)
-            if coded[b]:
-                target = (y[:, j] - aim) / scale
-                states[:, j] = trellis_encode(target, bits, weight * left / behind, state)
-                state = states[:, j, -1].long()
-                error -= values[states[:, j].int()] * decoded_scale
+            if bits.any():
+                told = (y[:, j] - aim) / scale, bits, weight * left / behind
+                states[:, j] = trellis_encode(*(t.gather(1, order) for t in told))
+                error -= trellis_value(states[:, j].gather(1, place), bits) * scale
             y[:, j] -= error
             error /= unit[:, j, None]
             missed -= V[:, j] * error
@@ -5564,10 +5586,7 @@ def code(c: Coordinates, s: Spectrum, width: Tensor) -> tuple:
         if c.U is not None:
             y[:, stop:c.y.shape[2]] -= c.U[:, start:stop, stop:].mT @ errors
 
-    # of blocks without any bits there is nothing to pack
-    widths = narrow[:, coded].T.repeat_interleave(CODE_BLOCK, 0)
-    states = states[:, coded.repeat_interleave(CODE_BLOCK)]
-    codes = [packed(states[i].flatten(), widths[:, of[i]].flatten()) for i in range(n)]
+    codes = [packed(states[i], narrow[of[i, order[i]]].cpu().numpy()) for i in range(n)]
     tensors = {"kind": s.kind.to(torch.uint8), "row": row, "width": narrow, "column": column}
     return tensors, codes, y[:, :c.y.shape[2]].transpose(1, 2)
 
@@ -6906,7 +6925,7 @@ class FitPlan:
             memory += 40 * n // self.layers * D.p ** 2 * ("down" in job)
             down = 2 * size * len(self.keys) * D.p * D.d * (data and cfg.fit.down)
             return {"dense": dense, "stored": stored, "memory": memory, "disk": 2 * stored + down,
-                    "flops": 3 * 2 ** WINDOW * dense, "spill": False}
+                    "flops": 3 * 512 * dense, "spill": False}
 
         # in float32: banks, a batch of experts with what is computed of it; state, mean inputs, factors
         budget = fit_budget(cfg, self.device)

@@ -23,6 +23,7 @@ typedef int32_t vi __attribute__((vector_size(VB)));
 typedef vu vu_mem __attribute__((aligned(1), may_alias));
 typedef vf vf_mem __attribute__((aligned(1), may_alias));
 typedef vd vd_mem __attribute__((aligned(1), may_alias));
+typedef vi vi_mem __attribute__((aligned(1), may_alias));
 
 template <class W> struct Vec;
 template <> struct Vec<float> { typedef vf v; typedef vf_mem mem; typedef vi mask; };
@@ -1058,8 +1059,10 @@ void linear(Type type, const void* x, const void* W, const void* bias, void* out
 }
 
 // ---- trellis_encode ------------------------------------------------------------------------------------
-// Viterbi's algorithm: a state is the window of a column's last bits; a column of k bits shifts k old ones out at the top and
-// k new ones in below. The cheapest path to each state is kept, with the old bits that it lost.
+// Viterbi's algorithm: a state is the last 8 trellis bits, a window has the bit that leaves in front of them. Each window stands
+// for one of four subsets of the levels, of which the nearest is taken. Two windows lead to a state: the one lost is kept.
+constexpr int64_t STATES = 256;
+
 INLINE vf shuffled(vf v, vi at) {
 #if defined(__clang__)
   vf out;
@@ -1070,87 +1073,76 @@ INLINE vf shuffled(vf v, vi at) {
 #endif
 }
 
-// Where `lost` has what belongs to the state `low`: of up to 16 states, four vectors' are the bytes of one.
-INLINE int64_t lost_place(int64_t low, int64_t K) {
+// Where `lost` has what belongs to a state: four vectors' are the bytes of one.
+INLINE int64_t lost_place(int64_t state) {
   constexpr int64_t n = VB / 4;
-  if (K > 16) return low;
-  return low / (4 * n) * (4 * n) + low % n * 4 + low / n % 4;
+  return state / (4 * n) * (4 * n) + state % n * 4 + state / n % 4;
 }
 
-template <int K> void trellis_step(const float* cost, float* next, uint8_t* lost, const float* values, float x, float weight, int64_t m) {
+// Of 2^(k - 1) levels, four numbers apart, the nearest to x
+INLINE int64_t nearest(const float* levels, int64_t k, float x) {
+  int64_t best = 0;
+  for (int64_t u = 1; u < int64_t(1) << (k - 1); ++u)
+    if (std::abs(x - levels[4 * u]) < std::abs(x - levels[4 * best])) best = u;
+  return best;
+}
+
+// d: what each subset costs; of: the subset of each window
+static void trellis_step(const float* cost, float* next, uint8_t* lost, vf d, const int32_t* of) {
   constexpr int64_t n = VB / 4;
-  constexpr int64_t Q = K > 16 ? 1 : 4;
-  typedef uint8_t bytes __attribute__((vector_size(VB / 4)));
-  vi spread[K];  // lane i of part j of a vector that comes K times over
-  for (int j = 0; j < K; ++j)
-    for (int i = 0; i < n; ++i) spread[j][i] = (j * n + i) / K;
-  // weight (x - v)^2 as a square
-  const float root = std::sqrt(weight);
-  const vf xs = splat(root * x), ws = splat(root);
-  for (int64_t first = 0; first < m; first += Q * n) {
+  vi twice[2];  // lane i of either half of a vector whose lanes come twice
+  for (int i = 0; i < n; ++i) twice[0][i] = i / 2, twice[1][i] = (n + i) / 2;
+  for (int64_t first = 0; first < STATES; first += 4 * n) {
     vi all = {};
-    for (int64_t q = 0; q < Q; ++q) {
-      const int64_t low = first + q * n;
-      // of the K states that differ in their top bits alone the cheapest
-      vf least = *(const vf_mem*)(cost + low);
-      vi which = {};
-      for (int j = 1; j < K; ++j) {
-        const vf c = *(const vf_mem*)(cost + j * m + low);
-        const vi less = c < least;
-        which = less ? vi{} + (j << 8 * q) : which;
-        least = less ? c : least;
-      }
-      all |= which;
-      // goes on to K states each
-      for (int j = 0; j < K; ++j) {
-        const vf d = xs - ws * *(const vf_mem*)(values + low * K + j * n);
-        *(vf_mem*)(next + low * K + j * n) = shuffled(least, spread[j]) + d * d;
-      }
+    for (int64_t q = 0; q < 4; ++q) {
+      const int64_t state = first + q * n;
+      const int64_t from = (state - q % 2 * n) / 2;
+      const vf a = shuffled(*(const vf_mem*)(cost + from), twice[q % 2]) + shuffled(d, *(const vi_mem*)(of + state));
+      const vf b = shuffled(*(const vf_mem*)(cost + STATES / 2 + from), twice[q % 2]) + shuffled(d, *(const vi_mem*)(of + STATES + state));
+      const vi less = b < a;
+      *(vf_mem*)(next + state) = less ? b : a;
+      all |= less & (1 << 8 * q);
     }
-    if (Q == 4) {
-      std::memcpy(lost + first, &all, sizeof all);
-    } else {
-      const bytes narrow = __builtin_convertvector(all, bytes);
-      std::memcpy(lost + first, &narrow, sizeof narrow);
-    }
+    std::memcpy(lost + first, &all, sizeof all);
   }
 }
 
-// sequences x (rows, columns), widths 0 to 6, weights of squared errors -> states (rows, columns); start: each row's state in
-// front of the first column. A column of no width leaves the state as it is.
-void trellis(const float* x, const uint8_t* width, const float* weight, const float* values, const int64_t* start, int16_t* states,
-             int64_t rows, int64_t columns, int64_t bits) {
-  const int64_t S = int64_t(1) << bits;
-  parallel(rows, columns * S, [&](int64_t begin, int64_t end) {
-    std::vector<float> cost(S), next(S);
-    std::vector<uint8_t> lost(columns * S / 2);
+// sequences x (rows, columns), widths 0 to 6, weights of squared errors, levels (7, 128), subsets (512,) -> states (rows, columns):
+// windows, above them what is left of a level's number. A column of no width leaves the trellis as it is.
+void trellis(const float* x, const uint8_t* width, const float* weight, const float* levels, const int64_t* subsets, int16_t* states,
+             int64_t rows, int64_t columns) {
+  std::vector<int32_t> of(subsets, subsets + 2 * STATES);
+  parallel(rows, columns * STATES, [&](int64_t begin, int64_t end) {
+    std::vector<float> cost(STATES), next(STATES);
+    std::vector<uint8_t> lost(columns * STATES);
     for (int64_t row = begin; row < end; ++row) {
       const uint8_t* w = width + row * columns;
       std::fill(cost.begin(), cost.end(), std::numeric_limits<float>::infinity());
-      cost[start[row]] = 0;
+      cost[0] = 0;
       uint8_t* to = lost.data();
       for (int64_t t = 0; t < columns; ++t) {
-        const float at = x[row * columns + t], a = weight[row * columns + t];
-        switch (w[t]) {
-          case 0: continue;
-          case 1: trellis_step<2>(cost.data(), next.data(), to, values, at, a, S >> 1); break;
-          case 2: trellis_step<4>(cost.data(), next.data(), to, values, at, a, S >> 2); break;
-          case 3: trellis_step<8>(cost.data(), next.data(), to, values, at, a, S >> 3); break;
-          case 4: trellis_step<16>(cost.data(), next.data(), to, values, at, a, S >> 4); break;
-          case 5: trellis_step<32>(cost.data(), next.data(), to, values, at, a, S >> 5); break;
-          default: trellis_step<64>(cost.data(), next.data(), to, values, at, a, S >> 6);
+        if (!w[t]) continue;
+        const float at = x[row * columns + t];
+        vf d = {};
+        for (int64_t z = 0; z < 4; ++z) {
+          const float* of_subset = levels + 128 * w[t] + z;
+          const float error = at - of_subset[4 * nearest(of_subset, w[t], at)];
+          d[z] = weight[row * columns + t] * error * error;
         }
-        to += S >> w[t];
+        trellis_step(cost.data(), next.data(), to, d, of.data());
+        to += STATES;
         cost.swap(next);
       }
       // back from the cheapest end
       int64_t state = std::min_element(cost.begin(), cost.end()) - cost.begin();
       for (int64_t t = columns; t-- > 0;) {
-        states[row * columns + t] = int16_t(state);
+        states[row * columns + t] = 0;
         if (!w[t]) continue;
-        to -= S >> w[t];
-        const int64_t low = state >> w[t];
-        state = int64_t(to[lost_place(low, 1 << w[t])]) << (bits - w[t]) | low;
+        to -= STATES;
+        const int64_t window = to[lost_place(state)] * STATES + state;
+        const int64_t more = nearest(levels + 128 * w[t] + of[window], w[t], x[row * columns + t]);
+        states[row * columns + t] = int16_t(window | more << 9);
+        state = window >> 1;
       }
     }
   });

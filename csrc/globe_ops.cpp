@@ -192,28 +192,25 @@ static Tensor linear(Tensor x, Tensor W, std::optional<Tensor> bias) {
   return out;
 }
 
-// x (n, columns) float32, width (n, columns) uint8 in 0..6, weight (n, columns) float32, values (2^bits,) float32, start (n,) int64
-// the states in front of the first column -> states (n, columns) int16
-static Tensor trellis_encode(Tensor x, Tensor width, Tensor weight, Tensor values, Tensor start) {
-  check(x.dim() == 2, "globe::trellis_encode: expected x (n, columns), found ", shape_of(x));
-  expect("globe::trellis_encode", "x", x, ScalarType::Float, x, {x.size(0), x.size(1)});
-  expect("globe::trellis_encode", "width", width, ScalarType::Byte, x, {x.size(0), x.size(1)});
-  expect("globe::trellis_encode", "weight", weight, ScalarType::Float, x, {x.size(0), x.size(1)});
-  expect("globe::trellis_encode", "values", values, ScalarType::Float, x, {values.numel()});
-  expect("globe::trellis_encode", "start", start, ScalarType::Long, x, {x.size(0)});
-  int64_t bits = 0;
-  while ((int64_t(1) << bits) < values.numel()) ++bits;
-  check(10 <= bits && bits <= 15 && values.numel() == int64_t(1) << bits,
-        "globe::trellis_encode: expected 2^10 to 2^15 values, found ", values.numel());
+// x (n, columns) float32, width (n, columns) uint8 in 0..6, weight (n, columns) float32, levels (7, 128) float32, subsets (512,) int64
+// -> states (n, columns) int16
+static Tensor trellis_encode(Tensor x, Tensor width, Tensor weight, Tensor levels, Tensor subsets) {
+  const char* op = "globe::trellis_encode";
+  check(x.dim() == 2, op, ": expected x (n, columns), found ", shape_of(x));
+  expect(op, "x", x, ScalarType::Float, x, {x.size(0), x.size(1)});
+  expect(op, "width", width, ScalarType::Byte, x, {x.size(0), x.size(1)});
+  expect(op, "weight", weight, ScalarType::Float, x, {x.size(0), x.size(1)});
+  expect(op, "levels", levels, ScalarType::Float, x, {7, 128});
+  expect(op, "subsets", subsets, ScalarType::Long, x, {512});
   const uint8_t* w = (const uint8_t*)width.const_data_ptr();
   for (int64_t i = 0; i < width.numel(); ++i)
-    check(w[i] <= 6, "globe::trellis_encode: width: expected 0 to 6, found ", int(w[i]));
-  const int64_t* s = (const int64_t*)start.const_data_ptr();
-  for (int64_t i = 0; i < x.size(0); ++i)
-    check(0 <= s[i] && s[i] < values.numel(), "globe::trellis_encode: start: expected states below ", values.numel(), ", found ", s[i]);
+    check(w[i] <= 6, op, ": width: expected 0 to 6, found ", int(w[i]));
+  const int64_t* s = (const int64_t*)subsets.const_data_ptr();
+  for (int64_t i = 0; i < 512; ++i)
+    check(0 <= s[i] && s[i] < 4, op, ": subsets: expected 0 to 3, found ", s[i]);
   Tensor states = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Short);
-  RUN(trellis, (const float*)x.const_data_ptr(), w, (const float*)weight.const_data_ptr(), (const float*)values.const_data_ptr(), s,
-      (int16_t*)states.mutable_data_ptr(), x.size(0), x.size(1), bits);
+  RUN(trellis, (const float*)x.const_data_ptr(), w, (const float*)weight.const_data_ptr(), (const float*)levels.const_data_ptr(), s,
+      (int16_t*)states.mutable_data_ptr(), x.size(0), x.size(1));
   return states;
 }
 
@@ -232,7 +229,7 @@ STABLE_TORCH_LIBRARY(globe, m) {
         "Tensor up, Tensor? up_A, Tensor? up_idx, Tensor? up_val, Tensor down, Tensor? down_A, Tensor? down_idx, Tensor? down_val, "
         "float[] scale, float[] shift, str activation) -> Tensor");
   m.def("linear(Tensor x, Tensor W, Tensor? bias) -> Tensor");
-  m.def("trellis_encode(Tensor x, Tensor width, Tensor weight, Tensor values, Tensor start) -> Tensor");
+  m.def("trellis_encode(Tensor x, Tensor width, Tensor weight, Tensor levels, Tensor subsets) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(globe, CompositeExplicitAutograd, m) { m.impl("about", TORCH_BOX(&globe::about)); }
