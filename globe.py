@@ -686,10 +686,8 @@ class GlobeExperts(nn.Module):
     def held(self, mode: str) -> dict:
         p, d = self.intermediate_dim, self.hidden_dim
         least = p * d if mode == "all" and not self.composed else math.inf
-        held = {}
-        for f, about in self.families.items():
-            held[f] = "weight" if "code" in about or about["r"] * (p + d) >= least else "basis"
-        return held
+        whole = {f for f, about in self.families.items() if "code" in about or about["r"] * (p + d) >= least}
+        return {f: "weight" if f in whole else "basis" for f in self.families}
 
     def item_bytes(self) -> int:
         itemsize = (self.cache_dtype or self._adapters().dtype).itemsize
