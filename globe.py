@@ -11,11 +11,6 @@ Every expert's gate and up matrix (and, on request, its down matrix, transposed)
     phi               identity, silu or tanh
     B~_i     (r, d)   phi(sum_j alpha_ij B_j), the composed basis: built once per expert, kept in an LRU cache
 
-The fit minimises  sum_i || S_i^T (W_i - W^_i) L ||_F^2
-
-    L        (d, d)   Cholesky factor of the second moment of the layer's inputs on a calibration text
-    S_i      (p,)     how far an error in each row of the expert moves the model's own predictions
-
 Words: a *family* is gate, up or down. *Factors* are banks, mixtures and adapters. An *export* is a directory
 that transformers loads. A *run* is a directory of factors, their config, a log and the state to resume from.
 
@@ -38,7 +33,6 @@ import itertools
 import math
 import os
 import re
-import shutil
 import threading
 import time
 import timeit
@@ -94,8 +88,7 @@ def short(value: Any) -> str:
 @dataclass
 class CacheConfig:
     """How composed experts are held at run time."""
-    mode: str = "lru"             # lru (the most recently used) | all (every expert, composed once) | none |
-                                  # direct (nothing is composed, the bases act on the tokens; identity alone)
+    mode: str = "lru"             # lru | all (each, composed once) | none | direct (bases act on the tokens)
     per_layer: int | None = None  # slots per layer; default: half of the experts
     budget: float | None = None   # MiB for all layers together, in place of per_layer
     dtype: str | None = None      # of what is held; default: the model's
@@ -116,7 +109,7 @@ def as_dtype(name: str | None) -> torch.dtype | None:
 
 # ======== 2. Operators: one entry point each; the torch twin is fallback and oracle of the native one =
 KERNELS_VERSION = 6  # of the operators' schemas in csrc/; an older library is refused
-BUILD: list = []     # how csrc/ is compiled, which section 7 adds; an export has nothing to compile
+BUILD = [lambda: (None, "an export has no csrc/")]  # (library, how it came), or none: section 7 compiles it
 
 
 @functools.cache
@@ -133,7 +126,8 @@ def kernels() -> str:
         return "torch, GLOBE_KERNELS=off"
     how = "loaded by another copy of globe.py"
     if first := not hasattr(torch.ops.globe, "about"):
-        path, how = find_library(mode)
+        wheel = importlib.util.find_spec("globe_ops") if mode == "auto" else None
+        path, how = (wheel.origin, f"installed: {wheel.origin}") if wheel else BUILD[0]()
         if path is None:
             expect(mode == "auto", f"GLOBE_KERNELS=jit: {how}")
             warnings.warn(f"globe: torch's operators are used, which are slower: {how}", stacklevel=2)
@@ -148,21 +142,6 @@ def kernels() -> str:
     return f"native {isa}, {how}"
 
 
-# (path of the native operators, where it comes from), or (None, what is missing)
-def find_library(mode: str) -> tuple:
-    wheel = importlib.util.find_spec("globe_ops") if mode == "auto" else None
-    if wheel:
-        return wheel.origin, f"installed: {wheel.origin}"
-    csrc = Path(__file__).resolve().parent / "csrc"
-    if not BUILD or not csrc.is_dir():
-        return None, "no csrc/ beside globe.py"
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if not compiler:
-        return None, "no C++ compiler"
-    path = BUILD[0](csrc, compiler)
-    return path, f"built: {path}"
-
-
 # Tell autograd and torch.compile about the operators: shapes without data, and a backward
 def register_kernels() -> None:
     like = torch.empty_like
@@ -174,7 +153,10 @@ def register_kernels() -> None:
         "simplex_backward": lambda grad, p, alpha: like(p),
         "experts_decode": lambda x, *rest: like(x),
         "experts_mixed": lambda x, *rest: like(x),
-        "linear": lambda x, W, bias: x.new_empty(x.shape[0], W.shape[0]),
+        "coded_experts": lambda x, *rest: like(x),
+        "linear": lambda x, W, *rest: x.new_empty(x.shape[0], W.shape[0]),
+        "coded_linear": lambda x, W, *rest: x.new_empty(x.shape[0], W.shape[0]),
+        "unpack": lambda codes, width, levels, subsets: levels.new_empty(len(width), 8 * width.shape[1]),
     }.items():
         torch.library.register_fake(f"globe::{name}", fake)
 
@@ -193,14 +175,8 @@ def register_kernels() -> None:
 # Whether the native form of an operator serves a kind of device; settled while torch.compile traces
 @torch.compiler.assume_constant_result
 def native(op: str, device: str) -> bool:
-    return has_kernel(op, device)
-
-
-@functools.cache
-def has_kernel(op: str, device: str) -> bool:
-    if not kernels().startswith("native"):
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"globe::{op}", device.upper())
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return kernels().startswith("native") and has_kernel(f"globe::{op}", device.upper())
 
 
 # Whether half types multiply slower than float32 on this device: measured, since torch does not tell
@@ -209,11 +185,11 @@ def slow_products(dtype: torch.dtype, device: str = "cpu") -> bool:
     if device != "cpu" or dtype.itemsize != 2:
         return False
 
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(192, 192, dtype=dtype)
-        return min(timeit.repeat(lambda: torch.mm(a, a), number=1, repeat=4))
-
-    return seconds(dtype) > 2 * seconds(torch.float32)
+    seconds = []
+    for kind in (dtype, torch.float32):
+        a = torch.ones(192, 192, dtype=kind)
+        seconds.append(min(timeit.repeat(lambda: torch.mm(a, a), number=1, repeat=4)))
+    return seconds[0] > 2 * seconds[1]
 
 
 # ---- compose -----------------------------------------------------------------------------------------
@@ -297,8 +273,17 @@ def trellis_levels() -> Tensor:
     rows = [torch.zeros(128)]
     for k, (a, b) in enumerate(LEVELS, 1):
         q = torch.special.ndtri((torch.arange(2 ** (k + 1), dtype=torch.float64) + 0.5) / 2 ** (k + 1))
-        rows.append(F.pad(a * q + b * q ** 3, (0, 128 - len(q)), value=math.inf))
+        levels = a * q + b * q ** 3
+        unit = levels[-1] / 127  # whole numbers of it: native products take them in 8 bits
+        rows.append(F.pad((levels / unit).round() * unit, (0, 128 - len(q)), value=math.inf))
     return torch.stack(rows).float()
+
+
+# (512,) int64: the lowest two bits of a level's number, by the last nine trellis bits
+@functools.cache
+def trellis_subsets() -> Tensor:
+    window = torch.arange(512)
+    return sum((sum(window >> t for t in taps) & 1) << j for j, taps in enumerate(TAPS))
 
 
 def unpack(codes: Tensor, width: Tensor) -> Tensor:
@@ -307,6 +292,8 @@ def unpack(codes: Tensor, width: Tensor) -> Tensor:
     width (rows, B): bits of a number, no more in a later row. Block behind block has the first bits of all
     rows with any, then the second ones, and so on: of eight rows a byte for each column, the first row's bit
     lowest. First bits are the trellis'."""
+    if native("unpack", codes.device.type):
+        return torch.ops.globe.unpack(codes, width, trellis_levels(), trellis_subsets())
     row = torch.arange(len(width), device=codes.device)[:, None]
     counts = torch.stack([(width > i).sum(0) + 7 >> 3 for i in range(WIDTHS[-1])], 1)  # (B, bits)
     starts = counts.flatten().cumsum(0).view(counts.shape) - counts
@@ -317,27 +304,25 @@ def unpack(codes: Tensor, width: Tensor) -> Tensor:
         if i:
             number += bits << i + 1
             continue
-        above = F.pad(bits, (0, 0, 0, 0, 8, 0))
-        for j, taps in enumerate(TAPS):
-            number += (sum(above[8 - t:len(above) - t] for t in taps) & 1) << j
-    which = width.int()[..., None] * 128 + number
-    return trellis_levels().to(codes.device).view(-1)[which].flatten(1)
+        above = F.pad(bits, (0, 0, 0, 0, 8, 0)).int()
+        window = sum(above[8 - t:len(above) - t] << t for t in range(9))
+        number += trellis_subsets().to(codes.device)[window].byte()
+    return trellis_levels().to(codes.device).view(-1)[width.int()[..., None] * 128 + number].flatten(1)
 
 
 # (E + 1,) where each expert's codes begin, in bytes, and where the last one's end; kind (E, p), width (K, B)
 def code_places(kind: Tensor, width: Tensor) -> Tensor:
-    rows = F.one_hot(kind.long(), len(width)).sum(1)  # of each class
-    counts = [rows.float() @ (width > i).float() for i in range(WIDTHS[-1])]
-    return F.pad((8 * sum((count / 8).ceil() for count in counts).long().sum(1)).cumsum(0), (1, 0))
+    octets = (F.one_hot(kind.long(), len(width)).sum(1) + 7) // 8  # of the rows of each class
+    return F.pad((8 * octets * width.long().sum(1)).sum(1).cumsum(0), (1, 0))
 
 
 def decode(t: dict, basis: Sequence, columns: int, experts: Sequence) -> Tensor:
     """W^ (n, rows, columns) float32 of those experts of a layer, from its packed codes t (code_shapes).
 
-    codes: expert behind expert, rows in the order of their classes. kind: those; row: 128 + 8 log2 of its
-    scale; width, column: bits and 256 log2 of a scale by class and block. basis: as decode_groups reads it;
-    without one the columns are W's own, in their order."""
-    places = code_places(t["kind"], t["width"]).tolist()
+    codes: expert behind expert, from places on, rows in the order of their classes. kind: those, in eights;
+    row: 128 + 8 log2 of its scale; width, column: bits and 256 log2 of a scale by class and block. basis: as
+    decode_groups reads it; without one the columns are W's own, in their order."""
+    places = t["places"].tolist()
     X = decode_groups(*(part.to(t["codes"].device) for part in basis)) if basis else None
     out = []
     for e in experts:
@@ -361,11 +346,16 @@ def code_problem(t: dict, columns: int) -> str | None:
         return f"width: expected 0 to {WIDTHS[-1]} bits, no more in a later class, found {highest}"
     if (highest := int(t["kind"].max())) >= len(t["width"]):
         return f"kind: expected classes below {len(t['width'])}, found {highest}"
+    rows = F.one_hot(t["kind"].long()).sum(1).cumsum(1)
+    if ((rows % 8 > 0) & (rows < t["kind"].shape[1])).any():
+        return "kind: expected rows of a class in eights"
     order = t.get("order", torch.zeros(1))
     if not 0 <= int(order.min()) <= int(order.max()) < columns:
         return f"order: expected columns in [0, {columns}), found {int(order.min())}..{int(order.max())}"
-    needed = int(code_places(t["kind"], t["width"])[-1])
-    return None if needed == len(t["codes"]) else f"codes: expected {needed} bytes, found {len(t['codes'])}"
+    places = code_places(t["kind"], t["width"])
+    fine = torch.equal(places, t["places"]) and int(places[-1]) == len(t["codes"])
+    found = f"codes: expected {int(places[-1])} bytes, each matrix' from its place on"
+    return None if fine else f"{found}, found {len(t['codes'])}, places {short(t['places'].tolist())}"
 
 
 def decode_groups(codes: Tensor, scale: Tensor) -> Tensor:
@@ -391,7 +381,6 @@ class Dims:
 
 
 def dims_from(meta: dict) -> Dims:
-    """Dims of a description of factors."""
     return Dims(**{**meta["dims"], "layers": tuple(meta["dims"]["layers"])})
 
 
@@ -422,10 +411,9 @@ def check_meta(meta: dict, where: str) -> dict:
         need(meta["families"], "a family or more")
         for name in meta["families"]:
             check_family(meta, name, need)
-    except UserError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
-        raise UserError(f"{where}: its description is damaged ({type(e).__name__} {e})") from None
+        damaged = UserError(f"{where}: its description is damaged ({type(e).__name__} {e})")
+        raise e if isinstance(e, UserError) else damaged from None
     return meta
 
 
@@ -441,10 +429,9 @@ def check_sizes(meta: dict, D: Dims, need: Callable) -> None:
 def check_experts(meta: dict, D: Dims, need: Callable) -> None:
     need(meta["experts"], "experts of a layer or more")
     for key, experts in meta["experts"].items():
-        need(str(int(key)) == key, f"experts: layers as plain numbers, found {short(key)}")
-        need(int(key) in D.layers, f"experts: layers of dims.layers, found {key}")
-        need(experts and len(set(experts)) == len(experts), f"experts.{key}: each expert once")
-        need(all(whole(e, 0, D.experts + D.shared) for e in experts), f"experts.{key}: experts that dims has")
+        need(str(int(key)) == key and int(key) in D.layers, f"experts: layers of dims, found {short(key)}")
+        fine = experts and all(whole(e, 0, D.experts + D.shared) for e in experts)
+        need(fine and len(set(experts)) == len(experts), f"experts.{key}: experts that dims has, each once")
 
 
 def check_family(meta: dict, name: str, need: Callable) -> None:
@@ -548,7 +535,8 @@ def basis_shapes(layer: dict, d: int) -> dict:
 def code_shapes(layer: dict, n: int, p: int) -> dict:
     table = layer["classes"], -(-layer["rows"] // CODE_BLOCK)
     shapes = {"codes": ((layer["bytes"],), torch.uint8), "kind": ((n, p), torch.uint8),
-              "row": ((n, p), torch.uint8), "width": (table, torch.uint8), "column": (table, torch.int16)}
+              "row": ((n, p), torch.uint8), "width": (table, torch.uint8), "column": (table, torch.int16),
+              "places": ((n + 1,), torch.int64)}
     return shapes if layer["of"] else shapes | {"order": ((n, layer["rows"]), torch.int16)}
 
 
@@ -578,14 +566,16 @@ NATIVE_ACTS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"
 # measured crossing points: up to so many tokens
 DECODE_TOKENS = 8      # experts_decode beats grouped products on an accelerator; on a CPU always
 MIXED_TOKENS = 128     # experts_mixed beats products of what is composed
+CODED_TOKENS = 8       # products with codes beat those of what is decoded
 LINEAR_TOKENS = 8, 64  # the native product of a linear layer beats torch's, and where half products are slow
 CHUNK_TOKENS = 2048    # go through a layer at once, which bounds what its intermediate results take
 FLOPS_PER_NUMBER = 40  # that a CPU core computes while it reads one bfloat16 number
 
 
-# Whether native and grouped products can read these as they lie
-def same_type(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    return all(t.dtype == dtype and t.is_contiguous() for t in tensors)
+# Whether tokens x (t, n) meet codes as they lie: few, for which decoding would be most of the work
+def reads_codes(x: Tensor, op: str) -> bool:
+    few = 0 < len(x) <= CODED_TOKENS and x.dtype != torch.float64
+    return few and not torch.is_grad_enabled() and native(op, x.device.type)
 
 
 # Tokens and routing as native operators take them: weights in float32, else in x's dtype
@@ -594,18 +584,11 @@ def native_args(x: Tensor, index: Tensor, weights: Tensor) -> tuple:
     return x.contiguous(), index.long().contiguous(), weights.contiguous()
 
 
-# [(expert, places)] of a flattened routing (T, k); numbers from `experts` on are of other ranks
-def by_expert(index: Tensor, experts: int) -> list:
-    flat, order = index.flatten().sort(stable=True)
-    used, counts = flat.unique_consecutive(return_counts=True)
-    return [(e, places) for e, places in zip(used.tolist(), order.split(counts.tolist())) if e < experts]
-
-
 class GlobeExperts(nn.Module):
     """Drop-in for a transformers experts module: same forward(hidden_states, top_k_index, top_k_weights).
 
     forward_cached   by composed bases or composed weights from the cache
-    forward_bases    by the bases themselves, nothing composed (cache.mode=direct)
+    forward_bases    by the bases themselves, nothing composed (cache.mode=direct); forward_codes likewise
     forward_loop     one expert after the other: with gradients, or where some experts are dense
     """
 
@@ -718,8 +701,7 @@ class GlobeExperts(nn.Module):
     # What is held of one row: B~ (r, d), or W^ as the model has it
     def _value(self, f: str, row: int) -> Tensor:
         if "code" in self.families[f]:
-            basis = [self._bank[0]._buffers[key] for key in basis_shapes(self._about(f), 1)]
-            return decode(self._codes(f), basis, self._shape(f)[1], [row])[0]
+            return decode(self._codes(f), self._code_basis(f), self._shape(f)[1], [row])[0]
         X = self._basis(f, [row])[0]
         if self.hold[f] == "basis":
             return X
@@ -729,12 +711,15 @@ class GlobeExperts(nn.Module):
         W = self.families[f]["shift"] + self.families[f]["scale"] * W
         return W.T if f == "down" else W
 
-    # A coded family's description in this layer, and its tensors
+    # A coded family's description in this layer, its tensors, and its basis'
     def _about(self, f: str) -> dict:
         return self.families[f]["layers"][str(self.layer)]
 
     def _codes(self, f: str) -> dict:
         return {key: self._buffers[f"{f}_{key}"] for key in code_shapes(self._about(f), 1, 1)}
+
+    def _code_basis(self, f: str) -> list:
+        return [self._bank[0]._buffers[key] for key in basis_shapes(self._about(f), 1)]
 
     # Compose experts into their slots: bases of a family in one call, straight into its slab
     def _fill(self, cache: ExpertCache, experts: list, slots: list) -> None:
@@ -789,10 +774,11 @@ class GlobeExperts(nn.Module):
         """hidden_states (T, d), top_k_index (T, k) int, top_k_weights (T, k) -> (T, d)."""
         args = (hidden_states, top_k_index, top_k_weights)
         if hidden_states.shape[0] > CHUNK_TOKENS and not torch.is_grad_enabled():
-            parts = zip(*(t.split(CHUNK_TOKENS) for t in args))
-            return torch.cat([self.forward(*part) for part in parts])
+            return torch.cat([self.forward(*part) for part in zip(*(t.split(CHUNK_TOKENS) for t in args))])
         if self.composes_afresh(hidden_states):
             return self.forward_loop(*args, fresh=True)
+        if self.codes_do(hidden_states):
+            return self.forward_codes(*args, self._table(self.cache)[1])
         if self.full():
             if not torch.compiler.is_compiling():
                 self.cache.hits += top_k_index.numel()
@@ -842,9 +828,11 @@ class GlobeExperts(nn.Module):
         tensors = [*itertools.chain(*operands.values())]
         read = [t for t in tensors if t is not None]
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *read))
-        if self.dense_row or learns or not same_type(read, x.dtype):
+        fits = all(t.dtype == x.dtype and t.is_contiguous() for t in read)
+        if self.dense_row or learns or not fits:
             return self.forward_loop(x, index, weights)
-        if self._can_decode(x):
+        few = len(x) and (x.is_cpu or len(x) <= DECODE_TOKENS) and x.dtype != torch.float64
+        if few and self.native_act and native("experts_decode", x.device.type):
             args = (*native_args(x, index, weights), *self._table(cache), *tensors, *self.constants)
             return torch.ops.globe.experts_decode.default(*args)
         if self._can_group(x, read):
@@ -858,11 +846,6 @@ class GlobeExperts(nn.Module):
             adapter = self._parameters[f"{f}_A"] if self.hold.get(f) == "basis" else None
             out[f] = (slabs[f] if f in slabs else getattr(self, f"{f}_proj"), adapter)
         return out
-
-    def _can_decode(self, x: Tensor) -> bool:
-        few = 0 < len(x) <= (math.inf if x.is_cpu else DECODE_TOKENS)
-        fits = self.native_act and few and x.dtype != torch.float64
-        return bool(fits) and native("experts_decode", x.device.type)
 
     # grouped_mm wants rows of whole 16 bytes, and each expert in the slot of its own number
     def _can_group(self, x: Tensor, tensors: list) -> bool:
@@ -903,7 +886,11 @@ class GlobeExperts(nn.Module):
         """One expert after the other: differentiable, and for layers of which a part is dense."""
         weights = weights.reshape(-1)
         out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        for e, places in by_expert(index, self.num_experts):
+        flat, order = index.flatten().sort(stable=True)
+        used, counts = flat.unique_consecutive(return_counts=True)
+        for e, places in zip(used.tolist(), order.split(counts.tolist())):
+            if e >= self.num_experts:  # of other ranks
+                continue
             item = self.item(e, fresh)
             token = places // index.shape[-1]
             h = self._gate(torch.cat([self.project(f, x[token], e, item) for f in ("gate", "up")], -1))
@@ -936,14 +923,25 @@ class GlobeExperts(nn.Module):
         y = (x @ A) @ M if f == "down" else F.linear(F.linear(x, M), A)
         return self._rescale(f, y, x)
 
-    # -- the bases themselves
+    # -- the codes or the bases themselves
+    def codes_do(self, x: Tensor) -> bool:
+        coded = all("code" in self.families.get(f, {}) for f in FAMILIES) and not self.dense_row
+        return coded and bool(self.native_act) and not self.full() and reads_codes(x, "coded_experts")
+
+    # Nothing decoded: x (T, d) in 8 bits meets the codes; row: of each expert among the fitted ones
+    def forward_codes(self, x: Tensor, index: Tensor, weights: Tensor, row: Tensor) -> Tensor:
+        args = [x.float().contiguous(), index.long().contiguous(), weights.float().contiguous(), row]
+        args += [[*self._codes(f).values(), *self._code_basis(f)] for f in FAMILIES]
+        args += [trellis_levels(), trellis_subsets(), self.native_act]
+        return torch.ops.globe.coded_experts.default(*args).to(x.dtype)
+
     def bases_read(self, x: Tensor, weights: Tensor) -> list | None:
         """What experts_mixed reads, where these tokens meet the bases themselves (cache.mode=direct).
 
         All bases in use act on each token; composed, only top_k do, but those are written and read first."""
-        if self._bank[0].cache.mode != "direct" or self.dense_row or not self.native_act:
-            return None
-        if len(x) > MIXED_TOKENS or x.dtype == torch.float64 or not native("experts_mixed", x.device.type):
+        direct = self._bank[0].cache.mode == "direct" and not self.dense_row and self.native_act
+        few = len(x) <= MIXED_TOKENS and x.dtype != torch.float64
+        if not direct or not few or not native("experts_mixed", x.device.type):
             return None
         experts = min(len(self.fitted), len(x) * self.top_k)
         most = max(min(about["m"], experts * about["s"]) for about in self.families.values())
@@ -984,6 +982,10 @@ class GlobeShared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         E = self._experts[0]
         flat = x.reshape(-1, x.shape[-1])
+        if E.codes_do(flat):
+            rows = torch.tensor([E.fitted[E.num_experts + i] for i in range(self.slices)])
+            index = torch.arange(self.slices).expand(len(flat), -1)
+            return E.forward_codes(flat, index, torch.ones(index.shape), rows).view(x.shape)
         dense = [f for f in ("gate", "up") if f not in E.families]
         dense = {f: getattr(self, f"{f}_proj")(flat).chunk(self.slices, -1) for f in dense}
         hidden, y = [], 0.0
@@ -1016,9 +1018,14 @@ class GlobeCoded(nn.Module):
         codes = self._tied[0] or self
         if self.embeds:
             return decode_groups(codes.weight[x], codes.weight_scale[x]).to(self.like.dtype)
-        rows = max(1, 2 ** 24 // x.shape[-1])  # 64 MiB at a time, for a vocabulary's sake
-        parts = zip(codes.weight.split(rows), codes.weight_scale.split(rows))
-        y = torch.cat([F.linear(x, decode_groups(*part).to(x.dtype)) for part in parts], -1)
+        flat = x.reshape(-1, x.shape[-1])
+        if reads_codes(flat, "coded_linear"):
+            y = torch.ops.globe.coded_linear(flat.float(), codes.weight, codes.weight_scale, None).to(x.dtype)
+        else:
+            rows = max(1, 2 ** 24 // x.shape[-1])  # 64 MiB at a time, for a vocabulary's sake
+            parts = zip(codes.weight.split(rows), codes.weight_scale.split(rows))
+            y = torch.cat([F.linear(flat, decode_groups(*part).to(x.dtype)) for part in parts], -1)
+        y = y.view(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias
 
 
@@ -1078,11 +1085,9 @@ def own_cache(meta: dict) -> CacheConfig:
 def check_cache(cache: CacheConfig, families: dict, composed: bool) -> None:
     modes = ("lru", "all", "none", "direct")
     expect(cache.mode in modes, f"cache.mode: expected one of {', '.join(modes)}, found {short(cache.mode)}")
-    coded = any("code" in about for about in families.values())
-    expect(not (coded and cache.mode == "direct"), "cache.mode=direct: expected 16-bit bases, found codes")
-    found = {about.get("activation", "identity") for about in families.values()} - {"identity"}
+    found = {about.get("activation", "codes") for about in families.values()} - {"identity"}
     expect(cache.mode != "direct" or composed or not found,
-           f"cache.mode=direct: expected bases without an activation, found {', '.join(found)}")
+           f"cache.mode=direct: expected 16-bit bases without an activation, found {', '.join(found)}")
 
 
 # Empty GlobeCoded in place of linear layers and embeddings {name: bits}; returns what stood there
@@ -1225,14 +1230,13 @@ def save_pretrained(model: nn.Module, meta: dict, directory: str | Path, **kwarg
     for file in Path(directory).glob("*.safetensors"):
         file.chmod(mode)
     if push:
-        known = ("token", "private", "commit_message")
-        model.push_to_hub(repo, **{k: v for k, v in kwargs.items() if k in known})
+        known = {"token", "private", "commit_message"} & {*kwargs}
+        model.push_to_hub(repo, **{key: kwargs[key] for key in known})
 
 
 # UserError where tensors are missing: transformers would go on with random numbers
 def refuse_missing(names: Sequence[str], where: Path | str) -> None:
-    if names:
-        raise UserError(f"{where}: expected tensor {names[0]}, found none (and {len(names) - 1} more)")
+    expect(not names, f"{where}: expected tensor {(*names, '')[0]}, found none (and {len(names) - 1} more)")
 
 
 # Tensors that no file holds, but for a new head's, which transformers initialises and says
@@ -1283,9 +1287,8 @@ class GlobeAuto:
     def _from_config(cls, config, **kwargs):  # a dense model of random weights
         return MODELS[type(config)]._from_config(config, **kwargs)
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class=None) -> None:
-        """Nothing to do: the native classes need no code beside them."""
+    # the native classes need no code beside them
+    register_for_auto_class = classmethod(lambda cls, auto_class=None: None)
 
 
 class GlobeQuantizationConfig(QuantizationConfigMixin):
@@ -1355,6 +1358,7 @@ import hashlib
 import html
 import json
 import operator
+import shutil
 import signal
 import subprocess
 import sys
@@ -2137,8 +2141,14 @@ def bar(what: str) -> Callable:
 
 
 # ---- native operators ----
-def build_kernels(csrc: Path, compiler: str) -> Path:
-    """Compile csrc/ into the user's cache, unless it is done; RuntimeError with the compiler's words."""
+def build_kernels() -> tuple:
+    """BUILD's answer: csrc/ compiled into the user's cache; RuntimeError with the compiler's words."""
+    csrc = Path(__file__).resolve().parent / "csrc"
+    if not csrc.is_dir():
+        return None, "no csrc/ beside globe.py"
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if not compiler:
+        return None, "no C++ compiler"
     home = Path(torch.__file__).parent
     toolkit = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     nvcc = shutil.which("nvcc", path=toolkit) or shutil.which("nvcc")
@@ -2159,7 +2169,7 @@ def build_kernels(csrc: Path, compiler: str) -> Path:
         key.update(file.read_bytes())
     path = user_cache() / "kernels" / f"globe_ops-{key.hexdigest()[:16]}.so"
     if path.is_file():
-        return path
+        return path, f"built: {path}"
 
     # processes that start at once build it twice, each under its own temporary name
     sources = [str(file) for file in files if file.suffix != ".h"]
@@ -2170,10 +2180,10 @@ def build_kernels(csrc: Path, compiler: str) -> Path:
         if done.returncode:
             words = f"({' '.join(command)}):\n{done.stderr[-2000:]}\nGLOBE_KERNELS=off does without"
             raise RuntimeError(f"native operators: the build failed {words}")
-    return path
+    return path, f"built: {path}"
 
 
-BUILD.append(build_kernels)
+BUILD[0] = build_kernels
 
 
 # ======== 8. Checkpoint: LAYOUTS, lazy reading ========================================================
@@ -3357,6 +3367,11 @@ def metric_of(moments: dict, family: str, keys: Sequence[tuple], ridge: float, d
 
 # ======== 10. Fit: data, start, objective, optimiser ==================================================
 # Maths on tensors. Never touches: paths, printing, model classes.
+#
+# The fit minimises  sum_i || S_i^T (W_i - W^_i) L ||_F^2
+#
+#     L    (d, d)  Cholesky factor of the second moment of the layer's inputs on a calibration text
+#     S_i  (p,)    how far an error in each row of the expert moves the model's own predictions
 # ---- sparsemax and entmax ----------------------------------------------------------------------------
 # tau (..., 1) with sum max(z - tau, 0) = 1 over the last dim, exact by sorting
 def threshold_sparsemax(z: Tensor) -> Tensor:
@@ -5236,7 +5251,7 @@ def refine(ckpt: Checkpoint, factors: Factors, windows: Tensor, cfg: Config, dev
 
 # ---- Packed codes: a basis per layer, bits by reverse water-filling, a trellis code ----
 # Mean square error of a Gaussian of mean square 1 in each of WIDTHS, measured.
-CODE_ERROR = (1.0, 0.2808, 0.0803, 0.0222, 0.00596, 0.00155, 0.00038)
+CODE_ERROR = (1.0, 0.2808, 0.0803, 0.0222, 0.00598, 0.00157, 0.00041)
 # Rows of a layer fall into classes, each of half the weighted energy of the one before.
 CLASSES = 16
 # Damping of the metric of an expert's down.
@@ -5260,13 +5275,6 @@ def trellis_encode(x: Tensor, width: Tensor, weight: Tensor) -> Tensor:
     if native("trellis_encode", "cpu"):
         return torch.ops.globe.trellis_encode(*(t.cpu().contiguous() for t in told)).to(x.device)
     return trellis_torch(*told)
-
-
-# (512,) int64: the lowest two bits of a level's number, by the last nine trellis bits
-@functools.cache
-def trellis_subsets() -> Tensor:
-    window = torch.arange(512)
-    return sum((sum(window >> t for t in taps) & 1) << j for j, taps in enumerate(TAPS))
 
 
 # The torch twin of globe::trellis_encode
@@ -5417,6 +5425,7 @@ def spectrum(c: Coordinates, tables: int = 1) -> Spectrum:
 def stored_bits(s: Spectrum, width: Tensor) -> float:
     used = max(1, int((width > 0).any(0).sum()))
     codes = CODE_BLOCK * float((s.count[:, None] * width).sum())
+    codes += 64 * (len(s.kind) + s.tables)  # and where each matrix' begin
     return codes + s.block_bits * used + 16 * s.kind.numel() + 24 * s.tables * len(s.count) * used
 
 
@@ -5605,6 +5614,7 @@ def coded_layer(c: Coordinates, tensors: dict, codes: list, part: slice) -> dict
         layer[key] = tensors[key][part].cpu()
     for key in ("width", "column"):
         layer[key] = tensors[key][:, blocks].cpu()
+    layer["places"] = code_places(layer["kind"], layer["width"])
     if c.basis == "identity":
         layer["order"] = c.order[part][:, columns].to("cpu", torch.int16)
     return layer
@@ -5851,7 +5861,8 @@ def read_factors(path: Path) -> tuple:
 
 # what the last part of a tensor's name says of its dtype; all others are floating point
 INTEGERS = {"idx": torch.int32, "codes": torch.uint8, "kind": torch.uint8, "row": torch.uint8,
-            "width": torch.uint8, "column": torch.int16, "order": torch.int16, "scale": torch.int16}
+            "width": torch.uint8, "column": torch.int16, "places": torch.int64, "order": torch.int16,
+            "scale": torch.int16}
 
 
 # That tensor, taken out of `tensors`; UserError where it is missing or of another shape or kind
@@ -6111,7 +6122,7 @@ def check_export(directory: Path) -> None:
         for name in shard.keys():
             count += 1
             kind = shard.get_slice(name).get_dtype()
-            fine = kind in ("F32", "F16", "BF16", "I32", "I16", "I8", "U8")
+            fine = kind in ("F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8")
             expect(fine, f"{file}: {name}: expected float32, float16 or bfloat16, found {kind}")
     layers = config["num_hidden_layers"]
     expect(layers <= count,

@@ -34,7 +34,7 @@ def extension() -> dict:
     flags = {"cxx": ["-g0", *common], "nvcc": ["-DUSE_CUDA", *common]}
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     sources = ["csrc/globe_ops.cpp"] + ["csrc/globe_ops.cu"] * cuda
-    headers = ["csrc/globe_ops.h", "csrc/cpu_kernels.h"]
+    headers = ["csrc/globe_ops.h", "csrc/cpu_kernels.h", "csrc/coded.h"]
     module = make("globe_ops", sources, depends=headers, extra_compile_args=flags, py_limited_api=True)
     build = cpp_extension.BuildExtension.with_options(use_ninja=False)
     return {"ext_modules": [module], "cmdclass": {"build_ext": build},

@@ -1148,6 +1148,8 @@ void trellis(const float* x, const uint8_t* width, const float* weight, const fl
   });
 }
 
+#include "coded.h"
+
 }  // namespace ISA
 #undef VB
 #undef INLINE

@@ -214,6 +214,62 @@ static Tensor trellis_encode(Tensor x, Tensor width, Tensor weight, Tensor level
   return states;
 }
 
+// x (T, columns) float32, codes int8 (rows, columns) or uint8 (rows, columns / 2), scale (rows, groups) int16 -> (T, rows) float32
+static Tensor coded_linear(Tensor x, Tensor codes, Tensor scale, std::optional<Tensor> bias) {
+  const char* op = "globe::coded_linear";
+  const GroupCoded m = group_coded(op, codes, scale, x);
+  expect(op, "x", x, ScalarType::Float, x, {-1, m.columns});
+  if (bias) expect(op, "bias", *bias, ScalarType::Float, x, {m.rows});
+  Tensor out = torch::stable::new_empty(x, {x.size(0), m.rows});
+  RUN(coded_linear, m, (const float*)x.const_data_ptr(), bias ? (const float*)bias->const_data_ptr() : nullptr,
+      (float*)out.mutable_data_ptr(), x.size(0));
+  return out;
+}
+
+// x (T, d) and weights (T, k) float32, index (T, k) and row (E,) int64; families as in coded_family -> (T, d) float32
+static Tensor coded_experts(Tensor x, Tensor index, Tensor weights, Tensor row, std::vector<Tensor> gate, std::vector<Tensor> up,
+                            std::vector<Tensor> down, Tensor levels, Tensor subsets, std::string act) {
+  const char* op = "globe::coded_experts";
+  CodedExperts a{};
+  expect(op, "x", x, ScalarType::Float, x, {-1, -1});
+  expect(op, "index", index, ScalarType::Long, x, {x.size(0), -1});
+  expect(op, "weights", weights, ScalarType::Float, x, {x.size(0), index.size(1)});
+  expect(op, "row", row, ScalarType::Long, x, {-1});
+  expect(op, "levels", levels, ScalarType::Float, x, {7, 128});
+  expect(op, "subsets", subsets, ScalarType::Long, x, {512});
+  a.act = act_of(op, act);
+  a.T = x.size(0), a.k = index.size(1), a.E = row.size(0), a.d = x.size(1);
+  a.x = (const float*)x.const_data_ptr(), a.weights = (const float*)weights.const_data_ptr();
+  a.levels = (const float*)levels.const_data_ptr(), a.subsets = (const int64_t*)subsets.const_data_ptr();
+  a.index = (const int64_t*)index.const_data_ptr(), a.row = (const int64_t*)row.const_data_ptr();
+  a.gate = coded_family(op, gate, x, a.d);
+  a.up = coded_family(op, up, x, a.d);
+  a.down = coded_family(op, down, x, a.gate.p);
+  check(a.up.p == a.gate.p && a.up.n == a.gate.n && a.down.n == a.gate.n, op, ": gate, up, down: expected as many experts and rows each");
+  check(a.down.order && a.down.p == a.d, op, ": down: expected an order of columns and ", a.d, " rows");
+  Tensor out = torch::stable::new_empty(x, {a.T, a.d});
+  a.out = (float*)out.mutable_data_ptr();
+  RUN(coded_experts, a);
+  return out;
+}
+
+// codes (bytes,) uint8, width (rows, blocks) uint8 -> (rows, 8 blocks) float32
+static Tensor unpack(Tensor codes, Tensor width, Tensor levels, Tensor subsets) {
+  const char* op = "globe::unpack";
+  expect(op, "codes", codes, ScalarType::Byte, codes, {-1});
+  expect(op, "width", width, ScalarType::Byte, codes, {-1, -1});
+  expect(op, "levels", levels, ScalarType::Float, codes, {7, 128});
+  expect(op, "subsets", subsets, ScalarType::Long, codes, {512});
+  const int64_t rows = width.size(0), blocks = width.size(1);
+  const uint8_t* w = (const uint8_t*)width.const_data_ptr();
+  for (int64_t i = 0; i < rows * blocks; ++i)
+    check(w[i] <= 6 && (i < blocks || w[i] <= w[i - blocks]), op, ": width: expected 0 to 6 bits, no more in a later row, found ", int(w[i]));
+  Tensor out = torch::stable::new_empty(codes, {rows, 8 * blocks}, ScalarType::Float);
+  RUN(coded_values, (const uint8_t*)codes.const_data_ptr(), codes.numel(), w, rows, blocks, (const float*)levels.const_data_ptr(),
+      (const int64_t*)subsets.const_data_ptr(), (float*)out.mutable_data_ptr());
+  return out;
+}
+
 }  // namespace globe
 
 STABLE_TORCH_LIBRARY(globe, m) {
@@ -230,6 +286,10 @@ STABLE_TORCH_LIBRARY(globe, m) {
         "float[] scale, float[] shift, str activation) -> Tensor");
   m.def("linear(Tensor x, Tensor W, Tensor? bias) -> Tensor");
   m.def("trellis_encode(Tensor x, Tensor width, Tensor weight, Tensor levels, Tensor subsets) -> Tensor");
+  m.def("coded_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias) -> Tensor");
+  m.def("coded_experts(Tensor x, Tensor index, Tensor weights, Tensor row, Tensor[] gate, Tensor[] up, Tensor[] down, Tensor levels, "
+        "Tensor subsets, str activation) -> Tensor");
+  m.def("unpack(Tensor codes, Tensor width, Tensor levels, Tensor subsets) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(globe, CompositeExplicitAutograd, m) { m.impl("about", TORCH_BOX(&globe::about)); }
@@ -244,4 +304,7 @@ STABLE_TORCH_LIBRARY_IMPL(globe, CPU, m) {
   m.impl("experts_mixed", TORCH_BOX(&globe::experts_mixed));
   m.impl("linear", TORCH_BOX(&globe::linear));
   m.impl("trellis_encode", TORCH_BOX(&globe::trellis_encode));
+  m.impl("coded_linear", TORCH_BOX(&globe::coded_linear));
+  m.impl("coded_experts", TORCH_BOX(&globe::coded_experts));
+  m.impl("unpack", TORCH_BOX(&globe::unpack));
 }

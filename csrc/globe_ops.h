@@ -206,4 +206,88 @@ inline Decode decode_args(const Tensor& x, const Tensor& index, const Tensor& we
   return a;
 }
 
+// ---- packed codes, as globe.py's decode_groups and unpack have them
+// A matrix (rows, columns) in 8 or 4 bits, with a scale (rows, groups of 64 columns)
+struct GroupCoded {
+  const uint8_t* codes;
+  const int16_t* scale;
+  int64_t rows, columns, bits;
+};
+
+// One matrix in a trellis code
+struct Coded {
+  const uint8_t* codes;
+  int64_t bytes;
+  const uint8_t *kind, *row, *width;
+  const int16_t *column, *order;  // order: of the columns; none: as they come
+  int64_t p, columns, inputs, blocks, classes;
+};
+
+// A family of a layer's experts: codes of all, behind each other
+struct CodedFamily {
+  const uint8_t *codes, *kind, *row, *width;
+  const int16_t *column, *order;
+  const int64_t* places;
+  int64_t n, p, columns, inputs, blocks, classes;
+  GroupCoded basis;  // acts on x first; none: codes null
+  Coded matrix(int64_t i) const {
+    return {codes + places[i], places[i + 1] - places[i], kind + i * p, row + i * p, width, column, order ? order + i * columns : nullptr,
+            p, columns, inputs, blocks, classes};
+  }
+};
+
+struct CodedExperts {
+  Act act;
+  int64_t T, k, E, d;
+  const float *x, *weights, *levels;
+  const int64_t *index, *row, *subsets;
+  CodedFamily gate, up, down;
+  float* out;
+};
+
+inline GroupCoded group_coded(const char* op, const Tensor& codes, const Tensor& scale, const Tensor& like) {
+  const bool nibbles = codes.scalar_type() == ScalarType::Byte;
+  expect(op, "codes", codes, nibbles ? ScalarType::Byte : ScalarType::Char, like, {-1, -1});
+  const int64_t columns = codes.size(1) * (nibbles ? 2 : 1);
+  expect(op, "scale", scale, ScalarType::Short, like, {codes.size(0), (columns + 63) / 64});
+  return {(const uint8_t*)codes.const_data_ptr(), (const int16_t*)scale.const_data_ptr(), codes.size(0), columns, nibbles ? 4 : 8};
+}
+
+// t: codes (bytes,), kind and row (n, p), width and column (classes, blocks), places (n + 1,); then order (n, columns), or a basis
+inline CodedFamily coded_family(const char* op, const std::vector<Tensor>& t, const Tensor& x, int64_t inputs) {
+  check(t.size() == 7 || t.size() == 8, op, ": expected 7 tensors of a family, or 8 with a basis, found ", t.size());
+  const char* names[] = {"codes", "kind", "row", "width", "column", "places", "order"};
+  expect(op, names[0], t[0], ScalarType::Byte, x, {-1});
+  expect(op, names[1], t[1], ScalarType::Byte, x, {-1, -1});
+  expect(op, names[2], t[2], ScalarType::Byte, x, {t[1].size(0), t[1].size(1)});
+  expect(op, names[3], t[3], ScalarType::Byte, x, {-1, -1});
+  expect(op, names[4], t[4], ScalarType::Short, x, {t[3].size(0), t[3].size(1)});
+  expect(op, names[5], t[5], ScalarType::Long, x, {t[1].size(0) + 1});
+  CodedFamily f{};
+  f.codes = (const uint8_t*)t[0].const_data_ptr();
+  f.kind = (const uint8_t*)t[1].const_data_ptr();
+  f.row = (const uint8_t*)t[2].const_data_ptr();
+  f.width = (const uint8_t*)t[3].const_data_ptr();
+  f.column = (const int16_t*)t[4].const_data_ptr();
+  f.places = (const int64_t*)t[5].const_data_ptr();
+  f.n = t[1].size(0), f.p = t[1].size(1), f.classes = t[3].size(0), f.blocks = t[3].size(1);
+  for (int64_t i = 0; i < f.n; ++i)
+    check(0 <= f.places[i] && f.places[i] <= f.places[i + 1] && f.places[i + 1] <= t[0].numel(), op, ": places: expected to rise up to ",
+          t[0].numel(), ", found ", f.places[i], " and ", f.places[i + 1]);
+  for (int64_t i = 0; i < t[3].numel(); ++i)
+    check(f.width[i] <= 6 && (i < f.blocks || f.width[i] <= f.width[i - f.blocks]), op,
+          ": width: expected 0 to 6 bits, no more in a later class, found ", int(f.width[i]));
+  if (t.size() == 8) {
+    f.basis = group_coded(op, t[6], t[7], x);
+    check(f.basis.columns == inputs, op, ": basis: expected ", inputs, " columns, found ", f.basis.columns);
+    f.columns = f.inputs = f.basis.rows;
+  } else {
+    expect(op, names[6], t[6], ScalarType::Short, x, {f.n, -1});
+    f.order = (const int16_t*)t[6].const_data_ptr();
+    f.columns = t[6].size(1), f.inputs = inputs;
+  }
+  check((f.columns + 7) / 8 == f.blocks, op, ": width: expected ", (f.columns + 7) / 8, " blocks, found ", f.blocks);
+  return f;
+}
+
 }  // namespace globe
