@@ -118,8 +118,7 @@ def kernels() -> str:
 
     GLOBE_KERNELS: auto (the installed library; else csrc/, compiled into the user's cache; else torch, with a
     warning), jit (csrc/, compiled), off (torch). RuntimeError where a library does not load or a build fails.
-    UserError for another value, or for jit with nothing to compile.
-    """
+    UserError for another value, or for jit with nothing to compile."""
     mode = os.environ.get("GLOBE_KERNELS", "auto")
     expect(mode in ("auto", "jit", "off"), f"GLOBE_KERNELS: expected auto, jit or off, found {mode!r}")
     if mode == "off":
@@ -207,8 +206,7 @@ def compose(bank: Tensor, idx: Tensor | Sequence, val: Tensor | Sequence, activa
     float32 or better. A padded entry has val 0; ragged supports are sequences of E one-dimensional tensors.
     Differentiable in bank and val, unless written into `out` (contiguous, of the result's shape and dtype) or
     into out[slot], out (S, r, d), slot (E,) int64. IndexError for an index outside the bank, ValueError for
-    shapes that do not fit.
-    """
+    shapes that do not fit."""
     if not isinstance(idx, Tensor):
         idx = nn.utils.rnn.pad_sequence(list(idx), batch_first=True)
         val = nn.utils.rnn.pad_sequence(list(val), batch_first=True)
