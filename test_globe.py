@@ -3066,6 +3066,19 @@ def test_native_products_with_codes_are_products_with_what_they_decode_to():
         close(torch.ops.globe.coded_linear(x, *X, bias), x @ globe.decode_groups(*X).T + bias)
 
 @native
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_few_tokens_meet_a_models_codes_and_nothing_is_decoded(dtype, coded_whole, monkeypatch):
+    model = globe.load(coded_whole, dtype=dtype)
+    modules, ids = globe.globe_modules(model), torch.arange(10).view(2, 5) % 9
+    with torch.inference_mode():
+        by_codes = model(ids[:1]).logits.float()
+        assert not any(m.cache.misses or m.cache.slabs for m in modules)
+        longer = model(ids).logits[:1].float()  # ten tokens
+        assert all(m.cache.misses for m in modules)
+    rtol = 1e-3 if dtype is torch.float32 else 0.05
+    torch.testing.assert_close(by_codes, longer, rtol=rtol, atol=rtol * float(longer.abs().max()))
+
+@native
 def test_native_products_refuse_codes_that_do_not_hold_together():
     args, _ = coded_layer(3, 16, 24, 20, 2, 2, gen(4))
     wrong = {0: lambda t: t[:-8].clone(), 1: lambda t: t + 9, 3: lambda t: t.sort(0)[0] + 7,
@@ -3098,6 +3111,17 @@ def coded(small, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "coded"
     assert globe.main(["fit", "--out", str(out), f"model.path={small}", *CODED, "rest.bits=4", *SPEED]) == 0
     return out
+
+@pytest.fixture(scope="session")
+def coded_whole(tmp_path_factory) -> Path:
+    """An export whose experts, the shared one among them, and rest are all in packed codes."""
+    home = tmp_path_factory.mktemp("whole")
+    source = saved("qwen2_moe", home / "source")
+    everything = ["model.families=all", "model.include_shared=true", "rest.bits=8"]
+    own = [f"model.path={source}", *CODED, *everything, *SPEED]
+    assert globe.main(["fit", "--out", str(home / "run"), *own]) == 0
+    globe.export_globe(Checkpoint(source), globe.load_factors(home / "run"), home / "export")
+    return home / "export"
 
 def test_a_coded_fit_is_as_large_as_asked_and_better_with_more_bits(small, capsys):
     errors = []
