@@ -926,7 +926,7 @@ class GlobeExperts(nn.Module):
         coded = all("code" in self.families.get(f, {}) for f in FAMILIES) and not self.dense_row
         return coded and bool(self.native_act) and not self.full() and reads_codes(x, "coded_experts")
 
-    # Nothing decoded: x (T, d) in 8 bits meets the codes; row: of each expert among the fitted ones
+    # Nothing decoded: x (T, d) in 14 bits meets the codes; row: of each expert among the fitted ones
     def forward_codes(self, x: Tensor, index: Tensor, weights: Tensor, row: Tensor) -> Tensor:
         args = [x.float().contiguous(), index.long().contiguous(), weights.float().contiguous(), row]
         args += [[*self._codes(f).values(), *self._code_basis(f)] for f in FAMILIES]
