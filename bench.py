@@ -21,6 +21,7 @@ A speed is the median of several turns; peers run in the same process, turn by t
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import gc
@@ -447,14 +448,22 @@ class LlamaCpp:
     windows: Tensor  # (N, T) ids of the fit's calibration
     folder: Path     # for its files
 
-    # run one of its programs to the end; UserError with the last line that it said
-    def run(self, name: str, *argv: object, by: tuple = ()) -> None:
+    # what one of its programs printed, at its end; UserError with the last line that it said
+    def run(self, name: str, *argv: object, by: tuple = ()) -> str:
         program = Path(os.environ["LLAMA_CPP"]).resolve() / name
         expect(program.is_file(), f"LLAMA_CPP: expected a built llama.cpp with {program}, found none")
         done = subprocess.run([*by, program, *map(str, argv)], cwd=program.parent, capture_output=True,
                               text=True, errors="replace")
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
         expect(done.returncode == 0, f"LLAMA_CPP: {name}: exit code {done.returncode}: {said}")
+        return done.stdout
+
+    # the GGUF of a directory's model and tokenizer, in 16 bits
+    def converted(self, directory: Path) -> Path:
+        source = self.folder / "source.gguf"
+        self.run("convert_hf_to_gguf.py", directory, "--outfile", source, "--outtype", "bf16",
+                 by=(sys.executable, "-c", CONVERTER))
+        return source
 
     # (the model in 16 bits, with a head of its own, which its qwen2moe wants; the importance matrix)
     @cached_property
@@ -462,10 +471,7 @@ class LlamaCpp:
         tokenizer = globe.load_tokenizer(self.ckpt.dir)
         for part in (untied(globe.load_dense(self.ckpt.dir, CPU, None)), tokenizer):
             part.save_pretrained(self.folder / "untied")
-        source = self.folder / "source.gguf"
-        self.run("convert_hf_to_gguf.py", self.folder / "untied", "--outfile", source, "--outtype", "bf16",
-                 by=(sys.executable, "-c", CONVERTER))
-
+        source = self.converted(self.folder / "untied")
         text = self.folder / "windows.txt"
         globe.write_text(text, "".join(map(tokenizer.decode, self.windows)))
         importance = self.folder / "importance.gguf"
@@ -1119,8 +1125,8 @@ def bench_one_token(args: Namespace, r: int = 768) -> list:
 
 # ---- 6. decode: whole models ---------------------------------------------------------------------
 HELD = 0.25    # of the experts that the caches of `warm` and `cold` hold
-DECODE_KEYS = ("test", "variant", "implementation", "value", "unit", "ratio", "peak_gib", "weights_gib",
-               "cache_mib", "hit_rate")
+DECODE_KEYS = ("test", "variant", "implementation", "value", "unit", "ratio", "gbps", "share_of_bandwidth",
+               "peak_gib", "weights_gib", "cache_mib", "hit_rate")
 
 
 # seconds from a prompt ids (1, n) to its first new token
@@ -1157,10 +1163,60 @@ def cache_figures(model: nn.Module) -> dict:
     return {"cache_mib": stats["cache_mib"], "hit_rate": hit_rate, "weights_gib": gib}
 
 
-# Rows of pp and tg for {(variant, how): function that makes a model}: memory one by one, then speed
+# seconds that the experts and the shared expert of the first layer take for tokens (1, n), `at_once` together
+@torch.no_grad()
+def run_experts(model: nn.Module, ids: Tensor, at_once: int, device: torch.device) -> float:
+    layer = model.model.layers[0]
+    x = layer.post_attention_layernorm(model.model.embed_tokens(ids))
+
+    def run() -> None:
+        for part in x.split(at_once, 1):
+            layer.mlp(part)
+    return timed(run, device)
+
+
+# bytes that one token reads of a model or a part of it: of experts those that it goes to, of embeddings none
+def bytes_read(model: nn.Module) -> float:
+    total = 0.0
+    for part in model.modules():
+        held = sum(t.nbytes for t in (*part.parameters(False), *part.buffers(False)))
+        if isinstance(part, globe.GlobeExperts):
+            total += globe_experts_read(part, held)
+        elif hasattr(part, "gate_up_proj"):
+            total += held * part.config.num_experts_per_tok / part.num_experts
+        elif isinstance(part, globe.GlobeCoded) and part._tied[0]:
+            total += part._tied[0].weight.nbytes + part._tied[0].weight_scale.nbytes
+        elif not isinstance(part, (nn.Embedding, globe.GlobeBank)) and not getattr(part, "embeds", False):
+            total += held
+    return total
+
+
+# the same of a layer's GlobeExperts, which hold so many bytes; the shared expert's slices are always read
+def globe_experts_read(part: nn.Module, held: int) -> float:
+    slices = sum(e >= part.num_experts for e in part.fitted)
+    total = held * (part.top_k + slices) / (part.num_experts + slices)
+    if part.cache.slots and "code" not in next(iter(part.families.values())):
+        total += (part.top_k + slices) * part.item_bytes()
+    bases = {}
+    for f, about in part.families.items():
+        if "code" in about:
+            bases |= {t.data_ptr(): t.nbytes for t in part._code_basis(f)}
+        elif not part.cache.slots:
+            bank = part._bank_of(f)
+            bases[bank.data_ptr()] = bank.nbytes * min(1, part.top_k * about["s"] / about["m"])
+    return total + sum(bases.values())
+
+
+# Rows of pp and tg, and of a layer's experts alone, for {(variant, how): function that makes a model}: memory
+# one by one, then speed
 def speed_rows(make: dict, text: Tensor, args: Namespace, preset: str) -> list:
-    runs = {f"pp{args.prefill}": lambda model: prefill(model, text[:, :args.prefill], args.device),
-            f"tg{args.tokens}": lambda model: decode(model, text[:, :8 + args.tokens], args.device)}
+    prompt, line, steps = text[:, :args.prefill], text[:, :8 + args.tokens], min(64, args.prefill)
+    runs = {  # test: (tokens, seconds of a model)
+        f"pp{args.prefill}": (args.prefill, lambda model: prefill(model, prompt, args.device)),
+        f"tg{args.tokens}": (args.tokens, lambda model: decode(model, line, args.device)),
+        f"experts pp{args.prefill}": (
+            args.prefill, lambda model: run_experts(model, prompt, args.prefill, args.device)),
+        "experts tg": (steps, lambda model: run_experts(model, prompt[:, :steps], 1, args.device))}
 
     # a model alone in memory, run once
     peak = {}
@@ -1168,84 +1224,187 @@ def speed_rows(make: dict, text: Tensor, args: Namespace, preset: str) -> list:
         gc.collect()
         globe.reset_peak(args.device)
         model = load()
-        for run in runs.values():
+        for _, run in runs.values():
             run(model)
         peak[key] = globe.peak_gib(args.device)
         model = None
 
     # turn by turn; the first one is not counted
     models = {key: load() for key, load in make.items()}
+    top = bandwidth(args.device)
     rows = []
-    for test, run in runs.items():
+    for test, (tokens, run) in runs.items():
         speeds = {key: [] for key in models}
         for _, (key, model) in itertools.product(range(1 + args.repeats), models.items()):
             start_counts(model, forget=key[1] == "cold")
-            speeds[key].append(int(test[2:]) / run(model))
+            speeds[key].append(tokens / run(model))
         mine = []
         for (variant, how), model in models.items():
             counted = speeds[variant, how][1:]
-            mine.append(new_row(
+            row = new_row(
                 "decode", preset, test, variant, statistics.median(counted), "tokens/s", implementation=how,
                 cache=how if variant == "globe" else None, spread=statistics.pstdev(counted),
-                peak_gib=peak[variant, how], **cache_figures(model)))
+                peak_gib=peak[variant, how], **cache_figures(model))
+            if "tg" in test:
+                if "experts" in test:
+                    model = model.model.layers[0].mlp
+                row |= moved(bytes_read(model), row, top)
+            mine.append(row)
         rows += beside_best(mine)
     return rows
 
 
+# what a row's tokens/s move, of so many bytes a token, and its share of what the machine moves
+def moved(read: float, row: dict, top: float) -> dict:
+    rate = read * row["value"]
+    return {"bytes_per_token": int(read), "gbps": rate / 1e9, "share_of_bandwidth": rate / top}
+
+
+# seconds to load an export, and what this process then holds of it, over the bytes of its file
+def load_figures(folder: Path) -> dict:
+    before = own_memory(os.getpid(), "VmRSS")
+    begin = time.perf_counter()
+    model = globe.load(folder)
+    seconds = time.perf_counter() - begin
+    with torch.no_grad():
+        model(torch.ones(1, 1, dtype=torch.long))
+    held = own_memory(os.getpid(), "VmRSS") - before
+    return {"value": seconds, "resident_over_file": held / (globe.weight_bytes(folder) / 2 ** 30)}
+
+
+# Rows of llama-bench on the model of a directory in llama.cpp's types, its layers so many times
+def llama_rows(directory: Path, layers: int, scratch: Path, args: Namespace, preset: str) -> list:
+    import gguf
+    llama = LlamaCpp(None, None, scratch)
+    source = llama.converted(directory)
+    threads = torch.get_num_threads()
+    top = bandwidth(args.device)
+    rows = []
+    for kind in ("Q8_0", "Q4_K_M", "Q3_K_M", "Q2_K"):
+        one, out = scratch / f"one-{kind}.gguf", scratch / f"{kind}.gguf"
+        llama.run("build/bin/llama-quantize", source, one, kind, threads)
+        repeat_layer(one, out, layers)
+        read = 0
+        for t in gguf.GGUFReader(out).tensors:
+            part = TOP_K / E if "_exps" in t.name else "token_embd" not in t.name
+            read += int(t.n_bytes) * part
+        said = llama.run("build/bin/llama-bench", "-m", out, "-t", threads, "-p", args.prefill,
+                         "-n", args.tokens, "-r", args.repeats, "-o", "json")
+        for found in json.loads(said):
+            test = f"tg{args.tokens}" if found["n_gen"] else f"pp{args.prefill}"
+            row = new_row("decode", preset, test, "llama.cpp", found["avg_ts"], "tokens/s",
+                          implementation=kind, spread=found["stddev_ts"],
+                          weights_gib=found["model_size"] / 2 ** 30)
+            if found["n_gen"]:
+                row |= moved(read, row, top)
+            rows.append(row)
+        out.unlink()
+    return rows
+
+
+# a GGUF of one layer, with that layer so many times
+def repeat_layer(one: Path, to: Path, layers: int) -> None:
+    import gguf
+    reader = gguf.GGUFReader(one)
+    writer = gguf.GGUFWriter(to, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            value = field.contents()
+            if name.endswith(".block_count"):
+                value = layers
+            writer.add_key_value(name, value, *field.types[:2])
+    for t in reader.tensors:
+        for l in range(layers if t.name.startswith("blk.0.") else 1):
+            writer.add_tensor(t.name.replace("blk.0.", f"blk.{l}."), t.data, raw_dtype=t.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 # the rows with their ratio to the best of the dense ways
 def beside_best(rows: list) -> list:
-    best = max(row["value"] or 0.0 for row in where(rows, variant="dense"))
+    best = max((row["value"] or 0.0 for row in where(rows, variant="dense")), default=None)
     for row in rows:
         row["ratio"] = times(row["value"], best)
     return rows
 
 
 # Tokens/s of prompt (pp) and decode (tg): dense in each of its ways, and GloBE. `cache` holds all experts; a
-# quarter (warm: those of a calibration text, cold: none at first); or direct: nothing is composed
+# quarter (warm: those of a calibration text, cold: none at first); or direct: nothing is composed. In packed
+# codes: bits-X
 def bench_decode(preset: str, args: Namespace) -> list:
     if preset == "qwen15":
         return bench_24gib(args)
     rows = bench_one_token(args) if preset == "qwen15-layer" else []
-    with tempfile.TemporaryDirectory() as folder:
-        text, calibration = decode_models(preset, Path(folder), args)
-        experts = globe.dims_of(globe.read_json(Path(folder) / "dense" / "config.json")).experts
-
-        def dense(how: str) -> nn.Module:
-            model = globe.load_dense(Path(folder) / "dense", args.device, args.dtype)
-            model.set_experts_implementation(how)
-            return model
-
-        def warmed(**cache) -> nn.Module:
-            model = globe.load(f"{folder}/globe", args.device, args.dtype, globe.CacheConfig(**cache))
-            globe.warm(model, calibration)
-            return model
-        # batched_mm copies the weights of a token's experts
-        ways = DENSE[:2] if preset == "qwen15-layer" else DENSE
-        make = {("dense", how): partial(dense, how) for how in ways}
-        quarter = {"per_layer": max(1, int(HELD * experts))}
-        caches = {"all": {"mode": "all"}, "warm": quarter, "cold": quarter, "direct": {"mode": "direct"}}
-        if args.sweep:
-            for i in range(9):
-                slots = max(1, experts * i // 8)
-                caches[f"{slots} slots"] = {"per_layer": slots}
-        for how, cache in caches.items():
-            make["globe", how] = partial(warmed, **cache)
+    with tempfile.TemporaryDirectory(dir=globe.user_cache()) as folder:
+        folder = Path(folder)
+        text, calibration = decode_models(preset, folder, args)
+        make = {}
+        if preset != "qwen15-24":  # of which neither fits beside others
+            make = sixteen_bit_models(preset, folder, calibration, args)
+        for bits in args.bits:
+            # experts that are not decoded take no slots
+            load = partial(globe.load, folder / f"bits-{bits:g}", args.device, args.dtype)
+            make[f"bits-{bits:g}", "codes"] = load
         models = speed_rows(make, text, args, preset)
+        for bits in args.bits:
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                figures = pool.submit(load_figures, folder / f"bits-{bits:g}").result()
+            models.append(new_row("decode", preset, "load", f"bits-{bits:g}", unit="s", **figures))
+        if args.bits and preset in LAYERS and os.environ.get("LLAMA_CPP"):
+            models += llama_rows(folder / "dense", LAYERS[preset], folder, args, preset)
     show(models, *DECODE_KEYS)
     return rows + models
 
 
-# write to/dense and to/globe, in one dtype; the text to measure on and the one that fills caches, (1, n)
+# {(variant, how): function that makes a model} of the dense one and of 16-bit factors
+def sixteen_bit_models(preset: str, folder: Path, calibration: Tensor, args: Namespace) -> dict:
+    experts = globe.dims_of(globe.read_json(folder / "dense" / "config.json")).experts
+
+    def dense(how: str) -> nn.Module:
+        model = globe.load_dense(folder / "dense", args.device, args.dtype)
+        model.set_experts_implementation(how)
+        return model
+
+    def warmed(**cache) -> nn.Module:
+        model = globe.load(folder / "globe", args.device, args.dtype, globe.CacheConfig(**cache))
+        globe.warm(model, calibration)
+        return model
+    # batched_mm copies the weights of a token's experts
+    ways = DENSE[:2] if preset == "qwen15-layer" else DENSE
+    make = {("dense", how): partial(dense, how) for how in ways}
+    quarter = {"per_layer": max(1, int(HELD * experts))}
+    caches = {"all": {"mode": "all"}, "warm": quarter, "cold": quarter, "direct": {"mode": "direct"}}
+    if args.sweep:
+        for i in range(9):
+            slots = max(1, experts * i // 8)
+            caches[f"{slots} slots"] = {"per_layer": slots}
+    for how, cache in caches.items():
+        make["globe", how] = partial(warmed, **cache)
+    return make
+
+
+# write to/dense, to/globe and to/bits-X, in one dtype; the text to measure on and the one that fills caches,
+# (1, n). qwen15-24 has one dense layer, for llama.cpp, and no globe
 def decode_models(preset: str, to: Path, args: Namespace) -> tuple:
     source = checkpoint_of("mid" if preset == "mid" else "tiny", args)
-    if preset == "qwen15-layer":
+    if preset in LAYERS:
         fractions = popularity(source)
         write_qwen15(to / "dense", "published", fractions, 1, 4096)
-        write_qwen15(to / "globe", "globe", fractions, 1, 4096, globe.load_config(QWEN15, args.set))
+        globe.load_tokenizer(source.dir).save_pretrained(to / "dense")
+        if preset == "qwen15-layer":
+            write_qwen15(to / "globe", "globe", fractions, 1, 4096, globe.load_config(QWEN15, args.set))
+        for bits in args.bits:
+            write_qwen15(to / f"bits-{bits:g}", "codes", fractions, LAYERS[preset], 4096, bits=bits)
         return as_words("heldout", 2048, 4096).to(args.device), as_words("calibration", 512, 4096)
-    fit = run_globe("fit", "--out", to / "run", f"model.path={source.dir}", "fit.steps=10", *args.set)
-    run_globe("export", "--factors", fit["factors"], "--to", to / "globe", "--no-check",
-              "--dtype", str(args.dtype).removeprefix("torch."))
+    settings = {"globe": ["fit.steps=10"]}
+    for bits in args.bits:
+        settings[f"bits-{bits:g}"] = [f"bank.bits={bits}", "model.families=all", "rest.bits=8"]
+    for name, own in settings.items():
+        fit = run_globe("fit", "--out", to / f"run-{name}", f"model.path={source.dir}", *own, *args.set)
+        run_globe("export", "--factors", fit["factors"], "--to", to / name, "--no-check",
+                  "--dtype", str(args.dtype).removeprefix("torch."))
     globe.load_dense(source.dir, args.device, args.dtype).save_pretrained(to / "dense")
     return tiny_words(source, "heldout", 2048).to(args.device), tiny_words(source, "calibration", 512)
 
@@ -1258,6 +1417,7 @@ def tiny_words(ckpt: Checkpoint, split: str, n: int) -> Tensor:
 # ---- 7. Qwen1.5-MoE's shapes with random weights -------------------------------------------------
 BLOCK = 2 ** 24  # random numbers that all tensors are cut from
 VOCAB = 151936
+LAYERS = {"qwen15-layer": 1, "qwen15-24": 24}
 QWEN15 = str(CONFIGS / "qwen15_16bit.yaml")
 SCALES = {"shared_expert": 0.01, "globe_bank": 1.0, "_A": 0.004, "": 0.02}  # by what is in a tensor's name
 
@@ -1354,11 +1514,12 @@ def matrices_of(name: str, shape: tuple) -> dict:
 
 
 def write_qwen15(to: Path, layout: str, fractions: Tensor, layers: int = 24, vocab: int = VOCAB,
-                 cfg: globe.Config | None = None) -> None:
+                 cfg: globe.Config | None = None, bits: float = 4) -> None:
     """A Qwen1.5-MoE checkpoint of random bfloat16 weights, a tensor in memory at a time.
 
-    layout: published (a matrix per expert), fused (transformers' own at run time) or globe (an export of
-    cfg's sizes, all families of all experts compressed).
+    layout: published (a matrix per expert), fused (transformers' own at run time), globe (an export of
+    cfg's sizes, all families of all experts compressed) or codes (all experts' and the shared one's in `bits`
+    a weight, the rest in 8).
     """
     from transformers import Qwen2MoeConfig
     Qwen2MoeConfig(
@@ -1368,23 +1529,27 @@ def write_qwen15(to: Path, layout: str, fractions: Tensor, layers: int = 24, voc
         architectures=["Qwen2MoeForCausalLM"], bos_token_id=None, eos_token_id=None).save_pretrained(to)
     config = globe.read_json(to / "config.json")
     model = globe.empty_model(config, torch.bfloat16, to)
-    if layout == "globe":
-        meta = random_meta(cfg, globe.dims_of(config))
+    random = RandomWeights(vocab, fractions)
+    ready = {}  # {name: function that makes its tensor}
+    if layout in ("globe", "codes"):
+        if layout == "globe":
+            meta = random_meta(cfg, globe.dims_of(config))
+        else:
+            meta, ready = random_codes(bits, globe.dims_of(config), model, random)
         globe.install(model, meta)
         described = config | {"quantization_config": {"quant_method": "globe"} | meta}
         globe.write_text(to / "config.json", json.dumps(described))
 
     # the guards of one number last: what followed one would lie at odd addresses
-    random = RandomWeights(vocab, fractions)
     shapes = {}
     make = {}
     for name, t in sorted(model.state_dict().items(), key=lambda item: item[1].numel() == 1):
-        kept = t.dtype == torch.int32 or name.endswith("_val")
+        kept = name in ready or t.dtype == torch.int32 or name.endswith("_val")
         whole = {name: tuple(t.shape)}
         parts = matrices_of(name, tuple(t.shape)) if layout == "published" else whole
         for part, shape in parts.items():
             shapes[part] = t.dtype if kept else torch.bfloat16, shape
-            make[part] = partial(random.make, part, shape)
+            make[part] = ready.get(part) or partial(random.make, part, shape)
     globe.write_tensors(to / "model.safetensors", shapes, globe.LazyDict(make), {"format": "pt"}, sync=False)
 
 
@@ -1402,6 +1567,57 @@ def random_meta(cfg: globe.Config, dims: globe.Dims) -> dict:
     experts = dict.fromkeys(dims.layers, list(range(dims.experts)))
     own = {"cache": dataclasses.asdict(cfg.cache)}
     return globe.Factors(families, experts, dims, "qwen2_moe", "random", own).meta()
+
+
+# (what describes them, {name in an export: function that makes its tensor}) of random codes; all layers have
+# the same experts. Columns' energies fall by a power law, those of classes of rows by halves; bits follow
+def random_codes(bits: float, dims: globe.Dims, model: nn.Module, random: RandomWeights) -> tuple:
+    g = torch.Generator().manual_seed(0)
+    experts = dims.experts + dims.shared
+    families, ready = {}, {}
+    X = ()
+    for family in globe.FAMILIES:
+        p, d = dims.p, dims.d
+        if family == "down":
+            p, d = d, p
+        kind = torch.arange(p // 8).mul(48).div(p, rounding_mode="floor").repeat_interleave(8)
+        kind = torch.stack([kind[torch.randperm(p, generator=g)] for _ in range(experts)]).to(torch.uint8)
+        energy = 0.5 ** torch.arange(6)[:, None] * torch.arange(1, d // 8 + 1) ** -0.7
+        # a basis where it pays, as in fits
+        in_basis = bits < 2 and family != "down"
+        block_bits = 8 * (8 * d + d // 4) if in_basis else 128 * experts
+        s = globe.Spectrum(kind, kind.flatten().bincount(minlength=6).float(), energy, energy, block_bits)
+        width = globe.share_bits({0: s}, bits * experts * p * d)[0].to(torch.uint8)
+        width = width[:, (width > 0).any(0)]
+        rows = 8 * width.shape[1]
+        places = globe.code_places(kind, width)
+        t = {"codes": torch.randint(256, (int(places[-1]),), generator=g, dtype=torch.uint8), "kind": kind,
+             "row": torch.full_like(kind, 128), "width": width, "places": places,
+             "column": torch.full(width.shape, round(256 * math.log2(0.02)), dtype=torch.int16)}
+        of = dict.fromkeys(dims.layers)
+        if not in_basis:
+            t["order"] = torch.stack([torch.randperm(d, generator=g)[:rows] for _ in range(experts)]).short()
+        elif not X:
+            X = globe.code_groups(torch.randn(rows, d, generator=g) / d ** 0.5)
+        if in_basis:
+            of = {l: f"gate_{l}" for l in dims.layers}
+        bases = {name: X for name in filter(None, of.values())}
+        families[family] = globe.CodedFamily(family, d, of, bases, dict.fromkeys(dims.layers, t))
+        for l, (key, part) in itertools.product(dims.layers, t.items()):
+            ready[f"model.layers.{l}.mlp.experts.{family}_{key}"] = lambda part=part: part
+        for name, (key, part) in itertools.product(bases, zip(("", "_scale"), X)):
+            ready[f"globe_bank.{name}{key}"] = lambda part=part: part
+
+    # attention, embeddings and head in 8 bits
+    rest = {}
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, nn.Embedding) and ".mlp." not in name:
+            rest[name] = torch.empty(1, dtype=torch.int8), torch.empty(1)
+            weight = partial(random.make, f"{name}.weight", tuple(module.weight.shape))
+            for i, key in enumerate(("weight", "weight_scale")):
+                ready[f"{name}.{key}"] = lambda weight=weight, i=i: globe.code_groups(weight())[i]
+    listed = {l: list(range(experts)) for l in dims.layers}
+    return globe.Factors(families, listed, dims, "qwen2_moe", "random", rest=rest).meta(), ready
 
 
 # ---- 8. decode --preset qwen15: 26.7 GiB of weights on a 24-GiB machine --------------------------
@@ -1448,10 +1664,10 @@ def run_one(folder: Path, how: str, tokens: int, cache: globe.CacheConfig, sende
                  "peak_gib": globe.peak_gib(CPU), **cache_figures(model)})
 
 
-# GiB that a process holds of its own, file pages not counted; 0 where the system does not say
-def own_memory(pid: int) -> float:
+# GiB that a process holds of its own, file pages not counted (VmRSS: with them); 0 where nobody says it
+def own_memory(pid: int, key: str = "RssAnon") -> float:
     status = Path(f"/proc/{pid}/status")
-    found = re.search(r"RssAnon:\s*(\d+)", status.read_text() if status.is_file() else "")
+    found = re.search(rf"{key}:\s*(\d+)", status.read_text() if status.is_file() else "")
     return int(found[1]) / 2 ** 20 if found else 0.0
 
 
@@ -1760,7 +1976,7 @@ def sweep(args: Namespace) -> dict:
 SUITES = {"compose": bench_compose, "sparsemax": bench_sparsemax, "decode": bench_decode, "fit": bench_fit,
           "quality": bench_quality}
 COMMANDS = {"report": report, "sweep": sweep}
-PRESETS = {"compose": (None,), "sparsemax": (None,), "decode": ("tiny", "mid", "qwen15-layer", "qwen15"),
+PRESETS = {"compose": (None,), "sparsemax": (None,), "decode": ("tiny", "mid", *LAYERS, "qwen15"),
            "fit": ("tiny",), "quality": ("tiny", "mid", "smol-moe")}
 
 
@@ -1794,13 +2010,13 @@ OPTIONS = (  # (who knows it, option, default, what argparse is told of it, help
     ("decode fit quality", "--preset", None, MANY,
      "tiny: the default model; mid: 32 experts of 256 x 256 a layer, of MID_DIR or trained once, in an hour; "
      "smol-moe (quality): SmolLM2-135M, of SMOL_DIR or the hub, in slices; qwen15 (decode, 46 GiB of disk): "
-     "Qwen1.5-MoE's shapes, random weights; qwen15-layer: one layer of it. "
+     "Qwen1.5-MoE's shapes, random weights; qwen15-layer: one layer of it; qwen15-24: 24, in codes. "
      "Default: tiny; decode by name: qwen15-layer too"),
     ("decode fit quality", "--set", [], SET, "config of the fits and of the tiny model"),
     ("fit quality", "--steps", None, COUNT, "fit: of each method (60; mobe 50 times as many); "
      "quality: of mobe and slbf (3000)"),
     ("quality", "--ratio", [], SIZES, "stored / dense sizes, in 16 bits; 0.8 0.6 where no size is given"),
-    ("quality", "--bits", [], BITS, "stored bits per dense weight, in packed codes"),
+    ("decode quality", "--bits", [], BITS, "stored bits per dense weight, in packed codes"),
     ("quality", "--bytes", [], BYTES, "sizes of the whole file, all experts and the rest coded"),
     ("quality", "--peers", ["closed"], MANY | PEER, "closed: those in closed form (default); low-bit: rtn, "
      "gptq, hqq, llama.cpp's of LLAMA_CPP, beside --bits and (its files) --bytes; gguf:TYPE or "

@@ -564,16 +564,15 @@ NATIVE_ACTS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"
 # measured crossing points: up to so many tokens
 DECODE_TOKENS = 8      # experts_decode beats grouped products on an accelerator; on a CPU always
 MIXED_TOKENS = 128     # experts_mixed beats products of what is composed
-CODED_TOKENS = 8       # products with codes beat those of what is decoded
+CODED_TOKENS = 8       # a linear layer's products with codes beat those of what is decoded
 LINEAR_TOKENS = 8, 64  # the native product of a linear layer beats torch's, and where half products are slow
 CHUNK_TOKENS = 2048    # go through a layer at once, which bounds what its intermediate results take
 FLOPS_PER_NUMBER = 40  # that a CPU core computes while it reads one bfloat16 number
 
 
-# Whether tokens x (t, n) meet codes as they lie: few, for which decoding would be most of the work
+# Whether tokens x (t, n) meet codes as they lie
 def reads_codes(x: Tensor, op: str) -> bool:
-    few = 0 < len(x) <= CODED_TOKENS and x.dtype != torch.float64
-    return few and not torch.is_grad_enabled() and native(op, x.device.type)
+    return x.dtype != torch.float64 and not torch.is_grad_enabled() and native(op, x.device.type)
 
 
 # Tokens and routing as native operators take them: weights in float32, else in x's dtype
@@ -924,14 +923,14 @@ class GlobeExperts(nn.Module):
     # -- the codes or the bases themselves
     def codes_do(self, x: Tensor) -> bool:
         coded = all("code" in self.families.get(f, {}) for f in FAMILIES) and not self.dense_row
-        return coded and bool(self.native_act) and not self.full() and reads_codes(x, "coded_experts")
+        held = self._bank[0].cache.mode == "all"  # what they decode to
+        return coded and bool(self.native_act) and not held and reads_codes(x, "coded_experts")
 
-    # Nothing decoded: x (T, d) in 14 bits meets the codes; row: of each expert among the fitted ones
+    # x (T, d) meets codes, few tokens in 14 bits, many decoded pieces; row: of experts among the fitted ones
     def forward_codes(self, x: Tensor, index: Tensor, weights: Tensor, row: Tensor) -> Tensor:
-        args = [x.float().contiguous(), index.long().contiguous(), weights.float().contiguous(), row]
-        args += [[*self._codes(f).values(), *self._code_basis(f)] for f in FAMILIES]
-        args += [trellis_levels(), trellis_subsets(), self.native_act]
-        return torch.ops.globe.coded_experts.default(*args).to(x.dtype)
+        families = [[*self._codes(f).values(), *self._code_basis(f)] for f in FAMILIES]
+        args = *native_args(x.float(), index, weights.float()), row, *families, trellis_levels()
+        return torch.ops.globe.coded_experts.default(*args, trellis_subsets(), self.native_act).to(x.dtype)
 
     def bases_read(self, x: Tensor, weights: Tensor) -> list | None:
         """What experts_mixed reads, where these tokens meet the bases themselves (cache.mode=direct).
@@ -1017,12 +1016,13 @@ class GlobeCoded(nn.Module):
         if self.embeds:
             return decode_groups(codes.weight[x], codes.weight_scale[x]).to(self.like.dtype)
         flat = x.reshape(-1, x.shape[-1])
-        if reads_codes(flat, "coded_linear"):
+        if 0 < len(flat) <= CODED_TOKENS and reads_codes(flat, "coded_linear"):
             y = torch.ops.globe.coded_linear(flat.float(), codes.weight, codes.weight_scale, None).to(x.dtype)
         else:
             rows = max(1, 2 ** 24 // x.shape[-1])  # 64 MiB at a time, for a vocabulary's sake
             parts = zip(codes.weight.split(rows), codes.weight_scale.split(rows))
-            y = torch.cat([F.linear(flat, decode_groups(*part).to(x.dtype)) for part in parts], -1)
+            wide = flat.to(torch.promote_types(x.dtype, torch.float32)) if x.is_cpu else flat
+            y = torch.cat([F.linear(wide, decode_groups(*part).to(wide)) for part in parts], -1).to(x.dtype)
         y = y.view(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias
 
@@ -5687,7 +5687,8 @@ def code_families(job: tuple, data: CodeData, widths: dict,
             layers[family][l] = coded_layer(c, tensors, codes, slice(i * n, i * n + n))
         of[l] = None
         if c.X is not None:
-            of[l] = f"{job[0]}_{l if c.basis == 'orthonormal' else 'all'}"
+            whose = {"orthonormal": l}.get(c.basis, "all")
+            of[l] = f"{job[0]}_{whose}"
             bases[of[l]] = tuple(t.cpu() for t in code_groups(c.X[stored_columns(c, widths[l])]))
         bits = 8 * sum(map(len, codes)) / c.y.numel()
         yield {"step": step, "layer": l, "basis": c.basis, "bits": bits}

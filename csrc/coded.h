@@ -4,17 +4,22 @@
 // and of those in front, a number's bits as nibbles, and its level by one more table. Activations are rounded to 14 bits, by group
 // of blocks of one width, with the columns' scales in them; levels are whole numbers of 8 bits, so that sums are exact.
 
-constexpr int64_t OCTETS = 4;      // of rows in a vector
+constexpr int64_t OCTETS = LEVEL == 3 ? 8 : 4;  // of rows in a vector
 constexpr int64_t MOST_BITS = 6;
+#define INLINE_MEMBER inline __attribute__((always_inline))
+constexpr int64_t AHEAD = 4;       // blocks that memory is asked for before their turn
 
-// 2^(i / 256), i in [-2^15, 2^15)
-INLINE float power(int64_t i) {
+// 2^(i / 256) of i in [0, 256), and of i in [-2^15, 2^15)
+static const float* fractions() {
   static const std::vector<float> parts = [] {
     std::vector<float> all(256);
     for (int64_t j = 0; j < 256; ++j) all[j] = std::exp2(j / 256.0f);
     return all;
   }();
-  const uint32_t bits = uint32_t(std::max<int64_t>(0, (i >> 8) + 127)) << 23;
+  return parts.data();
+}
+INLINE float power(int32_t i, const float* parts) {
+  const uint32_t bits = uint32_t(std::max(0, (i >> 8) + 127)) << 23;
   float whole;
   std::memcpy(&whole, &bits, 4);
   return whole * parts[i & 255];
@@ -52,7 +57,9 @@ INLINE void rounded(const float* x, float scale, int16_t* out) {
   }
 }
 
-static void coded_input(const Coded& m, const float* x, const Levels& levels, CodedInput& out) {
+// `first`: of each class its first octet, where rows are known: classes without any are left out
+static void coded_input(const Coded& m, const float* x, const Levels& levels, const std::vector<int64_t>* first, CodedInput& out) {
+  const float* parts = fractions();
   out.groups.assign(m.classes, {});
   out.x.assign(m.classes * m.blocks * 8, 0);
   // columns in order, and the largest of each block
@@ -65,6 +72,7 @@ static void coded_input(const Coded& m, const float* x, const Levels& levels, Co
   for (int64_t b = 0; b < m.blocks; ++b)
     for (int i = 0; i < 8; ++i) most[b] = std::max(most[b], std::abs(ordered[8 * b + i]));
   for (int64_t c = 0; c < m.classes; ++c) {
+    if (first && (*first)[c] == (*first)[c + 1]) continue;
     const uint8_t* width = m.width + c * m.blocks;
     const int16_t* column = m.column + c * m.blocks;
     for (int64_t b = 0, n; b < m.blocks; b += n) {
@@ -73,7 +81,7 @@ static void coded_input(const Coded& m, const float* x, const Levels& levels, Co
       if (!width[b]) continue;
       float scale[4], largest = 1e-30f;
       for (int64_t i = 0; i < n; ++i) {
-        scale[i] = power(column[b + i]);
+        scale[i] = power(column[b + i], parts);
         largest = std::max(largest, scale[i] * most[b + i]);
       }
       for (int64_t i = 0; i < n; ++i)
@@ -83,7 +91,115 @@ static void coded_input(const Coded& m, const float* x, const Levels& levels, Co
   }
 }
 
-#if LEVEL >= 1
+#if LEVEL == 3
+// Products of bits give the numbers' nibbles of rows 2 q and 2 q + 1; levels meet the activations' two
+// bytes as 128 more than they are, which the sums start from.
+typedef __m512i v64;
+struct Nibbles {
+  int64_t now[4], before[4], more[2][4];  // matrices of bits by q: of trellis bits, those of the octet before, and other bits
+  explicit Nibbles(const int64_t* subsets) {
+    auto matrix = [](auto&& bit) {  // bit(i, j): whether bit j of a byte counts for bit i of the result
+      uint64_t out = 0;
+      for (int i = 0; i < 8; ++i)
+        for (int j = 0; j < 8; ++j) out |= uint64_t(bit(i, j)) << (8 * (7 - i) + j);
+      return int64_t(out);
+    };
+    for (int q = 0; q < 4; ++q) {
+      // bits 4 and up belong to the odd row
+      auto taps = [&](int i, int above) { return i % 4 < 2 && 0 <= above && above <= 8 && (subsets[1 << above] >> i % 4 & 1); };
+      now[q] = matrix([&](int i, int j) { return taps(i, 2 * q + i / 4 - j); });
+      before[q] = matrix([&](int i, int j) { return taps(i, 2 * q + i / 4 + 8 - j); });
+      for (int u = 0; u < 2; ++u) more[u][q] = matrix([&](int i, int j) { return i % 4 == 2 + u && j == 2 * q + i / 4; });
+    }
+  }
+};
+
+template <int K> struct Tables {  // levels, 16 at a time
+  v64 of[K > 3 ? 1 << (K - 3) : 1];
+  explicit Tables(const Levels& levels) {
+    for (int i = 0; i < (K > 3 ? 1 << (K - 3) : 1); ++i)
+      of[i] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(levels.level[K] + 16 * i))), of[i] = _mm512_xor_si512(of[i], _mm512_set1_epi8(-128));
+  }
+};
+
+// A block's columns in n octets of rows from `at` on; K bits of each
+template <int K> struct Octets {
+  v64 bits, before, own[K];
+  INLINE_MEMBER void read(const uint8_t* const* plane, int64_t at, int64_t n) {
+    for (int k = 0; k < K; ++k) _mm_prefetch((const char*)(plane[AHEAD * MOST_BITS + k] + 8 * at), _MM_HINT_T0);
+    const __mmask8 there = __mmask8((1 << n) - 1);
+    bits = _mm512_maskz_loadu_epi64(there, plane[0] + 8 * at);
+    before = at ? _mm512_maskz_loadu_epi64(there, plane[0] + 8 * at - 8) : _mm512_maskz_expand_epi64(__mmask8(254), bits);
+    for (int k = 1; k < K; ++k) own[k] = _mm512_maskz_loadu_epi64(there, plane[k] + 8 * at);
+  }
+  // the lowest bits of rows 2 q and 2 q + 1's numbers, in halves of a byte; then one row's levels
+  INLINE_MEMBER v64 pair(const Nibbles& t, int q) const {
+    auto product = [](v64 v, int64_t matrix) { return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(matrix), 0); };
+    v64 out = _mm512_xor_si512(product(bits, t.now[q]), product(before, t.before[q]));
+    for (int k = 1; k < K && k < 3; ++k) out = _mm512_xor_si512(out, product(own[k], t.more[k - 1][q]));
+    return out;
+  }
+  INLINE_MEMBER v64 found(v64 pair, const Tables<K>& level, int q, int odd) const {
+    const v64 number = _mm512_and_si512(odd ? _mm512_srli_epi16(pair, 4) : pair, _mm512_set1_epi8(15));
+    // of more than 16 levels the tables are chosen by the bits beyond four
+    v64 out[K > 3 ? 1 << (K - 3) : 1];
+    for (int j = 0; j < (K > 3 ? 1 << (K - 3) : 1); ++j) out[j] = _mm512_shuffle_epi8(level.of[j], number);
+    for (int k = K - 1; k >= 3; --k) {
+      const __mmask64 chosen = _mm512_test_epi8_mask(own[k], _mm512_set1_epi8(char(1 << (2 * q + odd))));
+      for (int j = 0; j < 1 << (k - 3); ++j) out[j] = _mm512_mask_blend_epi8(chosen, out[j], out[j + (1 << (k - 3))]);
+    }
+    return out[0];
+  }
+};
+INLINE void signed_levels(v64 found, int8_t* to) { _mm512_storeu_si512(to, _mm512_xor_si512(found, _mm512_set1_epi8(-128))); }
+
+// y (8, stride) += the product of a group's columns and rows [first, last), in octets; two sums of four columns for each row
+template <int K> void group_product(const uint8_t* const (*planes)[MOST_BITS], const Group& g, const int16_t* x, int64_t first, int64_t last,
+                                    const Nibbles& t, const Levels& levels, float* y, int64_t stride) {
+  const v64 middle = _mm512_set1_epi8(-128);
+  const Tables<K> level(levels);
+  v64 upper[4], lower[4], start[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  for (int64_t i = 0; i < g.blocks; ++i) {
+    // x = 256 * upper + lower, and 128 times their sums
+    int8_t bytes[2][8];
+    for (int j = 0; j < 8; ++j) {
+      const int v = x[8 * (g.block + i) + j];
+      bytes[1][j] = int8_t(v);
+      bytes[0][j] = int8_t((v - bytes[1][j]) / 256);
+    }
+    int64_t both[2];
+    std::memcpy(both, bytes, 16);
+    upper[i] = _mm512_set1_epi64(both[0]), lower[i] = _mm512_set1_epi64(both[1]);
+    start[0] = _mm512_dpbusd_epi32(start[0], middle, upper[i]), start[1] = _mm512_dpbusd_epi32(start[1], middle, lower[i]);
+  }
+  for (v64& sum : start) sum = _mm512_sub_epi32(_mm512_setzero_si512(), sum);
+  const __m512 s = _mm512_set1_ps(g.scale);
+  for (int64_t at = first; at < last; at += OCTETS) {
+    const int64_t n = std::min<int64_t>(OCTETS, last - at);
+    Octets<K> block[4];
+    for (int64_t i = 0; i < g.blocks; ++i) block[i].read(planes[g.block + i], at, n);
+    const __mmask16 mine = __mmask16((1 << 2 * n) - 1);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      v64 sum[2][2] = {{start[0], start[1]}, {start[0], start[1]}};
+      for (int64_t i = 0; i < g.blocks; ++i) {
+        const v64 pair = block[i].pair(t, q);
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; ++odd) {
+          const v64 found = block[i].found(pair, level, q, odd);
+          sum[odd][0] = _mm512_dpbusd_epi32(sum[odd][0], found, upper[i]);
+          sum[odd][1] = _mm512_dpbusd_epi32(sum[odd][1], found, lower[i]);
+        }
+      }
+      for (int odd = 0; odd < 2; ++odd) {
+        float* to = y + (2 * q + odd) * stride + 2 * at;
+        const v64 both = _mm512_add_epi32(_mm512_slli_epi32(sum[odd][0], 8), sum[odd][1]);
+        _mm512_mask_storeu_ps(to, mine, _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), s, _mm512_maskz_loadu_ps(mine, to)));
+      }
+    }
+  }
+}
+#elif LEVEL >= 1
 typedef __m256i v32;
 // What nibbles add to the numbers' nibbles of rows 2 q and 2 q + 1: [q][nibble: lower and upper one of the byte, of the byte before]
 struct Nibbles {
@@ -113,30 +229,63 @@ INLINE v32 octets(const uint8_t* p, int64_t n) {
   return _mm256_load_si256((const __m256i*)some);
 }
 INLINE v32 looked_up(const void* table, v32 at) { return _mm256_shuffle_epi8(_mm256_load_si256((const __m256i*)table), at); }
+INLINE v32 lower(v32 v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+INLINE v32 upper(v32 v) { return lower(_mm256_srli_epi16(v, 4)); }
+
+template <int K> struct Tables {  // levels, 16 at a time
+  v32 of[K > 3 ? 1 << (K - 3) : 1];
+  explicit Tables(const Levels& levels) {
+    for (int i = 0; i < (K > 3 ? 1 << (K - 3) : 1); ++i)
+      of[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(levels.level[K] + 16 * i)));
+  }
+};
+
+// A block's columns in n octets of rows from `at` on: nibbles of the trellis bits, now and before, and the other bits
+template <int K> struct Octets {
+  v32 bits[4], own[K];
+  INLINE_MEMBER void read(const uint8_t* const* plane, int64_t at, int64_t n) {
+    for (int k = 0; k < K; ++k) _mm_prefetch((const char*)(plane[AHEAD * MOST_BITS + k] + 8 * at), _MM_HINT_T0);
+    const v32 now = octets(plane[0] + 8 * at, n);
+    v32 before;
+    if (at) before = octets(plane[0] + 8 * at - 8, n);
+    else before = _mm256_blend_epi32(_mm256_permute4x64_epi64(now, 0x90), _mm256_setzero_si256(), 3);
+    bits[0] = lower(now), bits[1] = upper(now), bits[2] = lower(before), bits[3] = upper(before);
+    for (int k = 1; k < K; ++k) own[k] = octets(plane[k] + 8 * at, n);
+  }
+  // the lowest bits of rows 2 q and 2 q + 1's numbers, in halves of a byte; then one row's levels
+  INLINE_MEMBER v32 pair(const Nibbles& t, int q) const {
+    v32 out = _mm256_xor_si256(_mm256_xor_si256(looked_up(t.parity[q][0], bits[0]), looked_up(t.parity[q][3], bits[3])),
+                               looked_up(t.parity[q][q < 2 ? 2 : 1], bits[q < 2 ? 2 : 1]));
+    for (int k = 1; k < K && k < 3; ++k)
+      out = _mm256_or_si256(out, looked_up(t.more[k - 1][q % 2], q < 2 ? lower(own[k]) : upper(own[k])));
+    return out;
+  }
+  INLINE_MEMBER v32 found(v32 pair, const Tables<K>& level, int q, int odd) const {
+    // tables look at the lowest four bits, and at the highest, which of numbers of three bits is 0
+    const v32 mine = odd ? _mm256_srli_epi16(pair, 4) : pair;
+    const v32 number = K < 3 ? mine : lower(mine);
+    // of more than 16 levels the tables are chosen by the bits beyond four, which go to the top of their bytes
+    v32 out[K > 3 ? 1 << (K - 3) : 1];
+    for (int j = 0; j < (K > 3 ? 1 << (K - 3) : 1); ++j) out[j] = _mm256_shuffle_epi8(level.of[j], number);
+    for (int k = K - 1; k >= 3; --k) {
+      const v32 chosen = _mm256_slli_epi16(own[k], 7 - (2 * q + odd));
+      for (int j = 0; j < 1 << (k - 3); ++j) out[j] = _mm256_blendv_epi8(out[j], out[j + (1 << (k - 3))], chosen);
+    }
+    return out[0];
+  }
+};
+INLINE void signed_levels(v32 found, int8_t* to) { _mm256_storeu_si256((__m256i*)to, found); }
 
 // y (8, stride) += the product of a group's columns and rows [first, last), in octets; two sums of four columns for each row
 template <int K> void group_product(const uint8_t* const (*planes)[MOST_BITS], const Group& g, const int16_t* x, int64_t first, int64_t last,
                                     const Nibbles& t, const Levels& levels, float* y, int64_t stride) {
-  constexpr int TABLES = K > 3 ? 1 << (K - 3) : 1;  // of 16 levels
-  const v32 low = _mm256_set1_epi8(15);
-  auto lower = [&](v32 v) { return _mm256_and_si256(v, low); };
-  auto upper = [&](v32 v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), low); };
-  v32 level[TABLES], xs[4];
-  for (int i = 0; i < TABLES; ++i) level[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(levels.level[K] + 16 * i)));
+  const Tables<K> level(levels);
+  v32 xs[4];
   for (int64_t i = 0; i < g.blocks; ++i) xs[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(x + 8 * (g.block + i))));
   for (int64_t at = first; at < last; at += OCTETS) {
     const int64_t n = std::min(OCTETS, last - at);
-    // nibbles of the trellis bits, now and before, and the other bits
-    v32 bits[4][4], own[4][MOST_BITS];
-    for (int64_t i = 0; i < g.blocks; ++i) {
-      const uint8_t* const* plane = planes[g.block + i];
-      const v32 now = octets(plane[0] + 8 * at, n);
-      v32 before;
-      if (at) before = octets(plane[0] + 8 * at - 8, n);
-      else before = _mm256_blend_epi32(_mm256_permute4x64_epi64(now, 0x90), _mm256_setzero_si256(), 3);
-      bits[i][0] = lower(now), bits[i][1] = upper(now), bits[i][2] = lower(before), bits[i][3] = upper(before);
-      for (int k = 1; k < K; ++k) own[i][k] = octets(plane[k] + 8 * at, n);
-    }
+    Octets<K> block[4];
+    for (int64_t i = 0; i < g.blocks; ++i) block[i].read(planes[g.block + i], at, n);
     // what stands behind the last octet is another class'
     alignas(32) float scale[8];
     for (int64_t i = 0; i < 8; ++i) scale[i] = i < 2 * n ? g.scale / 128 : 0;
@@ -145,23 +294,13 @@ template <int K> void group_product(const uint8_t* const (*planes)[MOST_BITS], c
     for (int q = 0; q < 4; ++q) {
       v32 sum[2][2] = {};
       for (int64_t i = 0; i < g.blocks; ++i) {
-        v32 pair = _mm256_xor_si256(_mm256_xor_si256(looked_up(t.parity[q][0], bits[i][0]), looked_up(t.parity[q][3], bits[i][3])),
-                                    looked_up(t.parity[q][q < 2 ? 2 : 1], bits[i][q < 2 ? 2 : 1]));
-        for (int k = 1; k < K && k < 3; ++k)
-          pair = _mm256_or_si256(pair, looked_up(t.more[k - 1][q % 2], q < 2 ? lower(own[i][k]) : upper(own[i][k])));
+        const v32 pair = block[i].pair(t, q);
 #pragma GCC unroll 2
         for (int odd = 0; odd < 2; ++odd) {
-          const v32 number = odd ? upper(pair) : lower(pair);
-          // of more than 16 levels the tables are chosen by the bits beyond four, which go to the top of their bytes
-          v32 found[TABLES];
-          for (int j = 0; j < TABLES; ++j) found[j] = _mm256_shuffle_epi8(level[j], number);
-          for (int k = K - 1; k >= 3; --k) {
-            const v32 chosen = _mm256_slli_epi16(own[i][k], 7 - (2 * q + odd));
-            for (int j = 0; j < 1 << (k - 3); ++j) found[j] = _mm256_blendv_epi8(found[j], found[j + (1 << (k - 3))], chosen);
-          }
+          const v32 found = block[i].found(pair, level, q, odd);
           // 256 times the levels, in 16 bits: of the first and third octet, of the second and fourth
-          const v32 even = _mm256_unpacklo_epi8(_mm256_setzero_si256(), found[0]);
-          const v32 other = _mm256_unpackhi_epi8(_mm256_setzero_si256(), found[0]);
+          const v32 even = _mm256_unpacklo_epi8(_mm256_setzero_si256(), found);
+          const v32 other = _mm256_unpackhi_epi8(_mm256_setzero_si256(), found);
           sum[odd][0] = _mm256_add_epi32(sum[odd][0], _mm256_madd_epi16(even, xs[i]));
           sum[odd][1] = _mm256_add_epi32(sum[odd][1], _mm256_madd_epi16(other, xs[i]));
         }
@@ -180,14 +319,18 @@ struct Nibbles {
   const int64_t* subsets;
   explicit Nibbles(const int64_t* subsets) : subsets(subsets) {}
 };
+// The trellis bits of a column before an octet, the newest lowest
+INLINE int64_t window_before(const uint8_t* plane, int64_t at, int64_t column) {
+  int64_t window = 0;
+  for (int64_t r = 0; at && r < 8; ++r) window = window << 1 | (plane[8 * (at - 1) + column] >> r & 1);
+  return window;
+}
 
 template <int K> void group_product(const uint8_t* const (*planes)[MOST_BITS], const Group& g, const int16_t* x, int64_t first, int64_t last,
                                     const Nibbles& t, const Levels& levels, float* y, int64_t stride) {
   for (int64_t b = g.block; b < g.block + g.blocks; ++b)
     for (int64_t column = 0; column < 8; ++column) {
-      int64_t window = 0;  // the trellis bits so far, the newest lowest
-      if (first)
-        for (int64_t r = 0; r < 8; ++r) window = window << 1 | (planes[b][0][8 * (first - 1) + column] >> r & 1);
+      int64_t window = window_before(planes[b][0], first, column);
       for (int64_t at = first; at < last; ++at)
         for (int64_t r = 0; r < 8; ++r) {
           window = (window << 1 | (planes[b][0][8 * at + column] >> r & 1)) & 511;
@@ -199,12 +342,44 @@ template <int K> void group_product(const uint8_t* const (*planes)[MOST_BITS], c
 }
 #endif
 
+// out (rows, stride) = a block's columns of rows [first, last), in octets: levels times `scale`
+template <int K> void block_values(const uint8_t* const* plane, int64_t first, int64_t last, const Nibbles& t, const Levels& levels, float scale,
+                                   float* out, int64_t stride) {
+#if LEVEL >= 1
+  const Tables<K> level(levels);
+  for (int64_t at = first; at < last; at += OCTETS) {
+    const int64_t n = std::min<int64_t>(OCTETS, last - at);
+    Octets<K> block;
+    block.read(plane, at, n);
+    for (int row = 0; row < 8; ++row) {
+      int8_t found[8 * OCTETS];
+      signed_levels(block.found(block.pair(t, row / 2), level, row / 2, row % 2), found);
+      for (int64_t o = 0; o < n; ++o) {
+        float* to = out + (8 * (at - first + o) + row) * stride;
+        for (int64_t c = 0; c < 8; ++c) to[c] = found[8 * o + c] * scale;
+      }
+    }
+  }
+#else
+  for (int64_t c = 0; c < 8; ++c) {
+    int64_t window = window_before(plane[0], first, c);
+    for (int64_t row = 8 * first; row < 8 * last; ++row) {
+      const int64_t at = row / 8 * 8 + c, bit = row % 8;
+      window = (window << 1 | (plane[0][at] >> bit & 1)) & 511;
+      int64_t number = t.subsets[window];
+      for (int64_t i = 1; i < K; ++i) number |= int64_t(plane[i][at] >> bit & 1) << (i + 1);
+      out[(row - 8 * first) * stride + c] = levels.level[K][number] * scale;
+    }
+  }
+#endif
+}
+
 // Where a matrix' rows and planes lie
 struct CodedPlaces {
   std::vector<int64_t> order, first;   // rows by class; the first octet of each class, and the end
-  std::vector<const uint8_t*> planes;  // (blocks, MOST_BITS)
+  std::vector<const uint8_t*> planes;  // (blocks + AHEAD, MOST_BITS); the end behind the last
   CodedPlaces() = default;
-  explicit CodedPlaces(const Coded& m) : order(m.p), first(m.classes + 1), planes(m.blocks * MOST_BITS) {
+  explicit CodedPlaces(const Coded& m) : order(m.p), first(m.classes + 1), planes((m.blocks + AHEAD) * MOST_BITS) {
     std::vector<int64_t> count(m.classes + 1);
     for (int64_t r = 0; r < m.p; ++r) {
       check(m.kind[r] < m.classes, "globe: codes: expected classes below ", m.classes, ", found ", int(m.kind[r]));
@@ -223,6 +398,7 @@ struct CodedPlaces {
         while (c && m.width[(c - 1) * m.blocks + b] <= i) --c;  // of fewer bits
         at += 8 * first[c];
       }
+    std::fill(planes.end() - AHEAD * MOST_BITS, planes.end(), at);
     check(at - m.codes == m.bytes, "globe: codes: expected ", at - m.codes, " bytes of a matrix, found ", m.bytes);
   }
 };
@@ -237,11 +413,6 @@ static void coded_rows(const Coded& m, const CodedPlaces& places, const CodedInp
   // four blocks after the other, as they lie in memory, for all classes
   std::vector<size_t> next(m.classes);
   for (int64_t b = 0; b < m.blocks; b += 4) {
-#if LEVEL >= 1
-    const int64_t ahead = std::min(b + 4, m.blocks - 1) * MOST_BITS, behind = std::min(b + 8, m.blocks - 1) * MOST_BITS;
-    if (begin == 0)
-      for (const uint8_t* at = places.planes[ahead]; at < places.planes[behind]; at += 64) _mm_prefetch((const char*)at, _MM_HINT_T0);
-#endif
     for (int64_t c = 0; c < m.classes; ++c) {
       const int64_t first = std::max(begin, places.first[c]), last = std::min(end, places.first[c + 1]);
       const int16_t* x = in.x.data() + c * m.blocks * 8;
@@ -260,20 +431,49 @@ static void coded_rows(const Coded& m, const CodedPlaces& places, const CodedInp
       }
     }
   }
+  const float* parts = fractions();
   for (int64_t o = begin; o < end; ++o)
     for (int64_t r = 0; r < 8 && 8 * o + r < m.p; ++r) {
       const int64_t row = places.order[8 * o + r];
-      out[row] = (from[r * stride + 2 * o] + from[r * stride + 2 * o + 1]) * power(32 * (m.row[row] - 128));
+      out[row] = (from[r * stride + 2 * o] + from[r * stride + 2 * o + 1]) * power(32 * (m.row[row] - 128), parts);
     }
+}
+
+// out (8 (end - begin), stride): W of a matrix' rows in octets [begin, end), as they lie, but for the rows' own scales
+static void coded_values_of(const Coded& m, const CodedPlaces& places, const Nibbles& t, const Levels& levels, int64_t begin, int64_t end,
+                            float* out, int64_t stride) {
+  const float* parts = fractions();
+  for (int64_t c = 0; c < m.classes; ++c) {
+    const int64_t first = std::max(begin, places.first[c]), last = std::min(end, places.first[c + 1]);
+    for (int64_t b = 0; b < m.blocks && first < last; ++b) {
+      const int64_t at = c * m.blocks + b, width = m.width[at];
+      const uint8_t* const* plane = &places.planes[b * MOST_BITS];
+      const float scale = levels.unit[width] * power(m.column[at], parts);
+      float* to = out + 8 * (first - begin) * stride + 8 * b;
+      switch (width) {
+        case 0: for (int64_t r = 0; r < 8 * (last - first); ++r) std::fill(to + r * stride, to + r * stride + 8, 0.0f); break;
+        case 1: block_values<1>(plane, first, last, t, levels, scale, to, stride); break;
+        case 2: block_values<2>(plane, first, last, t, levels, scale, to, stride); break;
+        case 3: block_values<3>(plane, first, last, t, levels, scale, to, stride); break;
+        case 4: block_values<4>(plane, first, last, t, levels, scale, to, stride); break;
+        case 5: block_values<5>(plane, first, last, t, levels, scale, to, stride); break;
+        default: block_values<6>(plane, first, last, t, levels, scale, to, stride);
+      }
+    }
+  }
 }
 
 // ---- groups of 64 columns in 8 or 4 bits ---------------------------------------------------------------
 constexpr int64_t GROUP = 64;
+constexpr float LARGEST_16 = 32639;  // of activations: their lower bytes count from -128 to 127, as the upper ones
 
 // x (columns,) in 16 bits by groups; beside codes of 4 bits a group's even columns come first
 struct GroupInput {
   std::vector<int16_t> x;
   std::vector<float> scale;
+  // for unsigned codes: upper and lower bytes (groups, 2, GROUP), and where a group's sum starts
+  std::vector<int8_t> bytes;
+  std::vector<int32_t> start;
   GroupInput(const float* from, int64_t columns, int64_t bits) : x((columns + GROUP - 1) / GROUP * GROUP), scale(x.size() / GROUP) {
     for (size_t g = 0; g < scale.size(); ++g) {
       float some[GROUP] = {}, most = 1e-30f;
@@ -283,71 +483,109 @@ struct GroupInput {
         some[bits == 4 ? i / 2 + i % 2 * 32 : i] = value;
         most = std::max(most, std::abs(value));
       }
-      for (int64_t i = 0; i < GROUP; i += 8) rounded(some + i, 32767 / most, &x[g * GROUP + i]);
-      scale[g] = most / 32767;
+      for (int64_t i = 0; i < GROUP; i += 8) rounded(some + i, LARGEST_16 / most, &x[g * GROUP + i]);
+      scale[g] = most / LARGEST_16;
     }
+#if LEVEL >= 1
+    bytes.resize(2 * x.size()), start.resize(scale.size());
+    for (size_t i = 0; i < x.size(); ++i) {
+      int8_t* to = &bytes[i / GROUP * 2 * GROUP + i % GROUP];
+      to[GROUP] = int8_t(x[i]);
+      to[0] = int8_t((x[i] - to[GROUP]) / 256);
+      start[i / GROUP] -= (bits == 8 ? 128 : 8) * x[i];
+    }
+#endif
   }
 };
 
-// One row's product; codes of 8 bits, or two of 4 in a byte, the even column's in the lower half
-static float group_row(const GroupCoded& m, int64_t row, const GroupInput& in) {
-  const uint8_t* codes = m.codes + row * m.columns * m.bits / 8;
-  const int64_t groups = in.scale.size(), bytes = GROUP * m.bits / 8;
-#if LEVEL >= 1
-  __m256 sum = _mm256_setzero_ps();
-#else
-  float sum = 0;
-#endif
-  for (int64_t g = 0; g < groups; ++g) {
-    const float scale = power(m.scale[row * groups + g]) * in.scale[g];
-    const int16_t* x = &in.x[g * GROUP];
-    alignas(32) uint8_t some[GROUP] = {};
-    const uint8_t* from = codes + g * bytes;
-    if (g == groups - 1) {  // columns that there are
-      std::memcpy(some, from, m.columns * m.bits / 8 - g * bytes);
-      from = some;
-    }
-#if LEVEL >= 1
-    v32 a, b;
-    if (m.bits == 8) {
-      a = _mm256_loadu_si256((const v32*)from), b = _mm256_loadu_si256((const v32*)(from + 32));
-    } else {
-      const v32 both = _mm256_loadu_si256((const v32*)from), low = _mm256_set1_epi8(15), middle = _mm256_set1_epi8(8);
-      a = _mm256_sub_epi8(_mm256_and_si256(both, low), middle);
-      b = _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(both, 4), low), middle);
-    }
-    auto product = [](__m128i v, const int16_t* x) {
-      return _mm256_madd_epi16(_mm256_cvtepi8_epi16(v), _mm256_loadu_si256((const v32*)x));
-    };
-    const v32 first = _mm256_add_epi32(product(_mm256_castsi256_si128(a), x), product(_mm256_extracti128_si256(a, 1), x + 16));
-    const v32 second = _mm256_add_epi32(product(_mm256_castsi256_si128(b), x + 32), product(_mm256_extracti128_si256(b, 1), x + 48));
-    const v32 whole = _mm256_add_epi32(first, second);
-    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), _mm256_set1_ps(scale), sum);
-#else
-    int64_t whole = 0;
-    for (int64_t i = 0; i < GROUP; ++i) {
-      const int value = m.bits == 8 ? int8_t(from[i]) : (from[i % 32] >> (i < 32 ? 0 : 4) & 15) - 8;
-      whole += value * x[i];
-    }
-    sum += scale * whole;
-#endif
+// sum + scale * (a group's 64 codes times its activations); of 4 bits, the even column's is in a byte's lower half
+#if LEVEL == 3
+typedef __m512 Sum;
+INLINE float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
+template <int BITS> INLINE Sum add_group(Sum sum, const uint8_t* from, const GroupInput& in, int64_t g, float scale) {
+  __m512i codes;
+  if (BITS == 8) {
+    codes = _mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(-128));
+  } else {
+    const __m256i both = _mm256_loadu_si256((const __m256i*)from);
+    const __m512i wide = _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1);
+    codes = _mm512_and_si512(wide, _mm512_set1_epi8(15));
   }
-#if LEVEL >= 1
+  const int8_t* x = &in.bytes[2 * g * GROUP];
+  const __m512i upper = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(x));
+  const __m512i start = _mm512_maskz_set1_epi32(1, in.start[g]);
+  const __m512i whole = _mm512_dpbusd_epi32(_mm512_add_epi32(_mm512_slli_epi32(upper, 8), start), codes, _mm512_loadu_si512(x + GROUP));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(scale), sum);
+}
+#elif LEVEL >= 1
+typedef __m256 Sum;
+INLINE float total(Sum sum) {
   alignas(32) float parts[8];
   _mm256_store_ps(parts, sum);
   return parts[0] + parts[1] + parts[2] + parts[3] + parts[4] + parts[5] + parts[6] + parts[7];
+}
+template <int BITS> INLINE Sum add_group(Sum sum, const uint8_t* from, const GroupInput& in, int64_t g, float scale) {
+  auto vector = [](const void* p) { return _mm256_loadu_si256((const __m256i*)p); };
+  __m256i whole;
+  if (BITS == 8) {
+    const int16_t* x = &in.x[g * GROUP];
+    auto product = [&](int64_t i) {
+      const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + i)));
+      return _mm256_madd_epi16(codes, vector(x + i));
+    };
+    whole = _mm256_add_epi32(_mm256_add_epi32(product(0), product(16)), _mm256_add_epi32(product(32), product(48)));
+  } else {
+    const int8_t* x = &in.bytes[2 * g * GROUP];
+    const __m256i all = vector(from), low = _mm256_set1_epi8(15);
+    const __m256i even = _mm256_and_si256(all, low), odd = _mm256_and_si256(_mm256_srli_epi16(all, 4), low);
+    auto product = [&](const int8_t* x, int16_t factor) {
+      const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(even, vector(x)), _mm256_maddubs_epi16(odd, vector(x + 32)));
+      return _mm256_madd_epi16(pairs, _mm256_set1_epi16(factor));
+    };
+    whole = _mm256_add_epi32(product(x, 256), product(x + GROUP, 1));
+    whole = _mm256_add_epi32(whole, _mm256_zextsi128_si256(_mm_cvtsi32_si128(in.start[g])));
+  }
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), _mm256_set1_ps(scale), sum);
+}
 #else
-  return sum;
+typedef float Sum;
+INLINE float total(Sum sum) { return sum; }
+template <int BITS> INLINE Sum add_group(Sum sum, const uint8_t* from, const GroupInput& in, int64_t g, float scale) {
+  int64_t whole = 0;
+  for (int64_t i = 0; i < GROUP; ++i) {
+    const int value = BITS == 8 ? int8_t(from[i]) : (from[i % 32] >> (i < 32 ? 0 : 4) & 15) - 8;
+    whole += value * in.x[g * GROUP + i];
+  }
+  return sum + scale * whole;
+}
 #endif
+
+// out (tokens, rows) = x W^T + bias, of rows [begin, end)
+template <int BITS> static void group_rows(const GroupCoded& m, const std::vector<GroupInput>& in, const float* bias, int64_t begin,
+                                           int64_t end, float* out) {
+  const int64_t groups = in[0].scale.size(), bytes = m.columns * BITS / 8, full = m.columns / GROUP;
+  const float* parts = fractions();
+  std::vector<float> scale(groups);
+  for (int64_t r = begin; r < end; ++r) {
+    const uint8_t* codes = m.codes + r * bytes;
+    for (int64_t g = 0; g < groups; ++g) scale[g] = power(m.scale[r * groups + g], parts);
+    uint8_t last[GROUP] = {};  // with columns that there are not
+    if (full < groups) std::memcpy(last, codes + full * GROUP * BITS / 8, bytes - full * GROUP * BITS / 8);
+    for (size_t t = 0; t < in.size(); ++t) {
+      Sum sum = {};
+      for (int64_t g = 0; g < full; ++g) sum = add_group<BITS>(sum, codes + g * GROUP * BITS / 8, in[t], g, scale[g] * in[t].scale[g]);
+      if (full < groups) sum = add_group<BITS>(sum, last, in[t], full, scale[full] * in[t].scale[full]);
+      out[t * m.rows + r] = total(sum) + (bias ? bias[r] : 0);
+    }
+  }
 }
 
-// out (tokens, rows) = x W^T + bias
 void coded_linear(const GroupCoded& m, const float* x, const float* bias, float* out, int64_t tokens) {
   std::vector<GroupInput> in;
   for (int64_t t = 0; t < tokens; ++t) in.emplace_back(x + t * m.columns, m.columns, m.bits);
   parallel(m.rows, tokens * m.columns / 16, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      for (int64_t t = 0; t < tokens; ++t) out[t * m.rows + r] = group_row(m, r, in[t]) + (bias ? bias[r] : 0);
+    if (m.bits == 8) group_rows<8>(m, in, bias, begin, end, out);
+    else group_rows<4>(m, in, bias, begin, end, out);
   });
 }
 
@@ -365,12 +603,108 @@ template <class F> static void parallel_checked(int64_t n, int64_t cost, const F
   for (const std::string& text : wrong) check(text.empty(), text);
 }
 
+struct CodedRouted { int64_t token, expert; float weight; };
+
+// y (4, PANEL) = rows of W times x (n, PANEL): a column for each token
+constexpr int64_t PANEL = 2 * lanes<float>;
+INLINE void panel_product(const float* W, int64_t stride, const float* x, int64_t n, float (*y)[PANEL]) {
+  vf sum[4][2] = {};
+  for (int64_t k = 0; k < n; ++k) {
+    vf first, second;
+    std::memcpy(&first, x + k * PANEL, sizeof(vf));
+    std::memcpy(&second, x + k * PANEL + PANEL / 2, sizeof(vf));
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const vf w = splat<float>(W[r * stride + k]);
+      sum[r][0] += w * first;
+      sum[r][1] += w * second;
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    std::memcpy(y[r], &sum[r][0], sizeof(vf));
+    std::memcpy(y[r] + PANEL / 2, &sum[r][1], sizeof(vf));
+  }
+}
+
+// Many tokens: rows of an expert's matrices are decoded, in tiles that stay in a cache, and meet all its tokens in float.
+// inputs: x, or what a basis made of it, of gate and up; group: the first of each expert's run in `routed`, and the end
+static void coded_prompt(const CodedExperts& a, const std::vector<CodedRouted>& routed, const std::vector<int64_t>& group, const float* const* inputs,
+                         const Nibbles& nibbles, const Levels& levels) {
+  constexpr int64_t TILE = 4;  // octets
+  const CodedFamily* families[3] = {&a.gate, &a.up, &a.down};
+  const int64_t P = routed.size(), G = group.size() - 1;
+  std::vector<CodedPlaces> places[3];
+  for (int f = 0; f < 3; ++f) places[f].resize(G);
+  parallel_checked(3 * G, 20000, [&](int64_t j) { places[j / G][j % G] = CodedPlaces(families[j / G]->matrix(routed[group[j % G]].expert)); });
+
+  // tokens of an expert in panels, a column each: (first of `routed`, behind the last, expert's number here)
+  struct Panel { int64_t begin, end, g; };
+  std::vector<Panel> panels;
+  std::vector<int64_t> first(1);  // of each expert
+  for (int64_t g = 0; g < G; ++g) {
+    for (int64_t i = group[g]; i < group[g + 1]; i += PANEL) panels.push_back({i, std::min(i + PANEL, group[g + 1]), g});
+    first.push_back(panels.size());
+  }
+
+  // y (P, p) = W x of each pair's own expert, x from(pair); a thread has its rows of every expert
+  auto products = [&](int f, auto&& from, Grid<float>& y) {
+    const CodedFamily& family = *families[f];
+    const int64_t octets = (family.p + 7) / 8, stride = 8 * family.blocks;
+    std::vector<float> x(panels.size() * stride * PANEL);
+    parallel_checked(panels.size(), stride * PANEL, [&](int64_t i) {
+      const Panel& panel = panels[i];
+      const int16_t* order = family.order ? family.order + routed[panel.begin].expert * family.columns : nullptr;
+      for (int64_t k = 0; k < family.columns; ++k) {
+        const int64_t at = order ? order[k] : k;
+        check(0 <= at && at < family.inputs, "globe: codes: order in [0, ", family.inputs, ") expected, found ", at);
+        for (int64_t j = panel.begin; j < panel.end; ++j) x[(i * stride + k) * PANEL + j - panel.begin] = from(j)[at];
+      }
+    });
+    parallel((octets + TILE - 1) / TILE, P * stride, [&](int64_t begin, int64_t end) {
+      std::vector<float> tile(8 * TILE * stride);
+      const float* parts = fractions();
+      for (int64_t g = 0; g < G; ++g)
+        for (int64_t at = begin * TILE; at < std::min(end * TILE, octets); at += TILE) {
+          const Coded m = family.matrix(routed[group[g]].expert);
+          const int64_t rows = std::min(8 * TILE, m.p - 8 * at);
+          coded_values_of(m, places[f][g], nibbles, levels, at, std::min(at + TILE, octets), tile.data(), stride);
+          for (int64_t r = 0; r < rows; r += 4)
+            for (int64_t i = first[g]; i < first[g + 1]; ++i) {
+              float found[4][PANEL];
+              panel_product(tile.data() + r * stride, stride, x.data() + i * stride * PANEL, stride, found);
+              for (int64_t q = 0; q < std::min<int64_t>(4, rows - r); ++q) {
+                const int64_t row = places[f][g].order[8 * at + r + q];
+                const float scale = power(32 * (m.row[row] - 128), parts);
+                for (int64_t j = panels[i].begin; j < panels[i].end; ++j) y[j][row] = scale * found[q][j - panels[i].begin];
+              }
+            }
+        }
+    });
+  };
+  Grid<float> y[2] = {{P, a.gate.p, step<float>}, {P, a.gate.p, step<float>}};
+  for (int f = 0; f < 2; ++f) products(f, [&](int64_t i) { return inputs[f] + routed[i].token * families[f]->inputs; }, y[f]);
+  for (int64_t i = 0; i < P; ++i)
+    for (int64_t j = 0; j < y[0].cols; j += lanes<float>) {
+      vf z[2];
+      std::memcpy(&z[0], y[0][i] + j, sizeof(vf));
+      std::memcpy(&z[1], y[1][i] + j, sizeof(vf));
+      z[0] = activate(z[0], a.act) * z[1];
+      std::memcpy(y[0][i] + j, &z[0], sizeof(vf));
+    }
+  Grid<float> out(P, a.d, step<float>);
+  products(2, [&](int64_t i) { return y[0][i]; }, out);
+  parallel(a.d, P, [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < P; ++i)
+      for (int64_t j = begin; j < end; ++j) a.out[routed[i].token * a.d + j] += routed[i].weight * out[i][j];
+  });
+}
+
 void coded_experts(const CodedExperts& a) {
   const char* op = "globe::coded_experts";
   const Nibbles nibbles(a.subsets);
   const Levels levels = rounded_levels(a.levels);
-  struct Routed { int64_t token, expert; float weight; };
-  std::vector<Routed> routed;
+  std::vector<CodedRouted> routed;
   for (int64_t i = 0; i < a.T * a.k; ++i) {
     const int64_t e = a.index[i];
     check(0 <= e && e <= a.E, op, ": expert in [0, ", a.E, "] expected, found ", e);  // E: another rank's, skipped
@@ -398,6 +732,17 @@ void coded_experts(const CodedExperts& a) {
     inputs[f] = acted[f].data();
   }
 
+  // decoding a matrix costs about as much as three products with its codes
+  std::vector<CodedRouted> sorted = routed;
+  std::stable_sort(sorted.begin(), sorted.end(), [](const CodedRouted& l, const CodedRouted& r) { return l.expert < r.expert; });
+  std::vector<int64_t> group;
+  for (int64_t i = 0; i < P; ++i)
+    if (!i || sorted[i].expert != sorted[i - 1].expert) group.push_back(i);
+  if (P > 3 * int64_t(group.size())) {
+    group.push_back(P);
+    return coded_prompt(a, sorted, group, inputs, nibbles, levels);
+  }
+
   // activations rounded: for each token, or each expert where its columns have an order of its own
   std::vector<CodedInput> in[3];
   std::vector<CodedPlaces> places[3];
@@ -409,7 +754,7 @@ void coded_experts(const CodedExperts& a) {
     const int64_t f = j / P, i = j % P;
     const Coded m = families[f]->matrix(routed[i].expert);
     places[f][i] = CodedPlaces(m);
-    if (f < 2 && (m.order || told[i] == i)) coded_input(m, inputs[f] + routed[i].token * m.inputs, levels, in[f][i]);
+    if (f < 2 && (m.order || told[i] == i)) coded_input(m, inputs[f] + routed[i].token * m.inputs, levels, m.order ? &places[f][i].first : nullptr, in[f][i]);
   });
 
   // rows of some matrices, in slices
@@ -439,7 +784,7 @@ void coded_experts(const CodedExperts& a) {
       z[0] = activate(z[0], a.act) * z[1];
       std::memcpy(h + j, &z[0], n * sizeof(float));
     }
-    coded_input(a.down.matrix(routed[i].expert), h, levels, in[2][i]);
+    coded_input(a.down.matrix(routed[i].expert), h, levels, &places[2][i].first, in[2][i]);
   });
   products(2, 3, y);
   for (int64_t i = 0; i < P; ++i)

@@ -32,7 +32,7 @@ static void parallel(int64_t n, int64_t cost, const F& f) {
   }
 }
 
-// The kernels four times in one binary. A name for each level; the last two are AVX-512, without and with bfloat16 products.
+// The kernels four times in one binary. A name for each level; the last two are AVX-512, without and with bfloat16 and byte products.
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the baseline's only travel between inlined functions
 #define ISA plain
 #define LEVEL 0
@@ -66,7 +66,7 @@ TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #undef LEVEL
 TARGET_END
 
-TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,gfni")
 #define ISA avx512_bf16
 #define LEVEL 3
 #include "cpu_kernels.h"
@@ -84,7 +84,7 @@ static int level() {  // GLOBE_ISA lowers it, for tests
       best = 1;
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
           __builtin_cpu_supports("avx512vl"))
-        best = __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+        best = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni") ? 3 : 2;
     }
 #endif
     const char* want = std::getenv("GLOBE_ISA");
