@@ -10,7 +10,7 @@
 Suites (several in one command, or all) and commands:
     compose     composed bases at Qwen1.5-MoE's shapes, against torch's best ways
     sparsemax   sparsemax and entmax-1.5, forward and backward, against the package entmax
-    decode      tokens/s and memory of models: dense in each of transformers' ways, GloBE
+    decode      tokens/s and memory: dense in each of transformers' ways, GloBE, codes of --bits, llama.cpp
     fit         seconds, passes, error of the fit's methods on tiny, beside MoBE's setting
     quality     nats lost per token at one size, in 16 bits, in codes or of the whole file, beside the peers
     report      tables and a plot of a run: errors, effective ranks, bases, quality, a zero-shot task
@@ -1126,7 +1126,7 @@ def bench_one_token(args: Namespace, r: int = 768) -> list:
 # ---- 6. decode: whole models ---------------------------------------------------------------------
 HELD = 0.25    # of the experts that the caches of `warm` and `cold` hold
 DECODE_KEYS = ("test", "variant", "implementation", "value", "unit", "ratio", "gbps", "share_of_bandwidth",
-               "peak_gib", "weights_gib", "cache_mib", "hit_rate")
+               "peak_gib", "weights_gib", "cache_mib", "hit_rate", "resident_over_file")
 
 
 # seconds from a prompt ids (1, n) to its first new token
