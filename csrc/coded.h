@@ -1,13 +1,20 @@
 // Products with weights in packed codes, as globe.py's `unpack` and `decode_groups` define them: part of cpu_kernels.h.
 //
-// A vector is a block's eight columns in four times eight rows: the trellis' parities come by tables of nibbles, of the bytes in it
-// and of those in front, a number's bits as nibbles, and its level by one more table. Activations are rounded to 14 bits, by group
-// of blocks of one width, with the columns' scales in them; levels are whole numbers of 8 bits, so that sums are exact.
+// A vector is a block's eight columns in four or eight times eight rows: the trellis' parities come by tables of nibbles, or products
+// of bits, of the bytes in it and of those in front, a number's bits as nibbles, and its level by one more table. Activations are
+// rounded to 14 or 16 bits, by group of blocks of one width, with the columns' scales in them; levels are whole numbers of 8 bits, so
+// that sums are exact.
 
 constexpr int64_t OCTETS = LEVEL == 3 ? 8 : 4;  // of rows in a vector
 constexpr int64_t MOST_BITS = 6;
 #define INLINE_MEMBER inline __attribute__((always_inline))
-constexpr int64_t AHEAD = 4;       // blocks that memory is asked for before their turn
+
+// Asks for the memory that comes next, as much as a vector of each of K planes, and goes on behind it; null: does not
+template <int K> INLINE void ask(const uint8_t*& next) {
+  if (!next) return;
+  for (int64_t i = 0; i < 8 * OCTETS * K; i += 64) __builtin_prefetch(next + i, 0, 2);
+  next += 8 * OCTETS * K;
+}
 
 // 2^(i / 256) of i in [0, 256), and of i in [-2^15, 2^15)
 static const float* fractions() {
@@ -33,16 +40,23 @@ struct CodedInput {
   std::vector<std::vector<Group>> groups;  // by class
   std::vector<int16_t> x;                  // (classes, 8 blocks)
 };
-constexpr float LARGEST = 8191;  // of activations: four products of 2^8 levels with these, in pairs, stay below 2^31
+constexpr int64_t MOST_BLOCKS = 16;                   // of a group
+constexpr float LARGEST = LEVEL == 3 ? 32639 : 8191;  // of activations: two bytes of -128 to 127; or four blocks' products with 2^8
+                                                      // levels, in pairs, stay below 2^31
 
-// Levels in 8 bits: (width, number), and the largest
-struct Levels { int8_t level[MOST_BITS + 1][128]; float unit[MOST_BITS + 1]; };
+// Levels in 8 bits: (width, number), 128 more than they are, over and over; and what one of them counts
+struct Levels {
+  int8_t level[MOST_BITS + 1][128];
+  alignas(64) uint8_t raised[MOST_BITS + 1][128];
+  float unit[MOST_BITS + 1];
+};
 static Levels rounded_levels(const float* levels) {
-  Levels out;
+  Levels out = {};
   for (int64_t k = 1; k <= MOST_BITS; ++k) {
     const int64_t n = int64_t(2) << k;
     out.unit[k] = levels[128 * k + n - 1] / 127;
     for (int64_t i = 0; i < n; ++i) out.level[k][i] = int8_t(std::lrint(levels[128 * k + i] / out.unit[k]));
+    for (int64_t i = 0; i < 128; ++i) out.raised[k][i] = uint8_t(out.level[k][i % std::max<int64_t>(16, n)] + 128);
   }
   return out;
 }
@@ -57,13 +71,24 @@ INLINE void rounded(const float* x, float scale, int16_t* out) {
   }
 }
 
+#if LEVEL == 3
+// Eight numbers as 256 * upper + lower: the bytes of all upper ones, then those of the lower ones
+INLINE void upper_and_lower(int16_t* x) {
+  const __m128i v = _mm_loadu_si128((const __m128i*)x);
+  const __m128i upper = _mm_srai_epi16(_mm_add_epi16(v, _mm_set1_epi16(128)), 8);
+  _mm_storeu_si128((__m128i*)x, _mm_unpacklo_epi64(_mm_cvtepi16_epi8(upper), _mm_cvtepi16_epi8(v)));
+}
+#endif
+
 // `first`: of each class its first octet, where rows are known: classes without any are left out
 static void coded_input(const Coded& m, const float* x, const Levels& levels, const std::vector<int64_t>* first, CodedInput& out) {
   const float* parts = fractions();
-  out.groups.assign(m.classes, {});
-  out.x.assign(m.classes * m.blocks * 8, 0);
+  out.groups.resize(m.classes);
+  for (auto& groups : out.groups) groups.clear();
+  out.x.resize(m.classes * m.blocks * 8);
   // columns in order, and the largest of each block
-  std::vector<float> ordered(m.blocks * 8), most(m.blocks);
+  static thread_local std::vector<float> ordered, most;
+  ordered.assign(m.blocks * 8, 0), most.assign(m.blocks, 0);
   for (int64_t i = 0; i < m.columns; ++i) {
     const int64_t from = m.order ? m.order[i] : i;
     check(0 <= from && from < m.inputs, "globe: codes: order in [0, ", m.inputs, ") expected, found ", from);
@@ -77,15 +102,20 @@ static void coded_input(const Coded& m, const float* x, const Levels& levels, co
     const int16_t* column = m.column + c * m.blocks;
     for (int64_t b = 0, n; b < m.blocks; b += n) {
       n = 1;
-      while ((b + n) % 4 && b + n < m.blocks && width[b + n] == width[b]) ++n;  // of the same four
+      while ((b + n) % MOST_BLOCKS && b + n < m.blocks && width[b + n] == width[b]) ++n;  // of the same sixteen
       if (!width[b]) continue;
-      float scale[4], largest = 1e-30f;
+      float scale[MOST_BLOCKS], largest = 1e-30f;
       for (int64_t i = 0; i < n; ++i) {
         scale[i] = power(column[b + i], parts);
         largest = std::max(largest, scale[i] * most[b + i]);
       }
-      for (int64_t i = 0; i < n; ++i)
-        rounded(&ordered[8 * (b + i)], scale[i] * (LARGEST / largest), &out.x[(c * m.blocks + b + i) * 8]);
+      for (int64_t i = 0; i < n; ++i) {
+        int16_t* to = &out.x[(c * m.blocks + b + i) * 8];
+        rounded(&ordered[8 * (b + i)], scale[i] * (LARGEST / largest), to);
+#if LEVEL == 3
+        upper_and_lower(to);
+#endif
+      }
       out.groups[c].push_back({b, n, width[b], largest / LARGEST * levels.unit[width[b]]});
     }
   }
@@ -114,11 +144,10 @@ struct Nibbles {
   }
 };
 
-template <int K> struct Tables {  // levels, 16 at a time
-  v64 of[K > 3 ? 1 << (K - 3) : 1];
+template <int K> struct Tables {  // levels: each 64 numbers of six bits, of which fewer may count
+  v64 of[2];
   explicit Tables(const Levels& levels) {
-    for (int i = 0; i < (K > 3 ? 1 << (K - 3) : 1); ++i)
-      of[i] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(levels.level[K] + 16 * i))), of[i] = _mm512_xor_si512(of[i], _mm512_set1_epi8(-128));
+    for (int i = 0; i < 2; ++i) of[i] = _mm512_load_si512(levels.raised[K] + 64 * i);
   }
 };
 
@@ -126,7 +155,6 @@ template <int K> struct Tables {  // levels, 16 at a time
 template <int K> struct Octets {
   v64 bits, before, own[K];
   INLINE_MEMBER void read(const uint8_t* const* plane, int64_t at, int64_t n) {
-    for (int k = 0; k < K; ++k) _mm_prefetch((const char*)(plane[AHEAD * MOST_BITS + k] + 8 * at), _MM_HINT_T0);
     const __mmask8 there = __mmask8((1 << n) - 1);
     bits = _mm512_maskz_loadu_epi64(there, plane[0] + 8 * at);
     before = at ? _mm512_maskz_loadu_epi64(there, plane[0] + 8 * at - 8) : _mm512_maskz_expand_epi64(__mmask8(254), bits);
@@ -140,62 +168,59 @@ template <int K> struct Octets {
     return out;
   }
   INLINE_MEMBER v64 found(v64 pair, const Tables<K>& level, int q, int odd) const {
-    const v64 number = _mm512_and_si512(odd ? _mm512_srli_epi16(pair, 4) : pair, _mm512_set1_epi8(15));
-    // of more than 16 levels the tables are chosen by the bits beyond four
-    v64 out[K > 3 ? 1 << (K - 3) : 1];
-    for (int j = 0; j < (K > 3 ? 1 << (K - 3) : 1); ++j) out[j] = _mm512_shuffle_epi8(level.of[j], number);
-    for (int k = K - 1; k >= 3; --k) {
-      const __mmask64 chosen = _mm512_test_epi8_mask(own[k], _mm512_set1_epi8(char(1 << (2 * q + odd))));
-      for (int j = 0; j < 1 << (k - 3); ++j) out[j] = _mm512_mask_blend_epi8(chosen, out[j], out[j + (1 << (k - 3))]);
+    v64 number = odd ? _mm512_srli_epi16(pair, 4) : pair;
+    // bits beyond four; what else a byte holds above them, tables do not look at
+#pragma GCC unroll 3
+    for (int k = 3; k < K; ++k) {
+      const int left = k + 1 - (2 * q + odd);
+      const v64 moved = left > 0 ? _mm512_slli_epi16(own[k], left) : _mm512_srli_epi16(own[k], -left);
+      number = _mm512_ternarylogic_epi64(_mm512_set1_epi8(char(2 << k)), moved, number, 0xCA);
     }
-    return out[0];
+    return K < 6 ? _mm512_permutexvar_epi8(number, level.of[0]) : _mm512_permutex2var_epi8(level.of[0], number, level.of[1]);
   }
 };
 INLINE void signed_levels(v64 found, int8_t* to) { _mm512_storeu_si512(to, _mm512_xor_si512(found, _mm512_set1_epi8(-128))); }
 
-// y (8, stride) += the product of a group's columns and rows [first, last), in octets; two sums of four columns for each row
+// y (8, stride) += the product of a group's columns and rows [first, last), in octets; two sums of four columns for each row.
+// next: memory that is read after the group's
 template <int K> void group_product(const uint8_t* const (*planes)[MOST_BITS], const Group& g, const int16_t* x, int64_t first, int64_t last,
-                                    const Nibbles& t, const Levels& levels, float* y, int64_t stride) {
+                                    const Nibbles& t, const Levels& levels, float* y, int64_t stride, const uint8_t*& next) {
   const v64 middle = _mm512_set1_epi8(-128);
   const Tables<K> level(levels);
-  v64 upper[4], lower[4], start[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-  for (int64_t i = 0; i < g.blocks; ++i) {
-    // x = 256 * upper + lower, and 128 times their sums
-    int8_t bytes[2][8];
-    for (int j = 0; j < 8; ++j) {
-      const int v = x[8 * (g.block + i) + j];
-      bytes[1][j] = int8_t(v);
-      bytes[0][j] = int8_t((v - bytes[1][j]) / 256);
-    }
-    int64_t both[2];
-    std::memcpy(both, bytes, 16);
-    upper[i] = _mm512_set1_epi64(both[0]), lower[i] = _mm512_set1_epi64(both[1]);
-    start[0] = _mm512_dpbusd_epi32(start[0], middle, upper[i]), start[1] = _mm512_dpbusd_epi32(start[1], middle, lower[i]);
-  }
+  int64_t bytes[MOST_BLOCKS][2];
+  std::memcpy(bytes, x + 8 * g.block, 16 * g.blocks);
+  v64 start[2] = {};
+  for (int64_t i = 0; i < g.blocks; ++i)
+    for (int j = 0; j < 2; ++j) start[j] = _mm512_dpbusd_epi32(start[j], middle, _mm512_set1_epi64(bytes[i][j]));
   for (v64& sum : start) sum = _mm512_sub_epi32(_mm512_setzero_si512(), sum);
   const __m512 s = _mm512_set1_ps(g.scale);
   for (int64_t at = first; at < last; at += OCTETS) {
     const int64_t n = std::min<int64_t>(OCTETS, last - at);
-    Octets<K> block[4];
-    for (int64_t i = 0; i < g.blocks; ++i) block[i].read(planes[g.block + i], at, n);
-    const __mmask16 mine = __mmask16((1 << 2 * n) - 1);
+    v64 sum[8][2];
+#pragma GCC unroll 8
+    for (int row = 0; row < 8; ++row) sum[row][0] = start[0], sum[row][1] = start[1];
+    for (int64_t i = 0; i < g.blocks; ++i) {
+      Octets<K> block;
+      block.read(planes[g.block + i], at, n);
+      ask<K>(next);
+      const v64 upper = _mm512_set1_epi64(bytes[i][0]), lower = _mm512_set1_epi64(bytes[i][1]);
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) {
-      v64 sum[2][2] = {{start[0], start[1]}, {start[0], start[1]}};
-      for (int64_t i = 0; i < g.blocks; ++i) {
-        const v64 pair = block[i].pair(t, q);
+      for (int q = 0; q < 4; ++q) {
+        const v64 pair = block.pair(t, q);
 #pragma GCC unroll 2
         for (int odd = 0; odd < 2; ++odd) {
-          const v64 found = block[i].found(pair, level, q, odd);
-          sum[odd][0] = _mm512_dpbusd_epi32(sum[odd][0], found, upper[i]);
-          sum[odd][1] = _mm512_dpbusd_epi32(sum[odd][1], found, lower[i]);
+          const v64 found = block.found(pair, level, q, odd);
+          sum[2 * q + odd][0] = _mm512_dpbusd_epi32(sum[2 * q + odd][0], found, upper);
+          sum[2 * q + odd][1] = _mm512_dpbusd_epi32(sum[2 * q + odd][1], found, lower);
         }
       }
-      for (int odd = 0; odd < 2; ++odd) {
-        float* to = y + (2 * q + odd) * stride + 2 * at;
-        const v64 both = _mm512_add_epi32(_mm512_slli_epi32(sum[odd][0], 8), sum[odd][1]);
-        _mm512_mask_storeu_ps(to, mine, _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), s, _mm512_maskz_loadu_ps(mine, to)));
-      }
+    }
+    const __mmask16 mine = __mmask16((1 << 2 * n) - 1);
+#pragma GCC unroll 8
+    for (int row = 0; row < 8; ++row) {
+      float* to = y + row * stride + 2 * at;
+      const v64 both = _mm512_add_epi32(_mm512_slli_epi32(sum[row][0], 8), sum[row][1]);
+      _mm512_mask_storeu_ps(to, mine, _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), s, _mm512_maskz_loadu_ps(mine, to)));
     }
   }
 }
@@ -244,7 +269,6 @@ template <int K> struct Tables {  // levels, 16 at a time
 template <int K> struct Octets {
   v32 bits[4], own[K];
   INLINE_MEMBER void read(const uint8_t* const* plane, int64_t at, int64_t n) {
-    for (int k = 0; k < K; ++k) _mm_prefetch((const char*)(plane[AHEAD * MOST_BITS + k] + 8 * at), _MM_HINT_T0);
     const v32 now = octets(plane[0] + 8 * at, n);
     v32 before;
     if (at) before = octets(plane[0] + 8 * at - 8, n);
@@ -276,16 +300,21 @@ template <int K> struct Octets {
 };
 INLINE void signed_levels(v32 found, int8_t* to) { _mm256_storeu_si256((__m256i*)to, found); }
 
-// y (8, stride) += the product of a group's columns and rows [first, last), in octets; two sums of four columns for each row
+// y (8, stride) += the product of a group's columns and rows [first, last), in octets; two sums of four columns for each row.
+// next: memory that is read after the group's
 template <int K> void group_product(const uint8_t* const (*planes)[MOST_BITS], const Group& g, const int16_t* x, int64_t first, int64_t last,
-                                    const Nibbles& t, const Levels& levels, float* y, int64_t stride) {
+                                    const Nibbles& t, const Levels& levels, float* y, int64_t stride, const uint8_t*& next) {
+  if (g.blocks > 4) {
+    group_product<K>(planes, {g.block, 4, g.width, g.scale}, x, first, last, t, levels, y, stride, next);
+    return group_product<K>(planes, {g.block + 4, g.blocks - 4, g.width, g.scale}, x, first, last, t, levels, y, stride, next);
+  }
   const Tables<K> level(levels);
   v32 xs[4];
   for (int64_t i = 0; i < g.blocks; ++i) xs[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(x + 8 * (g.block + i))));
   for (int64_t at = first; at < last; at += OCTETS) {
     const int64_t n = std::min(OCTETS, last - at);
     Octets<K> block[4];
-    for (int64_t i = 0; i < g.blocks; ++i) block[i].read(planes[g.block + i], at, n);
+    for (int64_t i = 0; i < g.blocks; ++i) block[i].read(planes[g.block + i], at, n), ask<K>(next);
     // what stands behind the last octet is another class'
     alignas(32) float scale[8];
     for (int64_t i = 0; i < 8; ++i) scale[i] = i < 2 * n ? g.scale / 128 : 0;
@@ -327,7 +356,7 @@ INLINE int64_t window_before(const uint8_t* plane, int64_t at, int64_t column) {
 }
 
 template <int K> void group_product(const uint8_t* const (*planes)[MOST_BITS], const Group& g, const int16_t* x, int64_t first, int64_t last,
-                                    const Nibbles& t, const Levels& levels, float* y, int64_t stride) {
+                                    const Nibbles& t, const Levels& levels, float* y, int64_t stride, const uint8_t*& next) {
   for (int64_t b = g.block; b < g.block + g.blocks; ++b)
     for (int64_t column = 0; column < 8; ++column) {
       int64_t window = window_before(planes[b][0], first, column);
@@ -377,10 +406,10 @@ template <int K> void block_values(const uint8_t* const* plane, int64_t first, i
 // Where a matrix' rows and planes lie
 struct CodedPlaces {
   std::vector<int64_t> order, first;   // rows by class; the first octet of each class, and the end
-  std::vector<const uint8_t*> planes;  // (blocks + AHEAD, MOST_BITS); the end behind the last
-  CodedPlaces() = default;
-  explicit CodedPlaces(const Coded& m) : order(m.p), first(m.classes + 1), planes((m.blocks + AHEAD) * MOST_BITS) {
-    std::vector<int64_t> count(m.classes + 1);
+  std::vector<const uint8_t*> planes;  // (blocks, MOST_BITS)
+  void find(const Coded& m) {
+    order.resize(m.p), first.assign(m.classes + 1, 0), planes.resize(m.blocks * MOST_BITS);
+    int64_t count[257] = {};  // kinds have 8 bits
     for (int64_t r = 0; r < m.p; ++r) {
       check(m.kind[r] < m.classes, "globe: codes: expected classes below ", m.classes, ", found ", int(m.kind[r]));
       ++count[m.kind[r] + 1];
@@ -398,35 +427,38 @@ struct CodedPlaces {
         while (c && m.width[(c - 1) * m.blocks + b] <= i) --c;  // of fewer bits
         at += 8 * first[c];
       }
-    std::fill(planes.end() - AHEAD * MOST_BITS, planes.end(), at);
     check(at - m.codes == m.bytes, "globe: codes: expected ", at - m.codes, " bytes of a matrix, found ", m.bytes);
   }
 };
 
-// out (p,) = W x of a matrix' rows in octets [begin, end)
+// out (p,) = W x of a matrix' rows in octets [begin, end); next: what is read after it
 static void coded_rows(const Coded& m, const CodedPlaces& places, const CodedInput& in, const Nibbles& t, const Levels& levels,
-                       int64_t begin, int64_t end, float* out) {
-  const int64_t stride = 2 * (end - begin) + 8;
-  std::vector<float> y(8 * stride);
+                       int64_t begin, int64_t end, float* out, const uint8_t* next) {
+  const int64_t stride = 2 * (end - begin) + 2 * OCTETS;
+  static thread_local std::vector<float> y;  // what a call needs anew each time is kept, here and below
+  y.assign(8 * stride, 0);
   float* from = y.data() - 2 * begin;
   const auto planes = (const uint8_t* const(*)[MOST_BITS])places.planes.data();
-  // four blocks after the other, as they lie in memory, for all classes
-  std::vector<size_t> next(m.classes);
-  for (int64_t b = 0; b < m.blocks; b += 4) {
+  // sixteen blocks after the other, as they lie in memory, for all classes
+  size_t turn[256] = {};
+  for (int64_t b = 0; b < m.blocks; b += MOST_BLOCKS) {
+    // slices of a matrix do not read all of what follows
+    const uint8_t* ahead = b + MOST_BLOCKS < m.blocks ? planes[b + MOST_BLOCKS][0] : next;
+    if (end - begin < (m.p + 7) / 8) ahead = nullptr;
     for (int64_t c = 0; c < m.classes; ++c) {
       const int64_t first = std::max(begin, places.first[c]), last = std::min(end, places.first[c + 1]);
       const int16_t* x = in.x.data() + c * m.blocks * 8;
       const std::vector<Group>& groups = in.groups[c];
-      for (; next[c] < groups.size() && groups[next[c]].block < b + 4; ++next[c]) {
-        const Group& g = groups[next[c]];
+      for (; turn[c] < groups.size() && groups[turn[c]].block < b + MOST_BLOCKS; ++turn[c]) {
+        const Group& g = groups[turn[c]];
         switch (first < last ? g.width : 0) {
           case 0: break;
-          case 1: group_product<1>(planes, g, x, first, last, t, levels, from, stride); break;
-          case 2: group_product<2>(planes, g, x, first, last, t, levels, from, stride); break;
-          case 3: group_product<3>(planes, g, x, first, last, t, levels, from, stride); break;
-          case 4: group_product<4>(planes, g, x, first, last, t, levels, from, stride); break;
-          case 5: group_product<5>(planes, g, x, first, last, t, levels, from, stride); break;
-          default: group_product<6>(planes, g, x, first, last, t, levels, from, stride);
+          case 1: group_product<1>(planes, g, x, first, last, t, levels, from, stride, ahead); break;
+          case 2: group_product<2>(planes, g, x, first, last, t, levels, from, stride, ahead); break;
+          case 3: group_product<3>(planes, g, x, first, last, t, levels, from, stride, ahead); break;
+          case 4: group_product<4>(planes, g, x, first, last, t, levels, from, stride, ahead); break;
+          case 5: group_product<5>(planes, g, x, first, last, t, levels, from, stride, ahead); break;
+          default: group_product<6>(planes, g, x, first, last, t, levels, from, stride, ahead);
         }
       }
     }
@@ -636,7 +668,7 @@ static void coded_prompt(const CodedExperts& a, const std::vector<CodedRouted>& 
   const int64_t P = routed.size(), G = group.size() - 1;
   std::vector<CodedPlaces> places[3];
   for (int f = 0; f < 3; ++f) places[f].resize(G);
-  parallel_checked(3 * G, 20000, [&](int64_t j) { places[j / G][j % G] = CodedPlaces(families[j / G]->matrix(routed[group[j % G]].expert)); });
+  parallel_checked(3 * G, 20000, [&](int64_t j) { places[j / G][j % G].find(families[j / G]->matrix(routed[group[j % G]].expert)); });
 
   // tokens of an expert in panels, a column each: (first of `routed`, behind the last, expert's number here)
   struct Panel { int64_t begin, end, g; };
@@ -744,16 +776,26 @@ void coded_experts(const CodedExperts& a) {
   }
 
   // activations rounded: for each token, or each expert where its columns have an order of its own
-  std::vector<CodedInput> in[3];
-  std::vector<CodedPlaces> places[3];
-  for (int f = 0; f < 3; ++f) in[f].resize(P), places[f].resize(P);
+  struct Kept {
+    std::vector<CodedInput> in[3];
+    std::vector<CodedPlaces> places[3];
+    std::vector<float> y[3];
+  };
+  static thread_local Kept kept;
+  auto& in = kept.in;
+  auto& places = kept.places;
+  auto& y = kept.y;
+  for (int f = 0; f < 3; ++f) {
+    if (int64_t(in[f].size()) < P) in[f].resize(P), places[f].resize(P);
+    y[f].resize(P * families[f]->p);
+  }
   auto first_of_token = [&](int64_t i) { return !i || routed[i].token != routed[i - 1].token; };
   std::vector<int64_t> told(P);
   for (int64_t i = 0; i < P; ++i) told[i] = first_of_token(i) ? i : told[i - 1];
   parallel_checked(3 * P, 20000, [&](int64_t j) {
     const int64_t f = j / P, i = j % P;
     const Coded m = families[f]->matrix(routed[i].expert);
-    places[f][i] = CodedPlaces(m);
+    places[f][i].find(m);
     if (f < 2 && (m.order || told[i] == i)) coded_input(m, inputs[f] + routed[i].token * m.inputs, levels, m.order ? &places[f][i].first : nullptr, in[f][i]);
   });
 
@@ -761,18 +803,17 @@ void coded_experts(const CodedExperts& a) {
   auto products = [&](int f0, int f1, std::vector<float>* out) {
     // whole matrices, or, of few, slices of them
     const int64_t octets = (families[f0]->p + 7) / 8;
-    const int64_t slices = std::min(octets, 1 + 2 * threads() / ((f1 - f0) * P)), size = (octets + slices - 1) / slices;
+    const int64_t slices = std::min(octets, (2 * threads() - 1) / ((f1 - f0) * P) + 1), size = (octets + slices - 1) / slices;
     parallel((f1 - f0) * P * slices, 50000, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
         const int64_t f = f0 + j / (P * slices), i = j / slices % P, slice = j % slices;
         const Coded m = families[f]->matrix(routed[i].expert);
         const CodedInput& x = in[f][f < 2 && !m.order ? told[i] : i];
-        coded_rows(m, places[f][i], x, nibbles, levels, slice * size, std::min(octets, (slice + 1) * size), out[f].data() + i * m.p);
+        const uint8_t* next = j + 1 < end ? families[f0 + (j + 1) / (P * slices)]->matrix(routed[(j + 1) / slices % P].expert).codes : nullptr;
+        coded_rows(m, places[f][i], x, nibbles, levels, slice * size, std::min(octets, (slice + 1) * size), out[f].data() + i * m.p, next);
       }
     });
   };
-  std::vector<float> y[3];
-  for (int f = 0; f < 3; ++f) y[f].resize(P * families[f]->p);
   products(0, 2, y);
   parallel_checked(P, 20000, [&](int64_t i) {
     float* h = y[0].data() + i * p;

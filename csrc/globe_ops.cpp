@@ -66,7 +66,7 @@ TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #undef LEVEL
 TARGET_END
 
-TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,gfni")
+TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi,gfni")
 #define ISA avx512_bf16
 #define LEVEL 3
 #include "cpu_kernels.h"
@@ -84,7 +84,10 @@ static int level() {  // GLOBE_ISA lowers it, for tests
       best = 1;
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
           __builtin_cpu_supports("avx512vl"))
-        best = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni") ? 3 : 2;
+        best = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+                       __builtin_cpu_supports("gfni")
+                   ? 3
+                   : 2;
     }
 #endif
     const char* want = std::getenv("GLOBE_ISA");

@@ -271,6 +271,7 @@ inline CodedFamily coded_family(const char* op, const std::vector<Tensor>& t, co
   f.column = (const int16_t*)t[4].const_data_ptr();
   f.places = (const int64_t*)t[5].const_data_ptr();
   f.n = t[1].size(0), f.p = t[1].size(1), f.classes = t[3].size(0), f.blocks = t[3].size(1);
+  check(f.classes <= 256, op, ": width: expected at most 256 classes, found ", f.classes);
   for (int64_t i = 0; i < f.n; ++i)
     check(0 <= f.places[i] && f.places[i] <= f.places[i + 1] && f.places[i + 1] <= t[0].numel(), op, ": places: expected to rise up to ",
           t[0].numel(), ", found ", f.places[i], " and ", f.places[i + 1]);
