@@ -63,14 +63,13 @@ static Levels rounded_levels(const float* levels) {
 
 // x of eight columns times `scale`, rounded
 INLINE void rounded(const float* x, float scale, int16_t* out) {
-  for (int i = 0; i < 8; ++i) {
-    const float shifted = x[i] * scale + 12582912.0f;  // whole numbers are its lowest bits
-    int32_t bits;
-    std::memcpy(&bits, &shifted, 4);
-    out[i] = int16_t(bits);
-  }
+#if LEVEL >= 1
+  const __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), _mm256_set1_ps(scale)));
+  _mm_storeu_si128((__m128i*)out, _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+#else
+  for (int i = 0; i < 8; ++i) out[i] = int16_t(std::lrint(x[i] * scale));
+#endif
 }
-
 #if LEVEL == 3
 // Eight numbers as 256 * upper + lower: the bytes of all upper ones, then those of the lower ones
 INLINE void upper_and_lower(int16_t* x) {
@@ -80,35 +79,47 @@ INLINE void upper_and_lower(int16_t* x) {
 }
 #endif
 
-// `first`: of each class its first octet, where rows are known: classes without any are left out
-static void coded_input(const Coded& m, const float* x, const Levels& levels, const std::vector<int64_t>* first, CodedInput& out) {
+// (classes, blocks) of a family: what its columns are multiplied with
+static void column_scales(const CodedFamily& m, std::vector<float>& out) {
   const float* parts = fractions();
+  out.resize(m.classes * m.blocks);
+  for (size_t i = 0; i < out.size(); ++i) out[i] = power(m.column[i], parts);
+}
+
+static void check_order(const int16_t* order, int64_t n, int64_t inputs) {
+  int wrong = 0;
+  for (int64_t i = 0; i < n; ++i) wrong |= int(order[i] < 0) | int(order[i] >= inputs);
+  check(!wrong, "globe: codes: order: expected numbers in [0, ", inputs, ")");
+}
+
+// `first`: of each class its first octet, where rows are known: classes without any are left out
+static void coded_input(const Coded& m, const float* scales, const float* x, const Levels& levels, const std::vector<int64_t>* first,
+                        CodedInput& out) {
   out.groups.resize(m.classes);
   for (auto& groups : out.groups) groups.clear();
   out.x.resize(m.classes * m.blocks * 8);
   // columns in order, and the largest of each block
   static thread_local std::vector<float> ordered, most;
   ordered.assign(m.blocks * 8, 0), most.assign(m.blocks, 0);
-  for (int64_t i = 0; i < m.columns; ++i) {
-    const int64_t from = m.order ? m.order[i] : i;
-    check(0 <= from && from < m.inputs, "globe: codes: order in [0, ", m.inputs, ") expected, found ", from);
-    ordered[i] = x[from];
+  check(m.order || m.columns <= m.inputs, "globe: codes: expected at most ", m.inputs, " columns, found ", m.columns);
+  if (m.order) {
+    check_order(m.order, m.columns, m.inputs);
+    for (int64_t i = 0; i < m.columns; ++i) ordered[i] = x[m.order[i]];
+  } else {
+    std::copy(x, x + m.columns, ordered.begin());
   }
   for (int64_t b = 0; b < m.blocks; ++b)
     for (int i = 0; i < 8; ++i) most[b] = std::max(most[b], std::abs(ordered[8 * b + i]));
   for (int64_t c = 0; c < m.classes; ++c) {
     if (first && (*first)[c] == (*first)[c + 1]) continue;
     const uint8_t* width = m.width + c * m.blocks;
-    const int16_t* column = m.column + c * m.blocks;
     for (int64_t b = 0, n; b < m.blocks; b += n) {
       n = 1;
       while ((b + n) % MOST_BLOCKS && b + n < m.blocks && width[b + n] == width[b]) ++n;  // of the same sixteen
       if (!width[b]) continue;
-      float scale[MOST_BLOCKS], largest = 1e-30f;
-      for (int64_t i = 0; i < n; ++i) {
-        scale[i] = power(column[b + i], parts);
-        largest = std::max(largest, scale[i] * most[b + i]);
-      }
+      const float* scale = scales + c * m.blocks + b;
+      float largest = 1e-30f;
+      for (int64_t i = 0; i < n; ++i) largest = std::max(largest, scale[i] * most[b + i]);
       for (int64_t i = 0; i < n; ++i) {
         int16_t* to = &out.x[(c * m.blocks + b + i) * 8];
         rounded(&ordered[8 * (b + i)], scale[i] * (LARGEST / largest), to);
@@ -687,9 +698,9 @@ static void coded_prompt(const CodedExperts& a, const std::vector<CodedRouted>& 
     parallel_checked(panels.size(), stride * PANEL, [&](int64_t i) {
       const Panel& panel = panels[i];
       const int16_t* order = family.order ? family.order + routed[panel.begin].expert * family.columns : nullptr;
+      if (order) check_order(order, family.columns, family.inputs);
       for (int64_t k = 0; k < family.columns; ++k) {
         const int64_t at = order ? order[k] : k;
-        check(0 <= at && at < family.inputs, "globe: codes: order in [0, ", family.inputs, ") expected, found ", at);
         for (int64_t j = panel.begin; j < panel.end; ++j) x[(i * stride + k) * PANEL + j - panel.begin] = from(j)[at];
       }
     });
@@ -779,15 +790,17 @@ void coded_experts(const CodedExperts& a) {
   struct Kept {
     std::vector<CodedInput> in[3];
     std::vector<CodedPlaces> places[3];
-    std::vector<float> y[3];
+    std::vector<float> y[3], scales[3];
   };
   static thread_local Kept kept;
   auto& in = kept.in;
   auto& places = kept.places;
   auto& y = kept.y;
+  auto& scales = kept.scales;
   for (int f = 0; f < 3; ++f) {
     if (int64_t(in[f].size()) < P) in[f].resize(P), places[f].resize(P);
     y[f].resize(P * families[f]->p);
+    column_scales(*families[f], kept.scales[f]);
   }
   auto first_of_token = [&](int64_t i) { return !i || routed[i].token != routed[i - 1].token; };
   std::vector<int64_t> told(P);
@@ -796,7 +809,7 @@ void coded_experts(const CodedExperts& a) {
     const int64_t f = j / P, i = j % P;
     const Coded m = families[f]->matrix(routed[i].expert);
     places[f][i].find(m);
-    if (f < 2 && (m.order || told[i] == i)) coded_input(m, inputs[f] + routed[i].token * m.inputs, levels, m.order ? &places[f][i].first : nullptr, in[f][i]);
+    if (f < 2 && (m.order || told[i] == i)) coded_input(m, scales[f].data(), inputs[f] + routed[i].token * m.inputs, levels, m.order ? &places[f][i].first : nullptr, in[f][i]);
   });
 
   // rows of some matrices, in slices
@@ -825,7 +838,7 @@ void coded_experts(const CodedExperts& a) {
       z[0] = activate(z[0], a.act) * z[1];
       std::memcpy(h + j, &z[0], n * sizeof(float));
     }
-    coded_input(a.down.matrix(routed[i].expert), h, levels, &places[2][i].first, in[2][i]);
+    coded_input(a.down.matrix(routed[i].expert), scales[2].data(), h, levels, &places[2][i].first, in[2][i]);
   });
   products(2, 3, y);
   for (int64_t i = 0; i < P; ++i)
