@@ -108,7 +108,7 @@ def as_dtype(name: str | None) -> torch.dtype | None:
 
 
 # ======== 2. Operators: one entry point each; the torch twin is fallback and oracle of the native one =
-KERNELS_VERSION = 6  # of the operators' schemas in csrc/; an older library is refused
+KERNELS_VERSION = 7  # of the operators' schemas in csrc/; an older library is refused
 BUILD = [lambda: (None, "an export has no csrc/")]  # (library, how it came), or none: section 7 compiles it
 
 
@@ -173,6 +173,7 @@ def register_kernels() -> None:
 
 # Whether the native form of an operator serves a kind of device; settled while torch.compile traces
 @torch.compiler.assume_constant_result
+@functools.cache
 def native(op: str, device: str) -> bool:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return kernels().startswith("native") and has_kernel(f"globe::{op}", device.upper())
@@ -598,6 +599,7 @@ class GlobeExperts(nn.Module):
         self.fitted = {e: i for i, e in enumerate(meta["experts"][str(layer)])}
         self.dense_row = {e: i for i, e in enumerate(e for e in range(D.experts) if e not in self.fitted)}
         self.families = meta["families"]
+        self.names = {}  # of coded families' tensors here and in the bank
         self.composed = bool(meta.get("composed"))
         self._bank = (bank,)  # a tuple hides it from nn.Module: the model owns the bank, once
 
@@ -627,7 +629,10 @@ class GlobeExperts(nn.Module):
     def _declare(self, f: str) -> None:
         n, about = len(self.fitted), self.families[f]
         if "code" in about:
-            for key, (shape, dtype) in code_shapes(self._about(f), n, self._shape(f)[0]).items():
+            layer = about["layers"][str(self.layer)]
+            shapes = code_shapes(layer, n, self._shape(f)[0])
+            self.names[f] = list(shapes), list(basis_shapes(layer, 1))
+            for key, (shape, dtype) in shapes.items():
                 self.register_buffer(f"{f}_{key}", torch.empty(shape, dtype=dtype, device="meta"))
             return
         setattr(self, f"{f}_A", on_meta(n, self.intermediate_dim, about["r"]))
@@ -708,15 +713,12 @@ class GlobeExperts(nn.Module):
         W = self.families[f]["shift"] + self.families[f]["scale"] * W
         return W.T if f == "down" else W
 
-    # A coded family's description in this layer, its tensors, and its basis'
-    def _about(self, f: str) -> dict:
-        return self.families[f]["layers"][str(self.layer)]
-
+    # A coded family's tensors in this layer, and its basis'
     def _codes(self, f: str) -> dict:
-        return {key: self._buffers[f"{f}_{key}"] for key in code_shapes(self._about(f), 1, 1)}
+        return {key: self._buffers[f"{f}_{key}"] for key in self.names[f][0]}
 
     def _code_basis(self, f: str) -> list:
-        return [self._bank[0]._buffers[key] for key in basis_shapes(self._about(f), 1)]
+        return [self._bank[0]._buffers[key] for key in self.names[f][1]]
 
     # Compose experts into their slots: bases of a family in one call, straight into its slab
     def _fill(self, cache: ExpertCache, experts: list, slots: list) -> None:
@@ -926,11 +928,11 @@ class GlobeExperts(nn.Module):
         held = self._bank[0].cache.mode == "all"  # what they decode to
         return coded and bool(self.native_act) and not held and reads_codes(x, "coded_experts")
 
-    # x (T, d) meets codes, few tokens in 14 bits, many decoded pieces; row: of experts among the fitted ones
+    # x (T, d) meets codes, few tokens in 14 or 16 bits, many decoded pieces; row: of experts among the fitted ones
     def forward_codes(self, x: Tensor, index: Tensor, weights: Tensor, row: Tensor) -> Tensor:
         families = [[*self._codes(f).values(), *self._code_basis(f)] for f in FAMILIES]
-        args = *native_args(x.float(), index, weights.float()), row, *families, trellis_levels()
-        return torch.ops.globe.coded_experts.default(*args, trellis_subsets(), self.native_act).to(x.dtype)
+        args = *native_args(x, index, weights), row, *families, trellis_levels(), trellis_subsets()
+        return torch.ops.globe.coded_experts.default(*args, self.native_act)
 
     def bases_read(self, x: Tensor, weights: Tensor) -> list | None:
         """What experts_mixed reads, where these tokens meet the bases themselves (cache.mode=direct).
@@ -1015,16 +1017,16 @@ class GlobeCoded(nn.Module):
         codes = self._tied[0] or self
         if self.embeds:
             return decode_groups(codes.weight[x], codes.weight_scale[x]).to(self.like.dtype)
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         if 0 < len(flat) <= CODED_TOKENS and reads_codes(flat, "coded_linear"):
-            y = torch.ops.globe.coded_linear(flat.float(), codes.weight, codes.weight_scale, None).to(x.dtype)
+            y = torch.ops.globe.coded_linear(flat, codes.weight, codes.weight_scale, self.bias)
         else:
             rows = max(1, 2 ** 24 // x.shape[-1])  # 64 MiB at a time, for a vocabulary's sake
             parts = zip(codes.weight.split(rows), codes.weight_scale.split(rows))
             wide = flat.to(torch.promote_types(x.dtype, torch.float32)) if x.is_cpu else flat
             y = torch.cat([F.linear(wide, decode_groups(*part).to(wide)) for part in parts], -1).to(x.dtype)
-        y = y.view(*x.shape[:-1], y.shape[-1])
-        return y if self.bias is None else y + self.bias
+            y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class GlobeLinear(nn.Linear):
@@ -1069,9 +1071,8 @@ def one_by_one(model: nn.Module) -> None:
 
 # The cache settings of the run that made the factors. UserError where they are none
 def own_cache(meta: dict) -> CacheConfig:
-    own = meta.get("config", {}).get("cache") or {}
     try:
-        cache = CacheConfig(**own)
+        cache = CacheConfig(**(meta.get("config", {}).get("cache") or {}))
     except TypeError as e:
         raise UserError(f"cache settings of the factors: expected those of CacheConfig, found {e}") from None
     if cache.mode == "lfu":  # of an older version

@@ -217,32 +217,63 @@ static Tensor trellis_encode(Tensor x, Tensor width, Tensor weight, Tensor level
   return states;
 }
 
-// x (T, columns) float32, codes int8 (rows, columns) or uint8 (rows, columns / 2), scale (rows, groups) int16 -> (T, rows) float32
-static Tensor coded_linear(Tensor x, Tensor codes, Tensor scale, std::optional<Tensor> bias) {
-  const char* op = "globe::coded_linear";
-  const GroupCoded m = group_coded(op, codes, scale, x);
-  expect(op, "x", x, ScalarType::Float, x, {-1, m.columns});
-  if (bias) expect(op, "bias", *bias, ScalarType::Float, x, {m.rows});
-  Tensor out = torch::stable::new_empty(x, {x.size(0), m.rows});
-  RUN(coded_linear, m, (const float*)x.const_data_ptr(), bias ? (const float*)bias->const_data_ptr() : nullptr,
-      (float*)out.mutable_data_ptr(), x.size(0));
+// A tensor's numbers in float32, converted into `kept` where it is not
+template <class T> static void convert(const T* from, std::vector<float>& to) {
+  for (size_t i = 0; i < to.size(); ++i) to[i] = float(from[i]);
+}
+static const float* in_float(const char* op, const char* name, const Tensor& t, std::vector<float>& kept) {
+  const Type type = type_of(op, name, t);
+  check(type != Type::f64, op, ": ", name, ": expected float32, bfloat16 or float16, found float64");
+  if (type == Type::f32) return (const float*)t.const_data_ptr();
+  kept.resize(t.numel());
+  if (type == Type::bf16) convert((const BFloat16*)t.const_data_ptr(), kept);
+  else convert((const Half*)t.const_data_ptr(), kept);
+  return kept.data();
+}
+// A result of this shape in x's dtype: f writes it in float32
+template <class F> static Tensor in_dtype_of(const Tensor& x, int64_t rows, int64_t cols, const F& f) {
+  Tensor out = torch::stable::new_empty(x, {rows, cols});
+  if (x.scalar_type() == ScalarType::Float) {
+    f((float*)out.mutable_data_ptr());
+    return out;
+  }
+  std::vector<float> wide(rows * cols);
+  f(wide.data());
+  auto narrow = [&](auto* to) {
+    for (size_t i = 0; i < wide.size(); ++i) to[i] = wide[i];
+  };
+  if (x.scalar_type() == ScalarType::BFloat16) narrow((BFloat16*)out.mutable_data_ptr());
+  else narrow((Half*)out.mutable_data_ptr());
   return out;
 }
 
-// x (T, d) and weights (T, k) float32, index (T, k) and row (E,) int64; families as in coded_family -> (T, d) float32
+// x (t, columns), codes and scale as in group_coded, bias (rows,) -> (t, rows) in x's dtype
+static Tensor coded_linear(Tensor x, Tensor codes, Tensor scale, std::optional<Tensor> bias) {
+  const char* op = "globe::coded_linear";
+  const GroupCoded m = group_coded(op, codes, scale, x);
+  expect(op, "x", x, x.scalar_type(), x, {-1, m.columns});
+  if (bias) expect(op, "bias", *bias, bias->scalar_type(), x, {m.rows});
+  std::vector<float> kept[2];
+  const float* from = in_float(op, "x", x, kept[0]);
+  const float* added = bias ? in_float(op, "bias", *bias, kept[1]) : nullptr;
+  return in_dtype_of(x, x.size(0), m.rows, [&](float* out) { RUN(coded_linear, m, from, added, out, x.size(0)); });
+}
+
+// x (T, d), weights (T, k), index (T, k) and row (E,) int64; families as in coded_family -> (T, d) in x's dtype
 static Tensor coded_experts(Tensor x, Tensor index, Tensor weights, Tensor row, std::vector<Tensor> gate, std::vector<Tensor> up,
                             std::vector<Tensor> down, Tensor levels, Tensor subsets, std::string act) {
   const char* op = "globe::coded_experts";
   CodedExperts a{};
-  expect(op, "x", x, ScalarType::Float, x, {-1, -1});
+  expect(op, "x", x, x.scalar_type(), x, {-1, -1});
   expect(op, "index", index, ScalarType::Long, x, {x.size(0), -1});
-  expect(op, "weights", weights, ScalarType::Float, x, {x.size(0), index.size(1)});
+  expect(op, "weights", weights, weights.scalar_type(), x, {x.size(0), index.size(1)});
   expect(op, "row", row, ScalarType::Long, x, {-1});
   expect(op, "levels", levels, ScalarType::Float, x, {7, 128});
   expect(op, "subsets", subsets, ScalarType::Long, x, {512});
   a.act = act_of(op, act);
   a.T = x.size(0), a.k = index.size(1), a.E = row.size(0), a.d = x.size(1);
-  a.x = (const float*)x.const_data_ptr(), a.weights = (const float*)weights.const_data_ptr();
+  std::vector<float> kept[2];
+  a.x = in_float(op, "x", x, kept[0]), a.weights = in_float(op, "weights", weights, kept[1]);
   a.levels = (const float*)levels.const_data_ptr(), a.subsets = (const int64_t*)subsets.const_data_ptr();
   a.index = (const int64_t*)index.const_data_ptr(), a.row = (const int64_t*)row.const_data_ptr();
   a.gate = coded_family(op, gate, x, a.d);
@@ -250,10 +281,10 @@ static Tensor coded_experts(Tensor x, Tensor index, Tensor weights, Tensor row, 
   a.down = coded_family(op, down, x, a.gate.p);
   check(a.up.p == a.gate.p && a.up.n == a.gate.n && a.down.n == a.gate.n, op, ": gate, up, down: expected as many experts and rows each");
   check(a.down.order && a.down.p == a.d, op, ": down: expected an order of columns and ", a.d, " rows");
-  Tensor out = torch::stable::new_empty(x, {a.T, a.d});
-  a.out = (float*)out.mutable_data_ptr();
-  RUN(coded_experts, a);
-  return out;
+  return in_dtype_of(x, a.T, a.d, [&](float* out) {
+    a.out = out;
+    RUN(coded_experts, a);
+  });
 }
 
 // codes (bytes,) uint8, width (rows, blocks) uint8 -> (rows, 8 blocks) float32
