@@ -928,7 +928,7 @@ class GlobeExperts(nn.Module):
         held = self._bank[0].cache.mode == "all"  # what they decode to
         return coded and bool(self.native_act) and not held and reads_codes(x, "coded_experts")
 
-    # x (T, d) meets codes, few tokens in 14 or 16 bits, many decoded pieces; row: of experts among the fitted ones
+    # x (T, d) meets codes, few tokens in 14 or 16 bits, many decoded pieces; row: of experts in the codes
     def forward_codes(self, x: Tensor, index: Tensor, weights: Tensor, row: Tensor) -> Tensor:
         families = [[*self._codes(f).values(), *self._code_basis(f)] for f in FAMILIES]
         args = *native_args(x, index, weights), row, *families, trellis_levels(), trellis_subsets()
