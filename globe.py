@@ -184,7 +184,6 @@ def native(op: str, device: str) -> bool:
 def slow_products(dtype: torch.dtype, device: str = "cpu") -> bool:
     if device != "cpu" or dtype.itemsize != 2:
         return False
-
     seconds = []
     for kind in (dtype, torch.float32):
         a = torch.ones(192, 192, dtype=kind)
