@@ -564,7 +564,6 @@ NATIVE_ACTS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"
 # measured crossing points: up to so many tokens
 DECODE_TOKENS = 8      # experts_decode beats grouped products on an accelerator; on a CPU always
 MIXED_TOKENS = 128     # experts_mixed beats products of what is composed
-CODED_TOKENS = 8       # a linear layer's products with codes beat those of what is decoded
 LINEAR_TOKENS = 8, 64  # the native product of a linear layer beats torch's, and where half products are slow
 CHUNK_TOKENS = 2048    # go through a layer at once, which bounds what its intermediate results take
 FLOPS_PER_NUMBER = 40  # that a CPU core computes while it reads one bfloat16 number
@@ -1017,7 +1016,7 @@ class GlobeCoded(nn.Module):
         if self.embeds:
             return decode_groups(codes.weight[x], codes.weight_scale[x]).to(self.like.dtype)
         flat = x.reshape(-1, x.shape[-1]).contiguous()
-        if 0 < len(flat) <= CODED_TOKENS and reads_codes(flat, "coded_linear"):
+        if len(flat) and reads_codes(flat, "coded_linear"):
             y = torch.ops.globe.coded_linear(flat, codes.weight, codes.weight_scale, self.bias)
         else:
             rows = max(1, 2 ** 24 // x.shape[-1])  # 64 MiB at a time, for a vocabulary's sake

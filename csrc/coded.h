@@ -7,6 +7,7 @@
 
 constexpr int64_t OCTETS = LEVEL == 3 ? 8 : 4;  // of rows in a vector
 constexpr int64_t MOST_BITS = 6;
+constexpr int64_t AHEAD = 16;                   // blocks, where a matrix is decoded
 #define INLINE_MEMBER inline __attribute__((always_inline))
 
 // Asks for the memory that comes next, as much as a vector of each of K planes, and goes on behind it; null: does not
@@ -383,8 +384,8 @@ template <int K> void group_product(const uint8_t* const (*planes)[MOST_BITS], c
 #endif
 
 // out (rows, stride) = a block's columns of rows [first, last), in octets: levels times `scale`
-template <int K> void block_values(const uint8_t* const* plane, int64_t first, int64_t last, const Nibbles& t, const Levels& levels, float scale,
-                                   float* out, int64_t stride) {
+template <int K, class T> void block_values(const uint8_t* const* plane, int64_t first, int64_t last, const Nibbles& t, const Levels& levels,
+                                            float scale, T* out, int64_t stride) {
 #if LEVEL >= 1
   const Tables<K> level(levels);
   for (int64_t at = first; at < last; at += OCTETS) {
@@ -395,7 +396,14 @@ template <int K> void block_values(const uint8_t* const* plane, int64_t first, i
       int8_t found[8 * OCTETS];
       signed_levels(block.found(block.pair(t, row / 2), level, row / 2, row % 2), found);
       for (int64_t o = 0; o < n; ++o) {
-        float* to = out + (8 * (at - first + o) + row) * stride;
+        T* to = out + (8 * (at - first + o) + row) * stride;
+#if LEVEL == 3
+        if constexpr (sizeof(T) == 2) {
+          const __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(found + 8 * o))));
+          _mm_storeu_si128((__m128i*)to, (__m128i)_mm256_cvtneps_pbh(_mm256_mul_ps(wide, _mm256_set1_ps(scale))));
+          continue;
+        }
+#endif
         for (int64_t c = 0; c < 8; ++c) to[c] = found[8 * o + c] * scale;
       }
     }
@@ -483,18 +491,23 @@ static void coded_rows(const Coded& m, const CodedPlaces& places, const CodedInp
 }
 
 // out (8 (end - begin), stride): W of a matrix' rows in octets [begin, end), as they lie, but for the rows' own scales
-static void coded_values_of(const Coded& m, const CodedPlaces& places, const Nibbles& t, const Levels& levels, int64_t begin, int64_t end,
-                            float* out, int64_t stride) {
+template <class T> static void coded_values_of(const Coded& m, const CodedPlaces& places, const Nibbles& t, const Levels& levels,
+                                               int64_t begin, int64_t end, T* out, int64_t stride) {
   const float* parts = fractions();
   for (int64_t c = 0; c < m.classes; ++c) {
     const int64_t first = std::max(begin, places.first[c]), last = std::min(end, places.first[c + 1]);
     for (int64_t b = 0; b < m.blocks && first < last; ++b) {
       const int64_t at = c * m.blocks + b, width = m.width[at];
+      // asks for the memory of a later block
+      for (int64_t i = 0; b + AHEAD < m.blocks && i < m.width[at + AHEAD]; ++i) {
+        const uint8_t* later = places.planes[(b + AHEAD) * MOST_BITS + i];
+        __builtin_prefetch(later + 8 * first), __builtin_prefetch(later + 8 * last - 1);
+      }
       const uint8_t* const* plane = &places.planes[b * MOST_BITS];
       const float scale = levels.unit[width] * power(m.column[at], parts);
-      float* to = out + 8 * (first - begin) * stride + 8 * b;
+      T* to = out + 8 * (first - begin) * stride + 8 * b;
       switch (width) {
-        case 0: for (int64_t r = 0; r < 8 * (last - first); ++r) std::fill(to + r * stride, to + r * stride + 8, 0.0f); break;
+        case 0: for (int64_t r = 0; r < 8 * (last - first); ++r) std::fill(to + r * stride, to + r * stride + 8, T(0.0f)); break;
         case 1: block_values<1>(plane, first, last, t, levels, scale, to, stride); break;
         case 2: block_values<2>(plane, first, last, t, levels, scale, to, stride); break;
         case 3: block_values<3>(plane, first, last, t, levels, scale, to, stride); break;
@@ -623,7 +636,92 @@ template <int BITS> static void group_rows(const GroupCoded& m, const std::vecto
   }
 }
 
-void coded_linear(const GroupCoded& m, const float* x, const float* bias, float* out, int64_t tokens) {
+// y (ROWS, PANEL) = rows of W (ROWS, n) times x, a column for each token, of which V vectors are in use. bfloat16 comes in pairs:
+// x (n / 2, PANEL, 2)
+constexpr int64_t PANEL = 2 * lanes<float>, ROWS = LEVEL >= 2 ? 8 : 4;
+template <class T> constexpr int64_t per = sizeof(float) / sizeof(T);  // columns that lie together
+template <int V, class T> INLINE void panel_product(const T* W, int64_t stride, const T* x, int64_t n, float (*y)[PANEL]) {
+  vf sum[ROWS][V] = {};
+  for (int64_t k = 0; k < n; k += per<T>) {
+    vf xs[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) std::memcpy(&xs[v], x + (k * PANEL + v * lanes<float> * per<T>), sizeof(vf));
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      float w;
+      std::memcpy(&w, W + r * stride + k, sizeof(float));
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+#if LEVEL == 3
+        if constexpr (per<T> == 2) sum[r][v] = (vf)_mm512_dpbf16_ps((__m512)sum[r][v], (__m512bh)_mm512_set1_ps(w), (__m512bh)xs[v]);
+        else
+#endif
+          sum[r][v] += w * xs[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) std::memcpy(y[r] + v * lanes<float>, &sum[r][v], sizeof(vf));
+}
+
+// Where column k of a panel starts
+template <class T> INLINE T* panel_column(T* x, int64_t k) { return x + (k - k % per<T>) * PANEL + k % per<T>; }
+
+// put(row, y (tokens,)) of a tile W (rows, pitch) times a panel x of so many tokens; W has a multiple of ROWS of rows
+template <class T, class F> INLINE void tile_product(const T* W, int64_t pitch, int64_t rows, const T* x, int64_t n, int64_t tokens, const F& put) {
+  for (int64_t r = 0; r < rows; r += ROWS) {
+    float found[ROWS][PANEL];
+    if (tokens <= lanes<float>) panel_product<1>(W + r * pitch, pitch, x, n, found);
+    else panel_product<2>(W + r * pitch, pitch, x, n, found);
+    for (int64_t q = 0; q < std::min(ROWS, rows - r); ++q) put(r + q, found[q]);
+  }
+}
+
+// The same of many tokens: rows are decoded, in tiles that stay in a cache, and meet all tokens
+template <class T> static void linear_prompt(const GroupCoded& m, const float* x, const float* bias, float* out, int64_t tokens) {
+  constexpr int64_t TILE = 32;  // rows
+  const int64_t n = (m.columns + 1) / 2 * 2, panels = (tokens + PANEL - 1) / PANEL, groups = (m.columns + GROUP - 1) / GROUP;
+  const int64_t pitch = n + 64 / sizeof(T);  // rows of a power of two would share a cache's few places
+  std::vector<T> in(panels * n * PANEL);
+  parallel(panels, n * PANEL, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t k = 0; k < m.columns; ++k) {
+        T* to = panel_column(&in[i * n * PANEL], k);
+        for (int64_t t = i * PANEL; t < std::min(tokens, (i + 1) * PANEL); ++t) to[(t - i * PANEL) * per<T>] = x[t * m.columns + k];
+      }
+  });
+  parallel((m.rows + TILE - 1) / TILE, TILE * tokens * n / 32, [&](int64_t begin, int64_t end) {
+    std::vector<T> tile(TILE * pitch);
+    const float* parts = fractions();
+    for (int64_t at = begin * TILE; at < std::min(end * TILE, m.rows); at += TILE) {
+      const int64_t rows = std::min(TILE, m.rows - at);
+      for (int64_t r = 0; r < rows; ++r) {
+        const uint8_t* codes = m.codes + (at + r) * (m.columns * m.bits / 8);
+        for (int64_t g = 0; g < groups; ++g) {
+          const float scale = power(m.scale[(at + r) * groups + g], parts);
+          for (int64_t k = g * GROUP; k < std::min(m.columns, (g + 1) * GROUP); ++k)
+            tile[r * pitch + k] = scale * (m.bits == 8 ? int8_t(codes[k]) : (codes[k / 2] >> 4 * (k % 2) & 15) - 8);
+        }
+      }
+      for (int64_t i = 0; i < panels; ++i)
+        tile_product(tile.data(), pitch, rows, &in[i * n * PANEL], n, std::min(PANEL, tokens - i * PANEL), [&](int64_t r, const float* y) {
+          for (int64_t t = i * PANEL; t < std::min(tokens, (i + 1) * PANEL); ++t)
+            out[t * m.rows + at + r] = y[t - i * PANEL] + (bias ? bias[at + r] : 0);
+        });
+    }
+  });
+}
+
+// half: whether many tokens may be multiplied in bfloat16
+void coded_linear(const GroupCoded& m, const float* x, const float* bias, float* out, int64_t tokens, bool half) {
+  if (tokens > 12) {  // decoding costs as much as so many products with codes
+#if LEVEL == 3
+    if (half) return linear_prompt<BFloat16>(m, x, bias, out, tokens);
+#endif
+    return linear_prompt<float>(m, x, bias, out, tokens);
+  }
   std::vector<GroupInput> in;
   for (int64_t t = 0; t < tokens; ++t) in.emplace_back(x + t * m.columns, m.columns, m.bits);
   parallel(m.rows, tokens * m.columns / 16, [&](int64_t begin, int64_t end) {
@@ -648,33 +746,11 @@ template <class F> static void parallel_checked(int64_t n, int64_t cost, const F
 
 struct CodedRouted { int64_t token, expert; float weight; };
 
-// y (4, PANEL) = rows of W times x (n, PANEL): a column for each token
-constexpr int64_t PANEL = 2 * lanes<float>;
-INLINE void panel_product(const float* W, int64_t stride, const float* x, int64_t n, float (*y)[PANEL]) {
-  vf sum[4][2] = {};
-  for (int64_t k = 0; k < n; ++k) {
-    vf first, second;
-    std::memcpy(&first, x + k * PANEL, sizeof(vf));
-    std::memcpy(&second, x + k * PANEL + PANEL / 2, sizeof(vf));
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const vf w = splat<float>(W[r * stride + k]);
-      sum[r][0] += w * first;
-      sum[r][1] += w * second;
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) {
-    std::memcpy(y[r], &sum[r][0], sizeof(vf));
-    std::memcpy(y[r] + PANEL / 2, &sum[r][1], sizeof(vf));
-  }
-}
-
-// Many tokens: rows of an expert's matrices are decoded, in tiles that stay in a cache, and meet all its tokens in float.
+// Many tokens: rows of an expert's matrices are decoded, in tiles that stay in a cache, and meet all its tokens, in float or bfloat16.
 // inputs: x, or what a basis made of it, of gate and up; group: the first of each expert's run in `routed`, and the end
-static void coded_prompt(const CodedExperts& a, const std::vector<CodedRouted>& routed, const std::vector<int64_t>& group, const float* const* inputs,
-                         const Nibbles& nibbles, const Levels& levels) {
-  constexpr int64_t TILE = 4;  // octets
+template <class T> static void coded_prompt(const CodedExperts& a, const std::vector<CodedRouted>& routed, const std::vector<int64_t>& group,
+                                            const float* const* inputs, const Nibbles& nibbles, const Levels& levels) {
+  constexpr int64_t TILE = OCTETS;  // of a tile
   const CodedFamily* families[3] = {&a.gate, &a.up, &a.down};
   const int64_t P = routed.size(), G = group.size() - 1;
   std::vector<CodedPlaces> places[3];
@@ -694,47 +770,49 @@ static void coded_prompt(const CodedExperts& a, const std::vector<CodedRouted>& 
   auto products = [&](int f, auto&& from, Grid<float>& y) {
     const CodedFamily& family = *families[f];
     const int64_t octets = (family.p + 7) / 8, stride = 8 * family.blocks;
-    std::vector<float> x(panels.size() * stride * PANEL);
+    const int64_t pitch = stride + 64 / sizeof(T);  // of a tile's rows, which else would share a cache's few places
+    std::vector<T> x(panels.size() * stride * PANEL);
     parallel_checked(panels.size(), stride * PANEL, [&](int64_t i) {
       const Panel& panel = panels[i];
       const int16_t* order = family.order ? family.order + routed[panel.begin].expert * family.columns : nullptr;
       if (order) check_order(order, family.columns, family.inputs);
       for (int64_t k = 0; k < family.columns; ++k) {
         const int64_t at = order ? order[k] : k;
-        for (int64_t j = panel.begin; j < panel.end; ++j) x[(i * stride + k) * PANEL + j - panel.begin] = from(j)[at];
+        T* to = panel_column(&x[i * stride * PANEL], k);
+        for (int64_t j = panel.begin; j < panel.end; ++j) to[(j - panel.begin) * per<T>] = from(j)[at];
       }
     });
     parallel((octets + TILE - 1) / TILE, P * stride, [&](int64_t begin, int64_t end) {
-      std::vector<float> tile(8 * TILE * stride);
+      std::vector<T> tile(8 * TILE * pitch);
       const float* parts = fractions();
       for (int64_t g = 0; g < G; ++g)
         for (int64_t at = begin * TILE; at < std::min(end * TILE, octets); at += TILE) {
           const Coded m = family.matrix(routed[group[g]].expert);
           const int64_t rows = std::min(8 * TILE, m.p - 8 * at);
-          coded_values_of(m, places[f][g], nibbles, levels, at, std::min(at + TILE, octets), tile.data(), stride);
-          for (int64_t r = 0; r < rows; r += 4)
-            for (int64_t i = first[g]; i < first[g + 1]; ++i) {
-              float found[4][PANEL];
-              panel_product(tile.data() + r * stride, stride, x.data() + i * stride * PANEL, stride, found);
-              for (int64_t q = 0; q < std::min<int64_t>(4, rows - r); ++q) {
-                const int64_t row = places[f][g].order[8 * at + r + q];
-                const float scale = power(32 * (m.row[row] - 128), parts);
-                for (int64_t j = panels[i].begin; j < panels[i].end; ++j) y[j][row] = scale * found[q][j - panels[i].begin];
-              }
-            }
+          coded_values_of(m, places[f][g], nibbles, levels, at, std::min(at + TILE, octets), tile.data(), pitch);
+          for (int64_t i = first[g]; i < first[g + 1]; ++i) {
+            const int64_t n = panels[i].end - panels[i].begin;
+            tile_product(tile.data(), pitch, rows, &x[i * stride * PANEL], stride, n, [&](int64_t r, const float* found) {
+              const int64_t row = places[f][g].order[8 * at + r];
+              const float scale = power(32 * (m.row[row] - 128), parts);
+              for (int64_t j = 0; j < n; ++j) y[panels[i].begin + j][row] = scale * found[j];
+            });
+          }
         }
     });
   };
   Grid<float> y[2] = {{P, a.gate.p, step<float>}, {P, a.gate.p, step<float>}};
   for (int f = 0; f < 2; ++f) products(f, [&](int64_t i) { return inputs[f] + routed[i].token * families[f]->inputs; }, y[f]);
-  for (int64_t i = 0; i < P; ++i)
-    for (int64_t j = 0; j < y[0].cols; j += lanes<float>) {
-      vf z[2];
-      std::memcpy(&z[0], y[0][i] + j, sizeof(vf));
-      std::memcpy(&z[1], y[1][i] + j, sizeof(vf));
-      z[0] = activate(z[0], a.act) * z[1];
-      std::memcpy(y[0][i] + j, &z[0], sizeof(vf));
-    }
+  parallel(P, 20 * a.gate.p, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < y[0].cols; j += lanes<float>) {
+        vf z[2];
+        std::memcpy(&z[0], y[0][i] + j, sizeof(vf));
+        std::memcpy(&z[1], y[1][i] + j, sizeof(vf));
+        z[0] = activate(z[0], a.act) * z[1];
+        std::memcpy(y[0][i] + j, &z[0], sizeof(vf));
+      }
+  });
   Grid<float> out(P, a.d, step<float>);
   products(2, [&](int64_t i) { return y[0][i]; }, out);
   parallel(a.d, P, [&](int64_t begin, int64_t end) {
@@ -771,7 +849,7 @@ void coded_experts(const CodedExperts& a) {
       continue;
     }
     acted[f].resize(a.T * family.columns);
-    coded_linear(family.basis, a.x, nullptr, acted[f].data(), a.T);
+    coded_linear(family.basis, a.x, nullptr, acted[f].data(), a.T, a.half);
     inputs[f] = acted[f].data();
   }
 
@@ -783,7 +861,10 @@ void coded_experts(const CodedExperts& a) {
     if (!i || sorted[i].expert != sorted[i - 1].expert) group.push_back(i);
   if (P > 3 * int64_t(group.size())) {
     group.push_back(P);
-    return coded_prompt(a, sorted, group, inputs, nibbles, levels);
+#if LEVEL == 3
+    if (a.half) return coded_prompt<BFloat16>(a, sorted, group, inputs, nibbles, levels);
+#endif
+    return coded_prompt<float>(a, sorted, group, inputs, nibbles, levels);
   }
 
   // activations rounded: for each token, or each expert where its columns have an order of its own

@@ -256,7 +256,9 @@ static Tensor coded_linear(Tensor x, Tensor codes, Tensor scale, std::optional<T
   std::vector<float> kept[2];
   const float* from = in_float(op, "x", x, kept[0]);
   const float* added = bias ? in_float(op, "bias", *bias, kept[1]) : nullptr;
-  return in_dtype_of(x, x.size(0), m.rows, [&](float* out) { RUN(coded_linear, m, from, added, out, x.size(0)); });
+  return in_dtype_of(x, x.size(0), m.rows, [&](float* out) {
+    RUN(coded_linear, m, from, added, out, x.size(0), x.scalar_type() == ScalarType::BFloat16);
+  });
 }
 
 // x (T, d), weights (T, k), index (T, k) and row (E,) int64; families as in coded_family -> (T, d) in x's dtype
@@ -271,6 +273,7 @@ static Tensor coded_experts(Tensor x, Tensor index, Tensor weights, Tensor row, 
   expect(op, "levels", levels, ScalarType::Float, x, {7, 128});
   expect(op, "subsets", subsets, ScalarType::Long, x, {512});
   a.act = act_of(op, act);
+  a.half = x.scalar_type() == ScalarType::BFloat16;
   a.T = x.size(0), a.k = index.size(1), a.E = row.size(0), a.d = x.size(1);
   std::vector<float> kept[2];
   a.x = in_float(op, "x", x, kept[0]), a.weights = in_float(op, "weights", weights, kept[1]);

@@ -238,6 +238,7 @@ struct CodedFamily {
 
 struct CodedExperts {
   Act act;
+  bool half;  // whether x came in bfloat16: prompts may meet what is decoded in it too
   int64_t T, k, E, d;
   const float *x, *weights, *levels;
   const int64_t *index, *row, *subsets;
