@@ -3080,6 +3080,14 @@ def test_native_products_with_codes_are_products_with_what_they_decode_to():
         X = globe.code_groups(torch.randn(p, d * 2, generator=g), bits)
         x, bias = torch.randn(T, d * 2, generator=g), torch.randn(p, generator=g)
         close(torch.ops.globe.coded_linear(x, *X, bias), x @ globe.decode_groups(*X).T + bias)
+        # half types in and out; of bfloat16 many tokens may be multiplied in it
+        half = (torch.bfloat16, torch.float16)[i // 2 % 2]
+        for op, (x, *rest) in (("coded_experts", args), ("coded_linear", (x, *X, bias))):
+            op, x = getattr(torch.ops.globe, op), x.to(half)
+            got, want = op(x, *rest), op(x.float(), *rest)
+            assert got.dtype == half
+            near = dict(rtol=0.02, atol=0.02 * float(want.abs().max()) + 1e-9)
+            torch.testing.assert_close(got.float(), want, **near)
 
 @native
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
