@@ -1629,6 +1629,8 @@ WAYS = {"published": ("plain", "offload"), "fused": ("mapped",), "globe": ("glob
 # files, which it maps into memory: eager experts use the pages where they lie
 def load_contender(folder: Path, how: str, cache: globe.CacheConfig | None = None) -> nn.Module:
     from transformers import AutoModelForCausalLM
+    if how == "codes":
+        return globe.load(folder)
     if how == "globe":
         model = globe.load(folder, cache=cache)
         globe.warm(model, as_words("calibration", 128, VOCAB))
@@ -1650,7 +1652,7 @@ def run_one(folder: Path, how: str, tokens: int, cache: globe.CacheConfig, sende
     model = load_contender(folder, how, cache)
     load = time.perf_counter() - begin
     prefill(model, text[:, :8], CPU)
-    if how in ("mapped", "globe"):
+    if how in ("mapped", "globe", "codes"):
         # what fits in memory shall be in the page cache
         shutil.copyfile(folder / "model.safetensors", os.devnull)
 
@@ -1701,7 +1703,7 @@ def watched(folder: Path, how: str, tokens: int, cache: globe.CacheConfig, limit
                    cache=cache.mode if how == "globe" else None, own_gib=own, **figures)
 
 
-# Qwen1.5-MoE in bfloat16 on a 24-GiB machine: dense in three ways, and GloBE; 32 tokens behind 8
+# Qwen1.5-MoE on a 24-GiB machine, in bfloat16: dense in three ways, and GloBE; and in codes; behind 8 tokens
 def bench_24gib(args: Namespace) -> list:
     need_native("experts_decode", CPU)
     fractions = popularity(checkpoint_of("tiny", args))
@@ -1711,13 +1713,15 @@ def bench_24gib(args: Namespace) -> list:
     expect(free >= 46, f"qwen15: expected 46 GiB free in GLOBE_CACHE, {model.parent}, found {free:.0f}")
     cfg = globe.load_config(QWEN15, args.set)
     rows = []
-    for layout, ways in WAYS.items():
+    for layout, ways in (WAYS | dict.fromkeys(args.bits, ("codes",))).items():
+        coded = layout in args.bits
         try:  # one layout at a time: the disk need not hold two
             with globe.written(model) as tmp:
-                write_qwen15(tmp, layout, fractions, cfg=cfg)
-            for how in ways:
+                write_qwen15(tmp, "codes" if coded else layout, fractions, cfg=cfg, bits=layout)
+            for how, n in itertools.product(ways, (32, 512) if coded else (min(args.tokens, 32),)):
                 say(f"  {how}, {globe.weight_bytes(model) / 2 ** 30:.1f} GiB on disk")
-                rows.append(watched(model, how, 2 if how == "offload" else min(args.tokens, 32), cfg.cache))
+                row = watched(model, how, 2 if how == "offload" else n, cfg.cache)
+                rows.append(row | ({"variant": f"bits-{layout:g}"} if coded else {}))
         finally:
             shutil.rmtree(model, ignore_errors=True)
     show(beside_best(rows), *DECODE_KEYS)
