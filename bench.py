@@ -1622,6 +1622,7 @@ def random_codes(bits: float, dims: globe.Dims, model: nn.Module, random: Random
 
 # ---- 8. decode --preset qwen15: 26.7 GiB of weights on a 24-GiB machine --------------------------
 LIMIT = 21  # GiB that a process may hold of its own before it is ended
+LIMIT_S = 400
 WAYS = {"published": ("plain", "offload"), "fused": ("mapped",), "globe": ("globe",)}  # by files' layout
 
 
@@ -1674,7 +1675,7 @@ def own_memory(pid: int, key: str = "RssAnon") -> float:
 
 
 # the row of run_one in a process that is ended where its own memory or its time passes the limit
-def watched(folder: Path, how: str, tokens: int, cache: globe.CacheConfig, limit_s: float = 400) -> dict:
+def watched(folder: Path, how: str, tokens: int, cache: globe.CacheConfig, variant: str) -> dict:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=run_one, args=(folder, how, tokens, cache, sender), daemon=True)
@@ -1689,8 +1690,8 @@ def watched(folder: Path, how: str, tokens: int, cache: globe.CacheConfig, limit
         seconds = time.perf_counter() - begin
         if own > LIMIT:
             why = f"out of memory: {own:.1f} GiB of its own after {seconds:.0f} s, and not loaded"
-        elif seconds > limit_s:
-            why = f"no result in {limit_s:.0f} s"
+        elif seconds > LIMIT_S:
+            why = f"no result in {LIMIT_S} s"
     child.kill()
     child.join()
     if receiver.poll():
@@ -1698,7 +1699,6 @@ def watched(folder: Path, how: str, tokens: int, cache: globe.CacheConfig, limit
     else:
         figures = {"value": None, "why": why or f"exit code {child.exitcode}"}
         say(f"  {how}: {figures['why']}")
-    variant = "globe" if how == "globe" else "dense"
     return new_row("decode", "qwen15", f"tg{tokens}", variant, unit="tokens/s", implementation=how,
                    cache=cache.mode if how == "globe" else None, own_gib=own, **figures)
 
@@ -1720,8 +1720,8 @@ def bench_24gib(args: Namespace) -> list:
                 write_qwen15(tmp, "codes" if coded else layout, fractions, cfg=cfg, bits=layout)
             for how, n in itertools.product(ways, (32, 512) if coded else (min(args.tokens, 32),)):
                 say(f"  {how}, {globe.weight_bytes(model) / 2 ** 30:.1f} GiB on disk")
-                row = watched(model, how, 2 if how == "offload" else n, cfg.cache)
-                rows.append(row | ({"variant": f"bits-{layout:g}"} if coded else {}))
+                variant = {"globe": "globe", "codes": f"bits-{layout}".removesuffix(".0")}.get(how, "dense")
+                rows.append(watched(model, how, 2 if how == "offload" else n, cfg.cache, variant))
         finally:
             shutil.rmtree(model, ignore_errors=True)
     show(beside_best(rows), *DECODE_KEYS)
