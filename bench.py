@@ -1288,8 +1288,8 @@ def llama_rows(directory: Path, layers: int, scratch: Path, args: Namespace, pre
         for t in gguf.GGUFReader(out).tensors:
             part = TOP_K / E if "_exps" in t.name else "token_embd" not in t.name
             read += int(t.n_bytes) * part
-        said = llama.run("build/bin/llama-bench", "-m", out, "-t", threads, "-p", args.prefill,
-                         "-n", args.tokens, "-r", args.repeats, "-o", "json")
+        said = llama.run("build/bin/llama-bench", "-m", out, "-t", threads, "-n", args.tokens, "-o", "json",
+                         "-r", args.repeats, "-p", args.prefill * (layers > 1))  # a last layer: of one token
         for found in json.loads(said):
             test = f"tg{args.tokens}" if found["n_gen"] else f"pp{args.prefill}"
             row = new_row("decode", preset, test, "llama.cpp", found["avg_ts"], "tokens/s",

@@ -2116,7 +2116,7 @@ LLAMA = {"build/bin/llama-imatrix": "#!/bin/sh", "conversion/base.py": "class Te
          "build/bin/llama-quantize": """#!/bin/sh
 case "$*" in *IQ9*) echo "no such type IQ9" >&2; exit 3;; esac
 while [ $# -gt 4 ]; do shift; done; cp "$1" "$2" """, "build/bin/llama-bench": """#!/bin/sh
-echo '[{"n_gen": 0, "avg_ts": 9, "stddev_ts": 1, "model_size": 7},'
+case "$*" in *"-p 0") echo '[';; *) echo '[{"n_gen": 0, "avg_ts": 9, "stddev_ts": 1, "model_size": 7},';; esac
 echo ' {"n_gen": 4, "avg_ts": 5, "stddev_ts": 1, "model_size": 7}]' """, "convert_hf_to_gguf.py": """
 import sys, gguf, transformers
 def main():
@@ -2134,7 +2134,7 @@ def main():
 def test_llama_cpps_tensors_go_to_where_they_came_from_and_its_failures_are_one_line(monkeypatch, capsys):
     pytest.importorskip("gguf")
     wide = saved("qwen2_moe", Path("wide"), **ARCHITECTURES["qwen2_moe"] | dict(
-        hidden_size=256, moe_intermediate_size=256))
+        hidden_size=256, moe_intermediate_size=256, num_hidden_layers=1))
     for name, source in LLAMA.items():
         (path := Path("llama", name)).parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source)
@@ -2149,7 +2149,8 @@ def test_llama_cpps_tensors_go_to_where_they_came_from_and_its_failures_are_one_
     assert all(abs(row["kl"]) < 1e-4 > abs(row["delta_nats"]) and 31.9 < row["bits"] < 40 for row in rows)
     args = types.SimpleNamespace(device=bench.CPU, prefill=8, tokens=4, repeats=1)
     monkeypatch.setattr(bench, "bandwidth", lambda device: 1e9)
-    rows = bench.llama_rows(wide.resolve(), 1, Path.cwd(), args, "qwen15-layer")
+    assert len(bench.llama_rows(wide.resolve(), 1, Path.cwd(), args, "qwen15-layer")) == 4
+    rows = bench.llama_rows(wide.resolve(), 2, Path.cwd(), args, "qwen15-24")
     assert [(row["test"], row["value"]) for row in rows[:2]] == [("pp8", 9), ("tg4", 5)]
     assert len(rows) == 8 and rows[1]["gbps"] == pytest.approx(rows[1]["bytes_per_token"] * 5e-9)
     for name, why in (("llama-quantize", "exit code 3: no such type IQ9"), ("llama", "found none")):
